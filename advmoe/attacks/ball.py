@@ -1,0 +1,87 @@
+"""The set an attack may choose from: the epsilon ball of a norm around an image, cut with the pixel box [0, 1].
+
+Shapes: B batch, C channel, H/W pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+TINY = 1e-12  # keeps divisions by a norm finite; far below one pixel level
+
+
+class Draws(Protocol):
+    """Where an attack's random numbers come from: one stream per batch in training, one per image in evaluation."""
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Uniform in [-1, 1], in the shape and on the device of `like`."""
+        ...
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal, in the shape and on the device of `like`."""
+        ...
+
+
+class Ball(Protocol):
+    """What an iterative attack needs of a norm; every method takes and returns (B, C, H, W)."""
+
+    @property
+    def epsilon(self) -> float:
+        """The radius, in units of the pixel range [0, 1]."""
+        ...
+
+    def project(self, points: Tensor, images: Tensor) -> Tensor:
+        """The points, brought back into the ball around `images` and into the pixel box."""
+        ...
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The direction of unit norm that raises a linear function fastest."""
+        ...
+
+    def start(self, images: Tensor, draws: Draws) -> Tensor:
+        """A random point of the ball and the box."""
+        ...
+
+
+@dataclass(frozen=True)
+class LInf:
+    """Every pixel may change by at most epsilon."""
+
+    epsilon: float
+
+    def project(self, points: Tensor, images: Tensor) -> Tensor:
+        # two clamps: first the ball, then the box; the image itself lies in both, so the second keeps the first
+        return torch.minimum(torch.maximum(points, images - self.epsilon), images + self.epsilon).clamp(0, 1)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        return gradient.sign()
+
+    def start(self, images: Tensor, draws: Draws) -> Tensor:
+        return self.project(images + self.epsilon * draws.uniform(images), images)
+
+
+@dataclass(frozen=True)
+class L2:
+    """The Euclidean norm of the change, over all pixels and channels of an image, is at most epsilon."""
+
+    epsilon: float
+
+    def project(self, points: Tensor, images: Tensor) -> Tensor:
+        # clamping to the box shortens the change, pixel by pixel, so the ball still holds afterwards
+        change = points.clamp(0, 1) - images
+        return (images + change * (self.epsilon / _norm(change).clamp_min(TINY)).clamp_max(1)).clamp(0, 1)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        return gradient / _norm(gradient).clamp_min(TINY)
+
+    def start(self, images: Tensor, draws: Draws) -> Tensor:
+        direction = draws.normal(images)
+        dimensions = images[0].numel()
+        radius = ((draws.uniform(images[:, :1, :1, :1]) + 1) / 2) ** (1 / dimensions)
+        return self.project(images + self.epsilon * radius * direction / _norm(direction).clamp_min(TINY), images)
+
+
+def _norm(points_BCHW: Tensor) -> Tensor:
+    return points_BCHW.flatten(1).norm(dim=1).view(-1, 1, 1, 1)

@@ -1,0 +1,42 @@
+"""Random numbers for attacks, always drawn on the CPU so that every device sees the same ones."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from advmoe.machine import generator
+
+
+@dataclass(frozen=True)
+class BatchDraws:
+    """One stream for a whole batch: fast, for training."""
+
+    stream: torch.Generator
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Uniform in [-1, 1], in the shape and on the device of `like`."""
+        return (torch.rand(like.shape, generator=self.stream) * 2 - 1).to(like)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal, in the shape and on the device of `like`."""
+        return torch.randn(like.shape, generator=self.stream).to(like)
+
+
+class ImageDraws:
+    """One stream for each image, seeded by its number: what an image draws does not depend on the batch it is in."""
+
+    def __init__(self, seed: int, purpose: str, numbers: Tensor) -> None:
+        self.streams = [generator(seed, purpose, number) for number in numbers.tolist()]
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Uniform in [-1, 1], in the shape and on the device of `like`."""
+        return (self._stack(torch.rand, like) * 2 - 1).to(like)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal, in the shape and on the device of `like`."""
+        return self._stack(torch.randn, like).to(like)
+
+    def _stack(self, draw: "torch._C._VariableFunctions", like: Tensor) -> Tensor:
+        assert len(like) == len(self.streams), "one stream for each image"
+        return torch.stack([draw(like.shape[1:], generator=stream) for stream in self.streams])

@@ -1,0 +1,54 @@
+"""`advmoe check`: is params.yaml sound, does dvc.yaml fit it, is this machine set up, and what would run?"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from advmoe import paths
+from advmoe.errors import UserError
+from advmoe.machine import machine
+from advmoe.params import read_yaml
+from advmoe.schema import Params, load_params
+
+DVC_FILE = Path("dvc.yaml")
+RUNNING = "Running stage '"
+
+
+def check() -> list[str]:
+    """The stages that `dvc repro` would run now. Raises UserError at the first thing that is wrong."""
+    params = load_params()
+    check_dvc_file(params)
+    machine()
+    return pending_stages()
+
+
+def check_dvc_file(params: Params) -> None:
+    """DVC re-runs a stage when a file it lists has changed: every expert and baseline in use must be listed.
+
+    Raises UserError naming the stage and the line to add.
+    """
+    stages = read_yaml(DVC_FILE).get("stages", {})
+    needed = {
+        "train": [paths.artifact("pretrain", name) for name in params.train.experts],
+        "evaluate": [
+            *(paths.artifact("pretrain", name) for name in params.train.experts),
+            *(paths.artifact("baseline", name) for name in params.evaluate.baselines),
+        ],
+    }
+    for stage, artifacts in needed.items():
+        listed = set(map(str, stages.get(stage, {}).get("deps", [])))
+        missing = [str(path) for path in artifacts if str(path) not in listed]
+        if missing:
+            raise UserError(f"{DVC_FILE}: stages.{stage}.deps must list {missing[0]}, or DVC will not see it change")
+
+
+def pending_stages() -> list[str]:
+    """Ask DVC what is out of date, in the order it would run. Raises UserError when DVC cannot say."""
+    command = [sys.executable, "-m", "dvc", "repro", "--dry", "--force-downstream"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines() or ["no reason given"]
+        raise UserError(f"dvc: {reason[0].removeprefix('ERROR: ')}")
+    return [
+        line.removeprefix(RUNNING).partition("'")[0] for line in done.stdout.splitlines() if line.startswith(RUNNING)
+    ]

@@ -1,0 +1,171 @@
+"""Classifiers as files: which network an artifact describes, how it is built, saved and loaded.
+
+A new backbone is a file in `advmoe/models` and a line in BACKBONES.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from advmoe import artifacts
+from advmoe.data.dataset import Facts
+from advmoe.errors import UserError
+from advmoe.machine import derive_seed
+from advmoe.models.gate import Gate
+from advmoe.models.moe import MixtureOfExperts, UniformGate
+from advmoe.models.resnet import ResNet18
+from advmoe.params import PositiveFloat, PositiveInt, Settings, validate
+
+KIND = "classifier"
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"resnet18": ResNet18}
+
+
+class Backbone(Settings):
+    """The network of every expert and baseline. `width`: channels of the first stage; 64 is the full ResNet-18."""
+
+    kind: Literal["resnet18"]
+    width: PositiveInt
+
+
+class GateSettings(Settings):
+    """`width`: channels of the gate's first layer; `temperature`: above 1 the weights get softer, below 1 sharper."""
+
+    width: PositiveInt
+    temperature: PositiveFloat
+
+
+class Plain(Settings):
+    """A single backbone."""
+
+    kind: Literal["plain"]
+    backbone: Backbone
+
+
+class Mixture(Settings):
+    """Several backbones, by name, and a gate."""
+
+    kind: Literal["mixture"]
+    backbone: Backbone
+    experts: tuple[str, ...]
+    gate: GateSettings
+    mixing: Literal["probabilities", "logits"]
+
+
+Architecture = Annotated[Plain | Mixture, Field(discriminator="kind")]
+
+
+class About(Settings):
+    """What an artifact of kind `classifier` says of itself."""
+
+    architecture: Architecture
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network with its description. `model` maps pixels in [0, 1], (B, C, H, W), to logits (B, K)."""
+
+    model: nn.Module
+    about: About
+    header: artifacts.Header
+
+
+def build(architecture: Plain | Mixture, facts: Facts, *seed: object) -> nn.Module:
+    """A fresh network, initialised from `seed` alone; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(*seed, "init"))
+        if isinstance(architecture, Plain):
+            model = _backbone(architecture.backbone, facts)
+        else:
+            model = _mixture(architecture, facts)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _backbone(backbone: Backbone, facts: Facts) -> nn.Module:
+    return BACKBONES[backbone.kind](
+        channels=facts.channels, classes=facts.classes, width=backbone.width, mean=facts.mean, std=facts.std
+    )
+
+
+def _mixture(architecture: Mixture, facts: Facts) -> MixtureOfExperts:
+    experts = [_backbone(architecture.backbone, facts) for _ in architecture.experts]
+    gate = Gate(
+        channels=facts.channels,
+        experts=len(experts),
+        width=architecture.gate.width,
+        temperature=architecture.gate.temperature,
+        mean=facts.mean,
+        std=facts.std,
+    )
+    return MixtureOfExperts(experts, gate, architecture.mixing)
+
+
+def save(
+    path: Path,
+    model: nn.Module,
+    architecture: Plain | Mixture,
+    facts: Facts,
+    *,
+    params: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    seed: int,
+    metrics: Mapping[str, Any],
+    seconds: float,
+) -> None:
+    """Write a classifier as an artifact."""
+    about = About(architecture=architecture, facts=facts).model_dump(mode="json")
+    artifacts.save(
+        path,
+        KIND,
+        _stored(model),
+        about=about,
+        params=params,
+        inputs=inputs,
+        seed=seed,
+        metrics=metrics,
+        seconds=seconds,
+    )
+
+
+def load(path: Path) -> Classifier:
+    """Read a classifier. Raises UserError if the file is missing, damaged, of another kind, or its tensors do not fit."""
+    artifact = artifacts.load(path, KIND)
+    about = validate(artifact.header.about, About, f"{path}: header")
+    model = build(about.architecture, about.facts, 0)
+    expected = {name: tuple(tensor.shape) for name, tensor in _stored(model).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise UserError(f"{path}: tensor '{wrong[0]}' does not fit the architecture that the header describes")
+    model.load_state_dict(artifact.tensors, strict=False)
+    return Classifier(model.eval(), about, artifact.header)
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors worth keeping: BatchNorm's batch counter has no influence on anything here."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+
+
+def assemble(architecture: Mixture, facts: Facts, experts: Sequence[nn.Module], *seed: object) -> MixtureOfExperts:
+    """A mixture of trained `experts`, in the order of the architecture, with a fresh gate. The experts are copied."""
+    mixture = build(architecture, facts, *seed)
+    assert isinstance(mixture, MixtureOfExperts)
+    assert len(experts) == len(architecture.experts)
+    for fresh, trained in zip(mixture.experts, experts, strict=True):
+        fresh.load_state_dict(trained.state_dict())
+    return mixture
+
+
+def uniform_average(mixture: MixtureOfExperts) -> MixtureOfExperts:
+    """The same experts (shared, not copied) without the gate: every vote counts alike."""
+    return MixtureOfExperts(list(mixture.experts), UniformGate(len(mixture.experts)), mixture.mixing)
+
+
+def ready(classifier: Classifier) -> nn.Module:
+    """Pixels in [0, 1] in, log-probabilities out, eval mode. For a mixture the last step changes nothing."""
+    return nn.Sequential(classifier.model, nn.LogSoftmax(dim=1)).eval()

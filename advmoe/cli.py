@@ -1,0 +1,165 @@
+"""The command line: wiring, no behaviour. Torch is imported inside commands only, so that `--help` is quick."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advmoe import console, files, paths
+from advmoe.errors import UserError
+
+app = typer.Typer(
+    help="Robust image classifiers from a mixture of adversarially trained experts, and the evidence for them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+STAGES, QUESTIONS = "Stages (dvc repro runs them)", "Questions and tools"
+EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends with one sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        console.err.print(f"error: {error}", style="red", markup=False)
+        sys.exit(EXIT_MISTAKE)
+    except KeyboardInterrupt:
+        console.err.print("interrupted", style="red")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _stage() -> None:
+    """What every stage does first: the whole of params.yaml must be sound, then threads and determinism are set."""
+    from advmoe import schema
+
+    schema.load_params()
+    _torch()
+
+
+def _torch() -> None:
+    from advmoe import machine
+
+    machine.prepare_torch()
+
+
+@app.command(rich_help_panel=STAGES)
+def prepare() -> None:
+    """Images of one source to fixed splits."""
+    _stage()
+    from stages import prepare as stage
+
+    stage.run()
+
+
+@app.command(rich_help_panel=STAGES)
+def pretrain(name: Annotated[str, typer.Argument(help="An expert of params.yaml, e.g. fgsm-1.")]) -> None:
+    """Train one expert on its own."""
+    _stage()
+    from stages import pretrain as stage
+
+    stage.run(name)
+
+
+@app.command(rich_help_panel=STAGES)
+def train() -> None:
+    """Train gate and experts jointly."""
+    _stage()
+    from stages import train as stage
+
+    stage.run()
+
+
+@app.command(rich_help_panel=STAGES)
+def baseline(name: Annotated[str, typer.Argument(help="A baseline of params.yaml, e.g. adversarial.")]) -> None:
+    """Train one plain network to compare with."""
+    _stage()
+    from stages import baseline as stage
+
+    stage.run(name)
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(
+    attack: Annotated[
+        list[str] | None, typer.Option(help="An attack of evaluate.attacks in params.yaml; may be repeated.")
+    ] = None,
+    epsilon: Annotated[str | None, typer.Option(help="L-inf radius, 8/255 or 0.03.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of iterative attacks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many test images.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A classifier artifact; the mixture by default.")] = None,
+) -> None:
+    """Without options the stage: everything, for the record. With any option a quick question about one model."""
+    _stage()
+    if not any((attack, epsilon is not None, steps, limit, model)):
+        from stages import evaluate as stage
+
+        return stage.run()
+    from advmoe.evaluation import question
+
+    question.answer(question.Question(attack or (), epsilon, steps, limit, model or paths.MIXTURE))
+    return None
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def results() -> None:
+    """Show the results of the last `dvc repro` and where they lie."""
+    from advmoe.evaluation import results as shown
+
+    shown.show()
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def use(profile: Annotated[str, typer.Argument(help="A file of profiles/, without .yaml.")]) -> None:
+    """Lay a profile over params.yaml, comments kept."""
+    from advmoe import profiles
+
+    changed = profiles.use(profile)
+    console.say(f"params.yaml: {files.names(changed)}" if changed else f"params.yaml already agrees with {profile}")
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def check() -> None:
+    """Validate params.yaml, dvc.yaml and the environment, and say what would run."""
+    from advmoe import checking
+
+    pending = checking.check()
+    console.say("params.yaml, dvc.yaml and the environment are sound")
+    console.say(f"dvc repro would run: {files.names(pending)}" if pending else "dvc repro has nothing to do")
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def inspect(file: Annotated[Path, typer.Argument(help="An artifact of this project.")]) -> None:
+    """Print what an artifact says of itself; its content is checked against its hash."""
+    from advmoe import artifacts
+
+    console.out.print_json(artifacts.load(file).header.model_dump_json())
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="PNG or JPEG files.")],
+    model: Annotated[Path, typer.Option(help="A classifier artifact.")] = paths.MIXTURE,
+) -> None:
+    """Classify image files: class, probability, gate weights, each expert's vote."""
+    _torch()
+    from advmoe import classifiers, prediction
+
+    for found in prediction.predict(classifiers.load(model), images):
+        console.say(f"{found.path}: {found.label} ({found.probability:.1%})")
+        if found.votes:
+            rows = [[vote.expert, f"{vote.weight:.3f}", vote.label, f"{vote.probability:.1%}"] for vote in found.votes]
+            console.table("", ["expert", "gate weight", "votes for", "probability"], rows)
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def info() -> None:
+    """Show this machine: device, threads, folders, versions."""
+    _torch()
+    from advmoe import machine
+
+    console.table("this machine", ["what", "value"], machine.describe())
+

@@ -1,0 +1,53 @@
+"""What a person sees: one progress display, one table style. Nothing here can change a result.
+
+On a terminal: rich bars and tables. Anywhere else (a log, DVC's output in CI): plain lines, one every few seconds.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+PLAIN_SECONDS = 10.0
+
+T = TypeVar("T")
+
+
+def say(text: str) -> None:
+    """Print a line for the user, markup off: names and paths are data."""
+    out.print(text, markup=False)
+
+
+def warn(text: str) -> None:
+    """Print a warning to standard error."""
+    err.print(f"warning: {text}", style="yellow", markup=False)
+
+
+def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """Yield `items` while showing how far they are."""
+    if out.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=out, transient=True) as progress:
+            yield from progress.track(items, total=total, description=what)
+        return
+    shown = time.monotonic()
+    for count, item in enumerate(items, start=1):
+        yield item
+        if time.monotonic() - shown >= PLAIN_SECONDS:
+            shown = time.monotonic()
+            say(f"{what}: {count}/{total}")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; the first column is left-aligned text, the others are right-aligned numbers."""
+    grid = Table(title=title, title_justify="left", header_style="bold")
+    for position, column in enumerate(columns):
+        grid.add_column(column, justify="right" if position else "left")
+    for row in rows:
+        grid.add_row(*row)
+    out.print(grid, markup=False)

@@ -1,0 +1,194 @@
+"""The prepared data set: fixed splits of uint8 tensors, and what a model must know of them.
+
+Shapes: N images, C channel, H/W pixels.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advmoe import artifacts
+from advmoe.data.images import Labelled, SourceImages
+from advmoe.errors import UserError
+from advmoe.machine import derive_seed
+from advmoe.params import NonNegativeInt, PositiveInt, Settings, validate
+
+SplitName = Literal["train", "pool", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+KIND = "dataset"
+
+
+class Splits(Settings):
+    """How many images each split gets, drawn stratified by class; training gets the rest.
+
+    `test` counts images of the source's official test split where it has one (null: all of them).
+    """
+
+    pool: NonNegativeInt
+    validation: PositiveInt
+    test: PositiveInt | None
+
+
+class Facts(Settings):
+    """What a model must know of its images: shape, class names, and channel statistics of the training split."""
+
+    channels: int
+    height: int
+    width: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, C, H, W) uint8, labels (N,) int64, and each image's position in its source (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self) -> Tensor:
+        """Images as float32 in [0, 1]."""
+        return self.images.float() / 255
+
+    def first(self, count: int | None) -> "Split":
+        """The first `count` images; all of them for None."""
+        return Split(self.images[:count], self.labels[:count], self.index[:count])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The splits by name, the facts, and the content hash that artifacts made from it record."""
+
+    splits: Mapping[SplitName, Split]
+    facts: Facts
+    sha256: str
+
+    def __getitem__(self, name: SplitName) -> Split:
+        return self.splits[name]
+
+
+def stratified(labels: np.ndarray, counts: Mapping[SplitName, int], seed: int) -> dict[SplitName, np.ndarray]:
+    """Disjoint positions for each named count, drawn with the classes' shares; what is left goes under 'train'.
+
+    Each split is shuffled. Shares are exact up to one image per class (largest remainder).
+    Raises UserError when the counts leave no training image or a split cannot be filled.
+    """
+    wanted = sum(counts.values())
+    if wanted >= len(labels):
+        raise UserError(f"prepare.splits: {wanted} images asked for, but there are {len(labels)} and training needs some")
+    draw = np.random.default_rng(seed)
+    # shuffle, then order each image by its rank within its class: any run of this order is stratified
+    shuffled = draw.permutation(len(labels))
+    quantile = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        quantile[members] = (np.arange(len(members)) + draw.random()) / len(members)
+    order = np.argsort(quantile, kind="stable")
+    split: dict[SplitName, np.ndarray] = {}
+    start = 0
+    for name, count in counts.items():
+        split[name] = draw.permutation(order[start : start + count])
+        start += count
+    split["train"] = draw.permutation(order[start:])
+    return split
+
+
+def build(source: SourceImages, splits: Splits, seed: int) -> dict[SplitName, tuple[Labelled, np.ndarray]]:
+    """Draw the splits. Each is a pair of images and their positions in the source (official test: its own positions).
+
+    Raises UserError when the numbers asked for do not fit the source.
+    """
+    counts: dict[SplitName, int] = {"pool": splits.pool, "validation": splits.validation}
+    if source.test is None:
+        if splits.test is None:
+            raise UserError("prepare.splits.test: this source has no official test split, so a number is needed")
+        counts["test"] = splits.test
+    positions = stratified(source.train.labels, counts, derive_seed(seed, "splits"))
+    taken = np.concatenate(list(positions.values()))
+    assert len(np.unique(taken)) == len(taken) == len(source.train.labels), "splits overlap or lose images"
+    drawn = {name: (_take(source.train, rows), rows) for name, rows in positions.items()}
+    if source.test is not None:
+        rows = _draw_test(source.test, splits.test, derive_seed(seed, "test"))
+        drawn["test"] = (_take(source.test, rows), rows)
+    return drawn
+
+
+def _draw_test(test: Labelled, count: int | None, seed: int) -> np.ndarray:
+    if count is None or count == len(test.labels):
+        return np.random.default_rng(seed).permutation(len(test.labels))
+    if count > len(test.labels):
+        raise UserError(f"prepare.splits.test: {count} images asked for, the test split has {len(test.labels)}")
+    return stratified(test.labels, {"test": count}, seed)["test"]
+
+
+def _take(part: Labelled, rows: np.ndarray) -> Labelled:
+    return Labelled(part.images[rows], part.labels[rows])
+
+
+def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of (N, C, H, W) uint8 images, on the scale of [0, 1]."""
+    levels = np.arange(256) / 255
+    # exact and small: 256 counts a channel, however many images there are
+    shares = np.stack([np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(images.shape[1])])
+    shares = shares / shares.sum(axis=1, keepdims=True)
+    mean = shares @ levels
+    std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(axis=1))
+    if not (std > 1e-6).all():
+        raise UserError("prepare.source: a channel of the training images is constant, nothing can be learned from it")
+    return tuple(mean.round(6).tolist()), tuple(std.round(6).tolist())
+
+
+def leaked(drawn: Mapping[SplitName, tuple[Labelled, np.ndarray]]) -> int:
+    """How many test images occur, pixel for pixel, in the training split: duplicates that the source itself holds."""
+    train, test = ({hashlib.sha256(image.tobytes()).digest() for image in drawn[name][0].images} for name in ("train", "test"))
+    return len(train & test)
+
+
+def save(
+    path: Path,
+    drawn: Mapping[SplitName, tuple[Labelled, np.ndarray]],
+    facts: Facts,
+    *,
+    params: Mapping[str, Any],
+    seed: int,
+    metrics: Mapping[str, int],
+) -> str:
+    """Write the splits as one artifact; returns its content hash."""
+    tensors: dict[str, Tensor] = {}
+    for name, (part, rows) in drawn.items():
+        tensors[f"{name}.images"] = torch.from_numpy(part.images)
+        tensors[f"{name}.labels"] = torch.from_numpy(part.labels)
+        tensors[f"{name}.index"] = torch.from_numpy(rows.astype(np.int64))
+    about = facts.model_dump(mode="json")
+    written = artifacts.save(path, KIND, tensors, about=about, params=params, inputs={}, seed=seed, metrics=metrics)
+    return written.sha256
+
+
+def load(path: Path) -> Dataset:
+    """Read a prepared data set. Raises UserError if it is missing, damaged or not one."""
+    artifact = artifacts.load(path, KIND)
+    facts = validate(artifact.header.about, Facts, f"{path}: header")
+    try:
+        splits = {
+            name: Split(*(artifact.tensors[f"{name}.{part}"] for part in ("images", "labels", "index")))
+            for name in SPLITS
+        }
+    except KeyError as error:
+        raise UserError(f"{path}: has no tensor {error}; build it again") from error
+    return Dataset(splits, facts, artifact.header.sha256)

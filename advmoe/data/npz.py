@@ -1,0 +1,60 @@
+"""Your own images as .npz: `images` (uint8, N x H x W or N x H x W x 3), `labels` (integers), optional `class_names`.
+
+Read without pickle: a data file cannot run code.
+"""
+
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from advmoe.data.images import Labelled, SourceImages, as_nchw, numbered
+from advmoe.errors import UserError
+from advmoe.params import PositiveInt, Settings
+
+
+class Npz(Settings):
+    """One file for training and, where there is an official split, one for testing."""
+
+    kind: Literal["npz"]
+    train: Path
+    test: Path | None
+    per_class: PositiveInt | None
+    test_per_class: PositiveInt | None
+
+    def read(self) -> SourceImages:
+        """Raises UserError when a file is missing, broken, pickled or has the wrong arrays."""
+        train, names = read_npz(self.train)
+        test, test_names = read_npz(self.test) if self.test else (None, None)
+        if test_names and names and test_names != names:
+            raise UserError(f"{self.test}: its class_names differ from those of {self.train}")
+        highest = max(part.labels.max() for part in (train, test) if part is not None and len(part.labels))
+        return SourceImages(
+            train.first_per_class(self.per_class),
+            test.first_per_class(self.test_per_class) if test else None,
+            names or numbered(int(highest) + 1),
+        )
+
+
+def read_npz(path: Path) -> tuple[Labelled, tuple[str, ...] | None]:
+    """Images, labels and class names (None if absent) of one file. Raises UserError if it is unusable."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays: dict[str, Any] = {name: file[name] for name in ("images", "labels", "class_names") if name in file}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as .npz without pickle ({error})") from error
+    for name in ("images", "labels"):
+        if name not in arrays:
+            raise UserError(f"{path}: has no array '{name}'")
+    images, labels = arrays["images"], arrays["labels"]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
+        raise UserError(
+            f"{path}: 'images' must be uint8 of shape N x H x W or N x H x W x 3, got {images.dtype} {images.shape}"
+        )
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{path}: 'labels' must be {len(images)} integers, got {labels.dtype} {labels.shape}")
+    names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None
+    return Labelled(as_nchw(images), labels.astype(np.int64)), names

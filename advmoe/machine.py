@@ -1,0 +1,93 @@
+"""What may differ between machines and must not change a result: device, threads, cache folder.
+
+Read from `ADVMOE_*` environment variables and nowhere else. Anything that changes a number belongs in params.yaml,
+where DVC sees it; an unknown `ADVMOE_*` variable is an error because it was probably meant to do that.
+"""
+
+import hashlib
+import os
+import platform
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from platformdirs import user_cache_path
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from advmoe.errors import UserError
+from advmoe.params import explain
+
+PREFIX = "ADVMOE_"
+
+
+class Machine(BaseSettings):
+    """Settings of this machine."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    cache_dir: Path = user_cache_path("advmoe")
+
+
+@lru_cache(maxsize=1)
+def machine() -> Machine:
+    """The settings from the environment. Raises UserError for an unknown variable or a bad value."""
+    known = {f"{PREFIX}{name.upper()}" for name in Machine.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise UserError(f"environment: {unknown[0]} is not known; known are {', '.join(sorted(known))}")
+    try:
+        return Machine()
+    except ValidationError as error:
+        raise UserError(f"environment: ADVMOE_{explain(error).lstrip('.')}") from error
+
+
+def device() -> torch.device:
+    """The device to compute on: the one asked for, or the best there is. Raises UserError if it is not there."""
+    wanted = machine().device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    missing = (wanted.startswith("cuda") and not torch.cuda.is_available()) or (
+        wanted == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise UserError(f"environment: ADVMOE_DEVICE={wanted}, but PyTorch finds no such device here")
+    return torch.device(wanted)
+
+
+def prepare_torch() -> None:
+    """Set threads and determinism once, at the start of a process that computes."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    torch.set_num_threads(machine().threads or os.cpu_count() or 1)
+    # warn_only: a GPU operation without a deterministic form should cost a warning, not the run
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+
+
+def describe() -> list[tuple[str, str]]:
+    """This machine in rows of (what, value)."""
+    place = device()
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or platform.machine()
+    versions = [(package, version(package)) for package in ("advmoe", "torch", "torchvision", "dvc", "safetensors")]
+    return [
+        ("device", f"{place} ({name})"),
+        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
+        ("cache folder", str(machine().cache_dir)),
+        ("python", platform.python_version()),
+        *versions,
+    ]
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from named parts, e.g. derive_seed(0, 'fgsm-1', 'shuffle'): independent streams, no arithmetic."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(*parts: object) -> torch.Generator:
+    """A CPU generator of its own for each purpose. Draws are made on the CPU so that every device sees the same."""
+    return torch.Generator().manual_seed(derive_seed(*parts))

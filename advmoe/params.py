@@ -1,0 +1,132 @@
+"""params.yaml in: frozen settings, exact epsilons, one clear sentence for every mistake.
+
+params.yaml is read with DVC's own YAML dialect (1.2, ruamel): `off` is a word and `1e-3` a number there, in PyYAML
+it is the other way round. Settings have no defaults: a default in code would be a number that DVC does not track.
+"""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from advmoe.errors import UserError
+
+PARAMS_FILE = Path("params.yaml")
+PIXEL_LEVELS = 255
+
+T = TypeVar("T")
+
+
+class Settings(BaseModel):
+    """Frozen, strict about unknown keys; the base of everything that is read from params.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def parse_epsilon(value: object) -> float:
+    """Turn `8/255`, `"0.03"` or `0.03` into a float in [0, 1]; each kind of nonsense gets its own ValueError."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"epsilon must be a number or a fraction such as 8/255, not {value!r}")
+    try:
+        exact = Fraction(value.replace(" ", "")) if isinstance(value, str) else Fraction(value)
+    except ZeroDivisionError:
+        raise ValueError(f"epsilon {value!r} divides by zero") from None
+    except (ValueError, OverflowError):
+        if isinstance(value, float) or (isinstance(value, str) and value.strip().lower() in {"nan", "inf", "-inf"}):
+            raise ValueError(f"epsilon must be a finite number, not {value}") from None
+        raise ValueError(f"epsilon must be a number or a fraction such as 8/255, not {value!r}") from None
+    if exact < 0:
+        raise ValueError(f"epsilon is a distance and cannot be negative, but is {value}")
+    if exact > 1:
+        hint = f"; did you mean {value}/{PIXEL_LEVELS}?" if exact <= PIXEL_LEVELS else ""
+        raise ValueError(f"epsilon {value} is more than the whole pixel range [0, 1]{hint}")
+    return float(exact)
+
+
+def format_epsilon(epsilon: float) -> str:
+    """Print an epsilon in pixel levels, the field's custom: 0.03137 -> '8/255', 0.1 -> '25.5/255'."""
+    levels = round(epsilon * PIXEL_LEVELS, 4)
+    return f"{levels:g}/{PIXEL_LEVELS}"
+
+
+Epsilon = Annotated[
+    float, BeforeValidator(parse_epsilon), Field(ge=0, le=1), PlainSerializer(lambda value: value, return_type=float)
+]
+Fraction01 = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises UserError when the file is missing, broken or not a mapping."""
+    try:
+        content = YAML(typ="safe").load(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; run advmoe from the root of the project") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be a mapping of sections, found {type(content).__name__}")
+    return content
+
+
+def load_section(key: str, kind: type[T], path: Path = PARAMS_FILE) -> T:
+    """Read one section of params.yaml, `key` with dots for depth ('experts.fgsm-1'), and validate it as `kind`.
+
+    `kind` is a Settings class or any annotation pydantic understands. Raises UserError naming file and key.
+    """
+    value: Any = read_yaml(path)
+    for depth, part in enumerate(key.split(".")):
+        if not isinstance(value, Mapping) or part not in value:
+            where = ".".join(key.split(".")[: depth + 1])
+            known = f"; known there: {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
+            raise UserError(f"{path}: key '{where}' is missing{known}")
+        value = value[part]
+    return validate(value, kind, f"{path}: {key}")
+
+
+def validate(value: object, kind: type[T], where: str) -> T:
+    """Validate `value` as `kind`. Raises UserError with the first problem in one sentence, prefixed by `where`."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{where}{explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a ValidationError as '.key.subkey: sentence', with a count of the others."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    key = "".join(f".{part}" for part in first["loc"] if not _is_union_tag(part, first))
+    match first["type"]:
+        case "missing":
+            sentence = "is missing"
+        case "extra_forbidden":
+            sentence = "is not a known key"
+        case "value_error":
+            sentence = str(first["ctx"]["error"])
+        case _:
+            message = first["msg"]
+            sentence = f"{message[0].lower()}{message[1:]}, got {_short(first['input'])}"
+    more = f" (and {len(problems) - 1} more problem(s))" if len(problems) > 1 else ""
+    return f"{key}: {sentence}{more}"
+
+
+def _is_union_tag(part: int | str, problem: Any) -> bool:
+    """Pydantic puts the tag of a discriminated union into the location; the file has no such key."""
+    source = problem["input"]
+    return isinstance(part, str) and isinstance(source, Mapping) and source.get("kind") == part
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,48 @@
+"""params.yaml as a whole. Only the command line imports this: a stage that did would depend on every other one."""
+
+from typing import Annotated
+
+from pydantic import Field, StringConstraints, model_validator
+
+from advmoe.classifiers import Backbone
+from advmoe.data.catalogue import Prepare
+from advmoe.evaluation.suite import Evaluate
+from advmoe.params import PARAMS_FILE, Epsilon, Seed, Settings, read_yaml, validate
+from advmoe.training.joint import JointRecipe
+from advmoe.training.single import SingleRecipe, Student
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class Params(Settings):
+    """Every section of params.yaml, and what must hold between them."""
+
+    seed: Seed
+    epsilon: Epsilon
+    launcher: Annotated[str, StringConstraints(min_length=1)]
+    model: Backbone
+    prepare: Prepare
+    pretrain: SingleRecipe
+    experts: Annotated[dict[Name, Student], Field(min_length=1)]
+    train: JointRecipe
+    baseline: Annotated[dict[Name, Student], Field(min_length=1)]
+    evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> "Params":
+        _subset("train.experts", self.train.experts, "experts", self.experts)
+        _subset("evaluate.baselines", self.evaluate.baselines, "baseline", self.baseline)
+        return self
+
+
+def _subset(key: str, names: tuple[str, ...], section: str, known: dict[str, Student]) -> None:
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"{key} must list at least one name, each once")
+    strangers = [name for name in names if name not in known]
+    if strangers:
+        raise ValueError(f"{key} lists '{strangers[0]}', but {section} has only {', '.join(known)}")
+
+
+def load_params() -> Params:
+    """Read and validate all of params.yaml. Raises UserError with one sentence."""
+    return validate(read_yaml(PARAMS_FILE), Params, f"{PARAMS_FILE}")

@@ -1,0 +1,82 @@
+"""Randomised adversarial training: what each batch is attacked with is drawn (arXiv 2512.20821).
+
+The draw is made once per batch, not per image and not per epoch; a test holds that.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+import torch
+from pydantic import Field, model_validator
+
+from advmoe.attacks.ball import LInf
+from advmoe.attacks.fgsm import Fgsm
+from advmoe.attacks.pgd import Pgd
+from advmoe.params import Epsilon, NonNegativeFloat, PositiveFloat, PositiveInt, Settings
+
+T = TypeVar("T")
+
+
+class CleanBatches(Settings):
+    """No attack."""
+
+    kind: Literal["clean"]
+
+
+class FgsmBatches(Settings):
+    """FGSM at an epsilon drawn from `epsilons`."""
+
+    kind: Literal["fgsm"]
+    epsilons: Annotated[tuple[Epsilon, ...], Field(min_length=1)]
+
+
+class PgdBatches(Settings):
+    """PGD at the threat model's epsilon with a number of steps drawn from `steps`; `step_size` relative to epsilon."""
+
+    kind: Literal["pgd"]
+    steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    step_size: PositiveFloat
+
+
+class MixedBatches(Settings):
+    """One of several kinds, drawn with the given weights, then its own draw."""
+
+    kind: Literal["mixed"]
+    weights: tuple[NonNegativeFloat, ...]
+    of: tuple[Annotated[CleanBatches | FgsmBatches | PgdBatches, Field(discriminator="kind")], ...]
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> "MixedBatches":
+        if len(self.weights) != len(self.of) or not sum(self.weights) > 0:
+            raise ValueError(f"needs one weight for each of its {len(self.of)} kinds, and one above 0")
+        return self
+
+
+Adversary = Annotated[CleanBatches | FgsmBatches | PgdBatches | MixedBatches, Field(discriminator="kind")]
+
+
+class Drawn(NamedTuple):
+    """The attack that one batch gets."""
+
+    attack: Fgsm | Pgd
+    ball: LInf
+
+
+def draw(adversary: Adversary, epsilon: float, stream: torch.Generator) -> Drawn | None:
+    """Draw the attack of one batch; None for a clean one. `epsilon` is the threat model's."""
+    match adversary:
+        case CleanBatches():
+            return None
+        case FgsmBatches():
+            return Drawn(Fgsm(kind="fgsm"), LInf(_pick(adversary.epsilons, stream)))
+        case PgdBatches():
+            steps = _pick(adversary.steps, stream)
+            attack = Pgd(kind="pgd", steps=steps, step_size=adversary.step_size, restarts=1, loss="ce")
+            return Drawn(attack, LInf(epsilon))
+        case MixedBatches():
+            chosen = torch.multinomial(torch.tensor(adversary.weights), 1, generator=stream)
+            return draw(adversary.of[int(chosen)], epsilon, stream)
+
+
+def _pick(choices: Sequence[T], stream: torch.Generator) -> T:
+    return choices[int(torch.randint(len(choices), (), generator=stream))]

@@ -1,0 +1,143 @@
+"""Joint training: gate and experts together, attacked through the whole mixture (arXiv 2512.20821).
+
+Shapes: B batch, C channel, H/W pixels, E experts.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from advmoe import classifiers, engine
+from advmoe.classifiers import Backbone, GateSettings, Mixture
+from advmoe.data.dataset import Dataset
+from advmoe.models.moe import MixtureOfExperts
+from advmoe.params import Fraction01, NonNegativeFloat, PositiveFloat, Settings
+from advmoe.training.adversary import Adversary
+from advmoe.training.loop import DIGITS, VALIDATION_BATCH, Course, Row, Trained, fit
+from advmoe.training.recipe import Recipe, sgd
+
+
+class Alarms(Settings):
+    """When the gate's health is worth an alarm.
+
+    `load`: one expert's mean weight above this is a collapse; `gradient`: a gate whose mean gradient norm over an epoch
+    is below this learns nothing.
+    """
+
+    load: Fraction01
+    gradient: PositiveFloat
+
+
+class JointRecipe(Recipe):
+    """A recipe, and what only a mixture has.
+
+    `gate_lr`: the gate's own peak learning rate; `load_balance`: weight of the squared coefficient of variation of the
+    mean gate weights (Shazeer et al. 2017), 0 for none.
+    """
+
+    experts: tuple[str, ...]
+    gate: GateSettings
+    mixing: Literal["probabilities", "logits"]
+    adversary: Adversary
+    gate_lr: PositiveFloat
+    load_balance: NonNegativeFloat
+    alarms: Alarms
+
+
+def load_imbalance(log_gate_BE: Tensor) -> Tensor:
+    """Squared coefficient of variation of the batch's mean weight per expert: 0 when all experts are used alike."""
+    load_E = log_gate_BE.exp().mean(dim=0)
+    return load_E.var(correction=0) / load_E.mean().square()
+
+
+class MixtureLearner:
+    """Cross-entropy of the mixed log-probabilities plus load balance; watches the gate."""
+
+    def __init__(self, model: MixtureOfExperts, recipe: JointRecipe) -> None:
+        self.model: nn.Module = model
+        self.mixture = model
+        self.recipe = recipe
+        self.gate_norms: list[Tensor] = []
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """SGD with a learning rate for the experts and one for the gate."""
+        pairs = [(self.mixture.experts, self.recipe.optimizer.lr), (self.mixture.gate, self.recipe.gate_lr)]
+        return sgd(pairs, self.recipe.optimizer)
+
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        """NLL of the mixture (its output is a log-probability already) plus the weighted imbalance of the load."""
+        parts = self.mixture.parts(images_BCHW)
+        loss = functional.nll_loss(parts.log_probs_BK, labels_B)
+        return loss + self.recipe.load_balance * load_imbalance(parts.log_gate_BE)
+
+    def after_backward(self) -> None:
+        """Remember the norm of the gate's gradient."""
+        gradients = [parameter.grad for parameter in self.mixture.gate.parameters() if parameter.grad is not None]
+        self.gate_norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm())
+
+    def health(self, model: nn.Module, clean_NCHW: Tensor, attacked_NCHW: Tensor) -> Row:
+        """Gate gradient, entropy (nats), shift under attack (total variation) and each expert's mean weight."""
+        assert isinstance(model, MixtureOfExperts)
+        clean_NE, attacked_NE = gate_weights(model, clean_NCHW), gate_weights(model, attacked_NCHW)
+        row = {
+            "gate_gradient": float(torch.stack(self.gate_norms).mean()),
+            "gate_entropy": float(entropy(clean_NE)),
+            "gate_shift": float(shift(clean_NE, attacked_NE)),
+        }
+        self.gate_norms.clear()
+        loads = zip(self.recipe.experts, clean_NE.mean(dim=0).tolist(), strict=True)
+        row |= {f"load_{name}": load for name, load in loads}
+        return {name: round(value, DIGITS) for name, value in row.items()}
+
+
+def gate_weights(mixture: MixtureOfExperts, images_NCHW: Tensor) -> Tensor:
+    """The gate's weights (N, E), in float32 and eval mode."""
+    return engine.predict(mixture.gate, images_NCHW, VALIDATION_BATCH).exp()
+
+
+def entropy(weights_NE: Tensor) -> Tensor:
+    """Mean entropy of the gate's weights in nats: 0 when one expert has all, log E when all weigh alike."""
+    return -torch.special.xlogy(weights_NE, weights_NE).sum(dim=1).mean()
+
+
+def shift(left_NE: Tensor, right_NE: Tensor) -> Tensor:
+    """Mean total variation distance between two sets of gate weights, in [0, 1]."""
+    return (left_NE - right_NE).abs().sum(dim=1).mean() / 2
+
+
+def alarms(history: list[Row], recipe: JointRecipe) -> list[str]:
+    """What went wrong with the gate, judged on the last epoch (load) and on every epoch (gradient)."""
+    found = []
+    last = history[-1]
+    for name in recipe.experts:
+        if last[f"load_{name}"] > recipe.alarms.load and len(recipe.experts) > 1:
+            found.append(f"gate: collapsed, expert {name} has {last[f'load_{name}']:.0%} of the weight")
+    dead = [row["epoch"] for row in history if row["gate_gradient"] < recipe.alarms.gradient]
+    if dead:
+        found.append(f"gate: no gradient in epoch {dead[0]}, it does not learn")
+    return found
+
+
+def train_mixture(
+    experts: list[nn.Module], backbone: Backbone, dataset: Dataset, recipe: JointRecipe, *, seed: int, epsilon: float
+) -> tuple[Trained, Mixture]:
+    """Train gate and copies of `experts` (in the order of `recipe.experts`) jointly; the architecture comes along."""
+    architecture = Mixture(
+        kind="mixture", backbone=backbone, experts=recipe.experts, gate=recipe.gate, mixing=recipe.mixing
+    )
+    mixture = classifiers.assemble(architecture, dataset.facts, experts, seed, "mixture")
+    course = Course(
+        name="mixture",
+        seed=seed,
+        dataset=dataset,
+        recipe=recipe,
+        adversary=recipe.adversary,
+        epsilon=epsilon,
+        validation_epsilon=epsilon,
+        select_by="pgd",
+    )
+    trained = fit(MixtureLearner(mixture, recipe), course)
+    trained.alarms.extend(alarms(trained.history, recipe))
+    return trained, architecture

@@ -1,0 +1,225 @@
+"""The training loop: draw an attack, craft in eval mode, learn in train mode, look at the validation split.
+
+An expert, a baseline and the mixture differ in their `Learner`; the loop is the same.
+
+Shapes: B batch, C channel, H/W pixels.
+"""
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from advmoe import console, engine
+from advmoe.attacks.ball import LInf
+from advmoe.attacks.draws import BatchDraws
+from advmoe.attacks.fgsm import Fgsm
+from advmoe.attacks.pgd import Pgd
+from advmoe.data.batches import batches, batches_per_epoch
+from advmoe.data.dataset import Dataset, Split
+from advmoe.errors import UserError
+from advmoe.machine import derive_seed, device, generator
+from advmoe.training.adversary import Adversary, CleanBatches, draw
+from advmoe.training.recipe import Recipe, Validation, rate
+
+VALIDATION_BATCH = 100
+DIGITS = 6  # of the numbers in histories: enough for any accuracy, and equal on equal runs
+
+Row = dict[str, Any]
+
+
+class Learner(Protocol):
+    """What differs between an expert and the mixture."""
+
+    model: nn.Module
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A fresh optimiser over the model's parameters."""
+        ...
+
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        """The scalar to minimise on one (attacked) batch."""
+        ...
+
+    def after_backward(self) -> None:
+        """Look at the gradients of a step before they are clipped and used."""
+        ...
+
+    def health(self, model: nn.Module, clean_NCHW: Tensor, attacked_NCHW: Tensor) -> Row:
+        """Further columns of the history, from validation images clean and attacked; the epoch ends here."""
+        ...
+
+
+@dataclass(frozen=True)
+class Course:
+    """One training run: what is learned from, under which attacks, and what `best` means.
+
+    `epsilon` is the threat model's, for PGD batches; `validation_epsilon` the radius that validation measures at.
+    """
+
+    name: str
+    seed: int
+    dataset: Dataset
+    recipe: Recipe
+    adversary: Adversary
+    epsilon: float
+    validation_epsilon: float
+    select_by: str
+
+
+@dataclass
+class Trained:
+    """The outcome: the model that was kept, one row per epoch, the row of the kept epoch, and its alarms."""
+
+    model: nn.Module
+    history: list[Row]
+    kept: Row
+    alarms: list[str]
+    seconds: float = field(compare=False)
+
+
+def fit(learner: Learner, course: Course) -> Trained:
+    """Train `learner.model` in place on the training split; returns the model that `recipe.selection` keeps.
+
+    Deterministic in the course on a given machine and number of threads. Raises UserError when the loss is no longer
+    finite.
+    """
+    started = time.monotonic()
+    recipe, place = course.recipe, device()
+    learner.model.to(place)
+    train = course.dataset["train"]
+    images, labels = train.images.to(place), train.labels.to(place)
+    steps_per_epoch = batches_per_epoch(len(labels), recipe.batch_size)
+    optimizer = learner.optimizer()
+    scheduler = LambdaLR(optimizer, lambda step: rate(recipe.schedule, step, recipe.epochs * steps_per_epoch))
+    average = _averaged(learner.model, recipe.ema)
+    streams = {name: generator(course.seed, course.name, name) for name in ("shuffle", "adversary", "noise")}
+    history: list[Row] = []
+    best: tuple[float, Mapping[str, Tensor]] | None = None
+    for epoch in range(1, recipe.epochs + 1):
+        losses: list[Tensor] = []
+        epoch_batches = batches(images, labels, recipe.batch_size, recipe.augmentation, streams["shuffle"])
+        for batch_images, batch_labels in console.track(
+            epoch_batches, f"{course.name} epoch {epoch}/{recipe.epochs}", steps_per_epoch
+        ):
+            losses.append(_step(learner, course, optimizer, batch_images, batch_labels, streams))
+            scheduler.step()
+            if average is not None:
+                average.update_parameters(learner.model)
+        model = learner.model if average is None else average.module
+        history.append(_end_of_epoch(learner, model, course, epoch, losses))
+        console.say(f"{course.name} {_summary(history[-1])}")
+        score = float(history[-1][course.select_by])
+        if recipe.selection == "last" or best is None or score > best[0]:
+            best = (score, copy.deepcopy(model.state_dict()))
+            kept = history[-1]
+    assert best is not None
+    learner.model.load_state_dict(best[1])
+    return Trained(learner.model.eval(), history, kept, _overfitting(course, kept), time.monotonic() - started)
+
+
+def _step(
+    learner: Learner,
+    course: Course,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    streams: Mapping[str, torch.Generator],
+) -> Tensor:
+    recipe, model = course.recipe, learner.model
+    drawn = draw(course.adversary, course.epsilon, streams["adversary"])
+    if drawn is not None:
+        noise = BatchDraws(streams["noise"])
+        images = engine.craft(model, images, labels, drawn.attack, drawn.ball, noise, recipe.precision)
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    with engine.autocast(images.device, recipe.precision):
+        loss = learner.loss(images.contiguous(memory_format=torch.channels_last), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    learner.after_backward()
+    if recipe.clip:
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    optimizer.step()
+    return loss.detach()
+
+
+def _end_of_epoch(learner: Learner, model: nn.Module, course: Course, epoch: int, losses: list[Tensor]) -> Row:
+    loss = torch.stack(losses).float()
+    if not torch.isfinite(loss).all():
+        batch = int((~torch.isfinite(loss)).nonzero()[0]) + 1
+        raise UserError(
+            f"{course.name}: the loss became NaN or infinite in epoch {epoch}, batch {batch}; lower optimizer.lr or set clip"
+        )
+    split = course.dataset["validation"].first(course.recipe.validation.images)
+    measured, clean, attacked = validate(model, split, course)
+    return {
+        "epoch": epoch,
+        "loss": round(float(loss.mean()), DIGITS),
+        **measured,
+        **learner.health(model, clean, attacked),
+    }
+
+
+def validate(model: nn.Module, split: Split, course: Course) -> tuple[Row, Tensor, Tensor]:
+    """Clean, FGSM and PGD accuracy on `split`, and its images clean and under PGD (N, C, H, W)."""
+    place = device()
+    images, labels = split.pixels().to(place), split.labels.to(place)
+    validation, ball = course.recipe.validation, LInf(course.validation_epsilon)
+    row: Row = {}
+    adversarial = images
+    for attack in (Fgsm(kind="fgsm"), _validation_pgd(validation)):
+        parts = list(
+            engine.attack(
+                model,
+                images,
+                labels,
+                attack,
+                ball,
+                seed=derive_seed(course.seed, course.name, "validation"),
+                batch_size=VALIDATION_BATCH,
+                precision=course.recipe.precision,
+            )
+        )
+        clean = torch.cat([part.clean_logits for part in parts]).argmax(1) == labels
+        robust = torch.cat([part.correct(own) for part, own in zip(parts, labels.split(VALIDATION_BATCH), strict=True)])
+        row["clean"], row[attack.kind] = _share(clean), _share(robust)
+        adversarial = torch.cat([part.images for part in parts])
+    return row, images, adversarial
+
+
+def _validation_pgd(validation: Validation) -> Pgd:
+    return Pgd(kind="pgd", steps=validation.steps, step_size=validation.step_size, restarts=1, loss="ce")
+
+
+def _averaged(model: nn.Module, decay: float) -> AveragedModel | None:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None  # type: ignore[no-untyped-call]
+
+
+def _overfitting(course: Course, row: Row) -> list[str]:
+    """The alarm for catastrophic overfitting: robust to one step, not to several (Wong et al. 2020)."""
+    gap = row["fgsm"] - row["pgd"]
+    if gap <= course.recipe.validation.gap or isinstance(course.adversary, CleanBatches):
+        return []  # a benign network loses to more steps too, but nobody took it for robust
+    return [
+        f"{course.name}: FGSM accuracy {row['fgsm']:.3f} but PGD accuracy {row['pgd']:.3f} on validation: "
+        "overfitted to one-step attacks"
+    ]
+
+
+def _share(correct: Tensor) -> float:
+    return round(float(correct.float().mean()), DIGITS)
+
+
+def _summary(row: Row) -> str:
+    return (
+        f"epoch {row['epoch']}: loss {row['loss']:.3f}, validation clean {row['clean']:.3f}, "
+        f"FGSM {row['fgsm']:.3f}, PGD {row['pgd']:.3f}"
+    )
+
+

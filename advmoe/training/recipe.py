@@ -1,0 +1,88 @@
+"""The numbers of a training run, the same set for an expert, a baseline and the mixture."""
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from advmoe.data.batches import Augmentation
+from advmoe.engine import Precision
+from advmoe.params import Fraction01, NonNegativeFloat, PositiveFloat, PositiveInt, Settings
+
+
+class Optimizer(Settings):
+    """SGD with Nesterov momentum. `lr` is the peak of the schedule; weight decay spares BatchNorm and biases."""
+
+    lr: PositiveFloat
+    momentum: Fraction01
+    weight_decay: NonNegativeFloat
+
+
+class Schedule(Settings):
+    """Linear warm-up over a share of all steps, then constant or a cosine down to 0."""
+
+    warmup: Fraction01
+    decay: Literal["cosine", "constant"]
+
+
+class Validation(Settings):
+    """What is measured on the validation split after every epoch.
+
+    `steps` and `step_size` (relative to epsilon) are PGD's; `gap`: how much better FGSM accuracy may be than PGD
+    accuracy before the overfitting alarm; `images`: at most so many.
+    """
+
+    steps: PositiveInt
+    step_size: PositiveFloat
+    gap: Fraction01
+    images: PositiveInt
+
+
+class Recipe(Settings):
+    """Everything a training run needs besides a model, an adversary and a seed.
+
+    `clip`: largest gradient norm, 0 for none; `ema`: decay of the averaged weights, which are then the ones kept,
+    0 for none; `selection`: keep the last epoch or the best on validation.
+    """
+
+    epochs: PositiveInt
+    batch_size: Annotated[int, Field(ge=2)]
+    optimizer: Optimizer
+    schedule: Schedule
+    clip: NonNegativeFloat
+    ema: Annotated[float, Field(ge=0, lt=1)]
+    augmentation: Augmentation
+    precision: Precision
+    selection: Literal["last", "best"]
+    validation: Validation
+
+
+def rate(schedule: Schedule, step: int, steps: int) -> float:
+    """The factor on the learning rate at `step` of `steps`, in (0, 1]."""
+    rising = schedule.warmup * steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if schedule.decay == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
+
+
+def parameter_groups(modules: Iterable[tuple[nn.Module, float]], optimizer: Optimizer) -> list[dict[str, Any]]:
+    """SGD parameter groups for (module, peak learning rate) pairs, each split by whether weight decay applies."""
+    groups: list[dict[str, Any]] = []
+    for module, peak in modules:
+        parameters = list(module.parameters())
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+        vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+        groups.append({"params": matrices, "lr": peak, "weight_decay": optimizer.weight_decay})
+        groups.append({"params": vectors, "lr": peak, "weight_decay": 0.0})
+    return groups
+
+
+def sgd(modules: Iterable[tuple[nn.Module, float]], optimizer: Optimizer) -> torch.optim.SGD:
+    """The optimiser for (module, peak learning rate) pairs."""
+    groups = parameter_groups(modules, optimizer)
+    return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum, nesterov=optimizer.momentum > 0)

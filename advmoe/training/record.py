@@ -1,0 +1,45 @@
+"""What every training stage leaves behind: the artifact, its metrics, its history, and its alarms out loud."""
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel
+
+from advmoe import classifiers, console, files, paths
+from advmoe.classifiers import Mixture, Plain
+from advmoe.data.dataset import Facts
+from advmoe.training.loop import Trained
+
+
+def record(
+    stage: str,
+    name: str,
+    trained: Trained,
+    architecture: Plain | Mixture,
+    facts: Facts,
+    *,
+    params: Mapping[str, object],
+    inputs: Mapping[str, str],
+    seed: int,
+) -> None:
+    """Write a trained classifier with its numbers. The artifact comes last: where it is, all of it is."""
+    metrics = {"validation": trained.kept, "alarms": trained.alarms}
+    files.write_json(paths.metrics(stage, name), metrics)
+    files.write_csv(paths.plots(stage, name), trained.history)
+    classifiers.save(
+        paths.artifact(stage, name),
+        trained.model,
+        architecture,
+        facts,
+        params={key: _plain(value) for key, value in params.items()},
+        inputs=inputs,
+        seed=seed,
+        metrics=metrics,
+        seconds=trained.seconds,
+    )
+    for alarm in trained.alarms:
+        console.warn(alarm)
+    console.say(f"written to {paths.artifact(stage, name)} after {trained.seconds:.0f} s")
+
+
+def _plain(value: object) -> object:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

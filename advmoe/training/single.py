@@ -1,0 +1,95 @@
+"""Training one plain network: an expert or a baseline, the same code."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from advmoe import classifiers
+from advmoe.classifiers import Backbone, Plain
+from advmoe.data.dataset import Dataset
+from advmoe.machine import derive_seed
+from advmoe.params import Epsilon, Seed, Settings
+from advmoe.training.adversary import Adversary, CleanBatches, FgsmBatches
+from advmoe.training.loop import Course, Row, Trained, fit
+from advmoe.training.recipe import Recipe, sgd
+
+
+class Student(Settings):
+    """One network to train: its adversary, its own seed, and the top-level parameter it depends on.
+
+    `reads` is what dvc.yaml puts among the stage's params: `epsilon` for whoever meets the threat model in training,
+    `seed` (which everybody reads anyway) for the others, so that `-S epsilon=...` does not retrain them.
+    """
+
+    adversary: Adversary
+    seed: Seed
+    reads: Literal["seed", "epsilon"]
+
+    def model_post_init(self, context: object) -> None:
+        """Raises ValueError when `reads` hides a dependency from DVC, or invents one."""
+        del context
+        needed = "epsilon" if self.meets_threat_model else "seed"
+        if self.reads != needed:
+            raise ValueError(f"reads must be {needed} for a '{self.adversary.kind}' adversary")
+
+    @property
+    def meets_threat_model(self) -> bool:
+        """Whether training attacks at the top-level epsilon."""
+        return not isinstance(self.adversary, CleanBatches | FgsmBatches)
+
+
+class SingleRecipe(Recipe):
+    """A recipe, and the fixed radius at which networks that do not meet the threat model are validated."""
+
+    validation_epsilon: Epsilon
+
+
+class PlainLearner:
+    """Cross-entropy on whatever the batch was attacked with."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model = model
+        self.recipe = recipe
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """SGD over all parameters."""
+        return sgd([(self.model, self.recipe.optimizer.lr)], self.recipe.optimizer)
+
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        """Mean cross-entropy."""
+        return functional.cross_entropy(self.model(images_BCHW), labels_B)
+
+    def after_backward(self) -> None:
+        """Nothing to look at: a plain network has no gate."""
+
+    def health(self, model: nn.Module, clean_NCHW: Tensor, attacked_NCHW: Tensor) -> Row:
+        """No further columns."""
+        del model, clean_NCHW, attacked_NCHW
+        return {}
+
+
+def train_single(
+    name: str, student: Student, backbone: Backbone, dataset: Dataset, recipe: SingleRecipe, *, seed: int, epsilon: float | None
+) -> Trained:
+    """Train one plain network. `epsilon` is the threat model's, None for students that do not meet it.
+
+    Students that meet the threat model are validated and selected at its epsilon, the others at the recipe's fixed
+    one; those are selected by clean accuracy.
+    """
+    meets = student.meets_threat_model
+    assert (epsilon is not None) == meets
+    model = classifiers.build(Plain(kind="plain", backbone=backbone), dataset.facts, seed, name, student.seed)
+    radius = recipe.validation_epsilon if epsilon is None else epsilon
+    course = Course(
+        name=name,
+        seed=derive_seed(seed, student.seed),
+        dataset=dataset,
+        recipe=recipe,
+        adversary=student.adversary,
+        epsilon=radius,
+        validation_epsilon=radius,
+        select_by="pgd" if meets else "clean",
+    )
+    return fit(PlainLearner(model, recipe), course)

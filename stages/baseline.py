@@ -1,0 +1,32 @@
+"""baseline@NAME: one plain network to compare the mixture with: the experts' recipe, for as many epochs in total.
+
+Reads `seed`, `model`, `pretrain`, `train.epochs`, `baseline.NAME` (and `epsilon` if it meets the threat model) and the
+data set. Writes artifacts/baseline/NAME.safetensors, metrics/baseline/NAME.json and plots/baseline/NAME.csv.
+"""
+
+from advmoe import paths
+from advmoe.classifiers import Backbone, Plain
+from advmoe.data import dataset
+from advmoe.params import Epsilon, PositiveInt, Seed, load_section
+from advmoe.training.record import record
+from advmoe.training.single import SingleRecipe, Student, train_single
+
+
+def run(name: str) -> None:
+    """Train the baseline called `name` in params.yaml."""
+    seed, backbone = load_section("seed", Seed), load_section("model", Backbone)
+    student, recipe = load_section(f"baseline.{name}", Student), load_section("pretrain", SingleRecipe)
+    recipe = recipe.model_copy(update={"epochs": recipe.epochs + load_section("train.epochs", PositiveInt)})
+    epsilon = load_section("epsilon", Epsilon) if student.meets_threat_model else None
+    data = dataset.load(paths.DATASET)
+    trained = train_single(f"baseline-{name}", student, backbone, data, recipe, seed=seed, epsilon=epsilon)
+    record(
+        "baseline",
+        name,
+        trained,
+        Plain(kind="plain", backbone=backbone),
+        data.facts,
+        params={"recipe": recipe, "student": student, "epsilon": epsilon},
+        inputs={"dataset": data.sha256},
+        seed=seed,
+    )

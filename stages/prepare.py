@@ -1,0 +1,44 @@
+"""prepare: images of one source -> fixed splits of uint8 tensors with channel statistics and a content hash.
+
+Reads `seed` and `prepare`. Writes artifacts/prepare/dataset.safetensors and metrics/prepare.json.
+"""
+
+from collections import Counter
+
+from advmoe import console, files, paths
+from advmoe.data import dataset, images
+from advmoe.data.catalogue import Prepare
+from advmoe.data.dataset import SPLITS, Facts
+from advmoe.params import Seed, load_section
+
+
+def run() -> None:
+    """Read the source, check it, split it, write it."""
+    seed, settings = load_section("seed", Seed), load_section("prepare", Prepare)
+    source = images.check(settings.source.read(), f"prepare.source ({settings.source.kind})")
+    drawn = dataset.build(source, settings.splits, seed)
+    train = drawn["train"][0].images
+    mean, std = dataset.statistics(train)
+    _, channels, height, width = train.shape
+    facts = Facts(
+        channels=channels, height=height, width=width, class_names=source.class_names, mean=mean, std=std
+    )
+    leaked = dataset.leaked(drawn)
+    if leaked:
+        console.warn(f"{leaked} test image(s) also occur in the training split, pixel for pixel")
+    numbers = {f"{name}_images": len(drawn[name][1]) for name in SPLITS}
+    numbers |= {"classes": facts.classes, "leaked": leaked}
+    params = settings.model_dump(mode="json")
+    sha256 = dataset.save(paths.DATASET, drawn, facts, params=params, seed=seed, metrics=numbers)
+    files.write_json(paths.METRICS / "prepare.json", numbers)
+    console.table(
+        f"{settings.source.kind}: {channels} x {height} x {width} pixels, {facts.classes} classes",
+        ["split", "images", "smallest class", "largest class"],
+        [_row(name, drawn[name][0].labels.tolist()) for name in SPLITS],
+    )
+    console.say(f"content hash {sha256[:16]}, written to {paths.DATASET}")
+
+
+def _row(name: str, labels: list[int]) -> list[str]:
+    sizes = Counter(labels).values()
+    return [name, str(len(labels)), str(min(sizes, default=0)), str(max(sizes, default=0))]

@@ -1,0 +1,31 @@
+"""pretrain@NAME: one expert, trained on its own.
+
+Reads `seed`, `model`, `pretrain`, `experts.NAME` (and `epsilon` if that expert meets the threat model) and the data set.
+Writes artifacts/pretrain/NAME.safetensors, metrics/pretrain/NAME.json and plots/pretrain/NAME.csv.
+"""
+
+from advmoe import paths
+from advmoe.classifiers import Backbone, Plain
+from advmoe.data import dataset
+from advmoe.params import Epsilon, Seed, load_section
+from advmoe.training.record import record
+from advmoe.training.single import SingleRecipe, Student, train_single
+
+
+def run(name: str) -> None:
+    """Train the expert called `name` in params.yaml."""
+    seed, backbone = load_section("seed", Seed), load_section("model", Backbone)
+    student, recipe = load_section(f"experts.{name}", Student), load_section("pretrain", SingleRecipe)
+    epsilon = load_section("epsilon", Epsilon) if student.meets_threat_model else None
+    data = dataset.load(paths.DATASET)
+    trained = train_single(name, student, backbone, data, recipe, seed=seed, epsilon=epsilon)
+    record(
+        "pretrain",
+        name,
+        trained,
+        Plain(kind="plain", backbone=backbone),
+        data.facts,
+        params={"recipe": recipe, "student": student, "epsilon": epsilon},
+        inputs={"dataset": data.sha256},
+        seed=seed,
+    )
