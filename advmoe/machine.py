@@ -43,7 +43,7 @@ def machine() -> Machine:
     try:
         return Machine()
     except ValidationError as error:
-        raise UserError(f"environment: ADVMOE_{explain(error).lstrip('.')}") from error
+        raise UserError(f"environment: {PREFIX}{explain(error)}") from error
 
 
 def device() -> torch.device:

@@ -91,22 +91,23 @@ def load_section(key: str, kind: type[T], path: Path = PARAMS_FILE) -> T:
             known = f"; known there: {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
             raise UserError(f"{path}: key '{where}' is missing{known}")
         value = value[part]
-    return validate(value, kind, f"{path}: {key}")
+    return validate(value, kind, str(path), key)
 
 
-def validate(value: object, kind: type[T], where: str) -> T:
-    """Validate `value` as `kind`. Raises UserError with the first problem in one sentence, prefixed by `where`."""
+def validate(value: object, kind: type[T], where: str, key: str = "") -> T:
+    """Validate `value` as `kind`. Raises UserError: `where`, the key below `key`, and the first problem."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{where}{explain(error)}") from error
+        raise UserError(f"{where}: {explain(error, key)}") from error
 
 
-def explain(error: ValidationError) -> str:
-    """The first problem of a ValidationError as '.key.subkey: sentence', with a count of the others."""
+def explain(error: ValidationError, key: str = "") -> str:
+    """The first problem of a ValidationError as 'key.subkey: sentence', with a count of the others."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    key = "".join(f".{part}" for part in first["loc"] if not _is_union_tag(part, first))
+    parts = [key, *(str(part) for part in first["loc"] if not _is_union_tag(part, first))]
+    path = ".".join(part for part in parts if part)
     match first["type"]:
         case "missing":
             sentence = "is missing"
@@ -117,8 +118,8 @@ def explain(error: ValidationError) -> str:
         case _:
             message = first["msg"]
             sentence = f"{message[0].lower()}{message[1:]}, got {_short(first['input'])}"
-    more = f" (and {len(problems) - 1} more problem(s))" if len(problems) > 1 else ""
-    return f"{key}: {sentence}{more}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{path}: {sentence}{more}" if path else f"{sentence}{more}"
 
 
 def _is_union_tag(part: int | str, problem: Any) -> bool:

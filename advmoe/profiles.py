@@ -35,7 +35,7 @@ def use(name: str) -> list[str]:
     changed = _lay(params, overlay, "")
     text = io.StringIO()
     yaml.dump(params, text)
-    validate(YAML(typ="safe").load(text.getvalue()), Params, f"{path}: ")
+    validate(YAML(typ="safe").load(text.getvalue()), Params, str(path))
     files.write_text(PARAMS_FILE, text.getvalue())
     return changed
 
@@ -61,13 +61,17 @@ def _lay(base: CommentedMap, overlay: CommentedMap, prefix: str) -> list[str]:
     changed: list[str] = []
     for key, value in overlay.items():
         old = base.get(key)
-        if isinstance(value, CommentedMap) and isinstance(old, CommentedMap) and value.get("kind") == old.get("kind"):
+        if isinstance(value, CommentedMap) and isinstance(old, CommentedMap) and _same_thing(value, old):
             changed += _lay(old, value, f"{prefix}{key}.")
         elif old != value or key not in base:
             base[key] = value
             changed.append(f"{prefix}{key}")
         _take_comment(base, overlay, key)
     return changed
+
+
+def _same_thing(overlay: CommentedMap, base: CommentedMap) -> bool:
+    return bool(overlay.get("kind", base.get("kind")) == base.get("kind"))
 
 
 def _take_comment(base: CommentedMap, overlay: CommentedMap, key: Any) -> None:

@@ -45,4 +45,4 @@ def _subset(key: str, names: tuple[str, ...], section: str, known: dict[str, Stu
 
 def load_params() -> Params:
     """Read and validate all of params.yaml. Raises UserError with one sentence."""
-    return validate(read_yaml(PARAMS_FILE), Params, f"{PARAMS_FILE}")
+    return validate(read_yaml(PARAMS_FILE), Params, str(PARAMS_FILE))
