@@ -162,4 +162,3 @@ def info() -> None:
     from advmoe import machine
 
     console.table("this machine", ["what", "value"], machine.describe())
-

@@ -13,6 +13,7 @@ from advmoe.errors import UserError
 from advmoe.params import PARAMS_FILE, read_yaml, validate
 from advmoe.schema import Params
 
+NULL_TAG = "tag:yaml.org,2002:null"
 LINE_WIDTH = 4096  # never fold a line: a comment belongs to its key
 
 
@@ -43,6 +44,7 @@ def use(name: str) -> list[str]:
 def _round_trip() -> YAML:
     yaml = YAML()
     yaml.width = LINE_WIDTH
+    yaml.representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar(NULL_TAG, "null"))
     yaml.indent(mapping=2, sequence=4, offset=2)
     return yaml
 
@@ -76,5 +78,11 @@ def _same_thing(overlay: CommentedMap, base: CommentedMap) -> bool:
 
 def _take_comment(base: CommentedMap, overlay: CommentedMap, key: Any) -> None:
     """The reason beside a number must be the reason for that number: the profile's comment goes with its value."""
-    if key in overlay.ca.items and isinstance(base[key], str | int | float | bool | list | None):
-        base.ca.items[key] = overlay.ca.items[key]
+    here, there = base.ca.items.get(key), overlay.ca.items.get(key)
+    if not there or not there[2] or (isinstance(base[key], CommentedMap) and not base[key].fa.flow_style()):
+        return
+    comment = there[2]
+    # what follows the end of the line (blank lines, headings) belongs to the file, not to the key
+    following = here[2].value.partition("\n")[2] if here and here[2] else ""
+    comment.value = f"{comment.value.partition(chr(10))[0]}\n{following}"
+    base.ca.items[key] = there

@@ -55,7 +55,7 @@ def run() -> None:
             precision=settings.precision,
             seed=stream,
         )
-        if not _is_expert(name):
+        if source is not None and not results.is_expert(name):
             curve = robustness_curve(
                 name,
                 model,
@@ -66,6 +66,7 @@ def run() -> None:
                 seed=stream,
             )
             curves[name] = dict(curve)
+        console.say(f"{name}: " + ", ".join(f"{kind} {share}" for kind, share in measured[name].shares().items()))
     gate = _gate(mixture.model, split, measured["mixture"], _expert_names(mixture))
     _write(measured, curves, gate, epsilon, split, data)
     _write_examples(measured, split, settings, inputs, seed, epsilon, time.monotonic() - started)
@@ -84,15 +85,11 @@ def _subjects(mixture: Classifier, baselines: tuple[str, ...]) -> Iterator[tuple
     yield results.BEFORE, classifiers.assemble(architecture, mixture.about.facts, models, 0), None
     for name in baselines:
         baseline = classifiers.load(paths.artifact("baseline", name))
-        yield f"baseline/{name}", baseline.model, baseline
+        yield results.BASELINE + name, baseline.model, baseline
     for name, expert in experts.items():
-        yield f"expert/{name}", expert.model, expert
+        yield results.PRETRAINED + name, expert.model, expert
     for name, model in zip(architecture.experts, joint.experts, strict=True):
-        yield f"joint-expert/{name}", model, None
-
-
-def _is_expert(name: str) -> bool:
-    return name.startswith(("expert/", "joint-expert/"))
+        yield results.JOINT + name, model, None
 
 
 def _expert_names(mixture: Classifier) -> tuple[str, ...]:
@@ -176,7 +173,7 @@ def _write_examples(
     for name, outcome in measured.items():
         for kind, correct in outcome.correct.items():
             tensors[f"{name}.{kind}.correct"] = correct
-        if not _is_expert(name):
+        if not results.is_expert(name):
             for kind, images in outcome.images.items():
                 tensors[f"{name}.{kind}.images"] = images
     artifacts.save(

@@ -20,9 +20,7 @@ def run() -> None:
     train = drawn["train"][0].images
     mean, std = dataset.statistics(train)
     _, channels, height, width = train.shape
-    facts = Facts(
-        channels=channels, height=height, width=width, class_names=source.class_names, mean=mean, std=std
-    )
+    facts = Facts(channels=channels, height=height, width=width, class_names=source.class_names, mean=mean, std=std)
     leaked = dataset.leaked(drawn)
     if leaked:
         console.warn(f"{leaked} test image(s) also occur in the training split, pixel for pixel")

@@ -24,7 +24,9 @@ def run() -> None:
     experts = {name: classifiers.load(paths.artifact("pretrain", name)) for name in recipe.experts}
     for name, expert in experts.items():
         if expert.header.inputs.get("dataset") != data.sha256:
-            raise UserError(f"{paths.artifact('pretrain', name)}: trained on other data than {paths.DATASET}; run `dvc repro`")
+            raise UserError(
+                f"{paths.artifact('pretrain', name)}: trained on other data than {paths.DATASET}; run `dvc repro`"
+            )
     architectures = {name: expert.about.architecture for name, expert in experts.items()}
     backbones = {plain.backbone for plain in architectures.values() if isinstance(plain, Plain)}
     if len(backbones) != 1:

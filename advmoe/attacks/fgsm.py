@@ -18,9 +18,7 @@ class Fgsm(Settings):
     kind: Literal["fgsm"]
 
 
-def fgsm(
-    model: Model, images_BCHW: Tensor, labels_B: Tensor, *, ball: Ball, settings: Fgsm, draws: Draws
-) -> Tensor:
+def fgsm(model: Model, images_BCHW: Tensor, labels_B: Tensor, *, ball: Ball, settings: Fgsm, draws: Draws) -> Tensor:
     """x + epsilon * steepest(grad CE), inside the ball and [0, 1]; in L2 the step follows the normed gradient."""
     del settings, draws  # one deterministic step
     gradient, _ = input_gradient(model, images_BCHW, labels_B, "ce")

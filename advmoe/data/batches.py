@@ -47,7 +47,9 @@ def augment(images_BCHW: Tensor, settings: Augmentation, stream: torch.Generator
         images_BCHW = _crop(images_BCHW, settings.crop, stream)
     if settings.flip:
         mirrored = torch.rand(len(images_BCHW), generator=stream) < 0.5
-        images_BCHW = torch.where(mirrored.to(images_BCHW.device)[:, None, None, None], images_BCHW.flip(3), images_BCHW)
+        images_BCHW = torch.where(
+            mirrored.to(images_BCHW.device)[:, None, None, None], images_BCHW.flip(3), images_BCHW
+        )
     return images_BCHW
 
 

@@ -91,7 +91,9 @@ def stratified(labels: np.ndarray, counts: Mapping[SplitName, int], seed: int) -
     """
     wanted = sum(counts.values())
     if wanted >= len(labels):
-        raise UserError(f"prepare.splits: {wanted} images asked for, but there are {len(labels)} and training needs some")
+        raise UserError(
+            f"prepare.splits: {wanted} images asked for, but there are {len(labels)} and training needs some"
+        )
     draw = np.random.default_rng(seed)
     # shuffle, then order each image by its rank within its class: any run of this order is stratified
     shuffled = draw.permutation(len(labels))
@@ -156,7 +158,9 @@ def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
 
 def leaked(drawn: Mapping[SplitName, tuple[Labelled, np.ndarray]]) -> int:
     """How many test images occur, pixel for pixel, in the training split: duplicates that the source itself holds."""
-    train, test = ({hashlib.sha256(image.tobytes()).digest() for image in drawn[name][0].images} for name in ("train", "test"))
+    train, test = (
+        {hashlib.sha256(image.tobytes()).digest() for image in drawn[name][0].images} for name in ("train", "test")
+    )
     return len(train & test)
 
 

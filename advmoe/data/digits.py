@@ -3,7 +3,6 @@
 from typing import Literal
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from advmoe.data.images import Labelled, SourceImages, as_nchw, numbered
 from advmoe.params import Settings
@@ -18,6 +17,8 @@ class Digits(Settings):
 
     def read(self) -> SourceImages:
         """All 1797 digits, 1 x 8 x 8."""
+        from sklearn.datasets import load_digits  # takes seconds to import, and only this source needs it
+
         digits = load_digits()
         images = np.round(digits.images / BRIGHTEST * 255).astype(np.uint8)
         return SourceImages(Labelled(as_nchw(images), digits.target.astype(np.int64)), None, numbered(10))

@@ -2,6 +2,8 @@
 
 CIFAR is read from its official binary edition: the edition that torchvision's own class reads is a pickle, and loading
 data must not run code. MNIST and Fashion-MNIST are idx files, SVHN a MATLAB matrix; torchvision reads those safely.
+
+torchvision is imported where it is used: it takes seconds, and most runs need none of it.
 """
 
 import tarfile
@@ -12,8 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torchvision import datasets
-from torchvision.datasets.utils import check_integrity, download_url
 
 from advmoe.data.images import Labelled, SourceImages, as_nchw, numbered
 from advmoe.errors import UserError
@@ -87,6 +87,8 @@ def parse_cifar(content: bytes, label_bytes: int) -> Labelled:
 
 
 def _read_cifar(edition: CifarEdition, root: Path) -> SourceImages:
+    from torchvision.datasets.utils import check_integrity, download_url
+
     archive = root / edition.archive
     if not check_integrity(archive, edition.md5):
         download_url(CIFAR_HOME + edition.archive, root, edition.archive, edition.md5)
@@ -110,12 +112,16 @@ def _labelled(images: Any, labels: Any) -> Labelled:
 
 
 def _read_svhn(root: Path) -> SourceImages:
-    train, test = (datasets.SVHN(root, split=split, download=True) for split in ("train", "test"))
+    from torchvision.datasets import SVHN
+
+    train, test = (SVHN(root, split=split, download=True) for split in ("train", "test"))
     return SourceImages(_labelled(train.data, train.labels), _labelled(test.data, test.labels), numbered(10))
 
 
-def _read_mnist(kind: type[datasets.MNIST], names: tuple[str, ...], root: Path) -> SourceImages:
-    train, test = (kind(root, train=is_train, download=True) for is_train in (True, False))
+def _read_mnist(kind: Literal["MNIST", "FashionMNIST"], names: tuple[str, ...], root: Path) -> SourceImages:
+    from torchvision import datasets
+
+    train, test = (getattr(datasets, kind)(root, train=is_train, download=True) for is_train in (True, False))
     return SourceImages(
         _labelled(as_nchw(train.data.numpy()), train.targets),
         _labelled(as_nchw(test.data.numpy()), test.targets),
@@ -127,6 +133,6 @@ READERS: dict[str, Callable[[Path], SourceImages]] = {
     "cifar10": lambda root: _read_cifar(CIFAR10, root),
     "cifar100": lambda root: _read_cifar(CIFAR100, root),
     "svhn": _read_svhn,
-    "mnist": lambda root: _read_mnist(datasets.MNIST, numbered(10), root),
-    "fashion-mnist": lambda root: _read_mnist(datasets.FashionMNIST, FASHION, root),
+    "mnist": lambda root: _read_mnist("MNIST", numbered(10), root),
+    "fashion-mnist": lambda root: _read_mnist("FashionMNIST", FASHION, root),
 }

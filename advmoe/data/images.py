@@ -69,9 +69,7 @@ def _check_part(part: Labelled, classes: int, where: str) -> None:
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{where}: {len(images)} images need as many integer labels, got {labels.dtype} {labels.shape}")
     if labels.min() < 0 or labels.max() >= classes:
-        raise UserError(
-            f"{where}: labels must lie in 0..{classes - 1}, found {labels.min()}..{labels.max()}"
-        )
+        raise UserError(f"{where}: labels must lie in 0..{classes - 1}, found {labels.min()}..{labels.max()}")
 
 
 def _shape(part: Labelled) -> str:

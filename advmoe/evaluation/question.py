@@ -54,7 +54,9 @@ def answer(question: Question) -> Path:
     shares = measured.shares()
     title = f"{question.model}: accuracy on {len(split)} test images, L-inf epsilon {format_epsilon(epsilon)}"
     console.table(
-        title, ["", "% [95 % Wilson interval]", "images"], [[name, str(share), f"{share.correct}/{share.total}"] for name, share in shares.items()]
+        title,
+        ["", "% [95 % Wilson interval]", "images"],
+        [[name, str(share), f"{share.correct}/{share.total}"] for name, share in shares.items()],
     )
     report: dict[str, Any] = {
         "model": str(question.model),

@@ -13,6 +13,9 @@ SCHEMA = 1
 MIXTURE = "mixture"
 UNIFORM = "uniform-average"
 BEFORE = "before-joint"
+BASELINE = "baseline/"
+PRETRAINED = "expert/"  # an expert as pre-training left it
+JOINT = "joint-expert/"  # the same expert as joint training left it
 MEANING = {
     MIXTURE: "mixture (gate and experts, jointly trained)",
     UNIFORM: "uniform average of the same experts, no gate",
@@ -20,20 +23,27 @@ MEANING = {
 }
 
 
+def is_expert(name: str) -> bool:
+    """Whether a result is that of a single expert."""
+    return name.startswith((PRETRAINED, JOINT))
+
+
 def summary(
     measured: Mapping[str, Measured], curves: Mapping[str, Mapping[float, Share]], epsilon: float
 ) -> dict[str, Any]:
     """Accuracies only, few enough to compare experiments by; the best expert is the one strongest in the worst case."""
     shares = {name: outcome.shares() for name, outcome in measured.items()}
-    headline = {name: {kind: share.accuracy for kind, share in shares[name].items()} for name in curves}
-    experts = [name for name in shares if name.startswith("expert/")]
+    experts = [name for name in shares if name.startswith(PRETRAINED)]
+    headline = {
+        name: {kind: share.accuracy for kind, share in shares[name].items()} for name in shares if not is_expert(name)
+    }
     best = max(experts, key=lambda name: (shares[name][WORST].accuracy, shares[name][CLEAN].accuracy))
     return {
         "schema_version": SCHEMA,
         "epsilon": epsilon,
         "images": shares[MIXTURE][CLEAN].total,
         **headline,
-        "best-expert": {"name": best.removeprefix("expert/")}
+        "best-expert": {"name": best.removeprefix(PRETRAINED)}
         | {kind: share.accuracy for kind, share in shares[best].items()},
         "grid": {
             name: {format_epsilon(radius): share.accuracy for radius, share in curve.items()}

@@ -221,5 +221,3 @@ def _summary(row: Row) -> str:
         f"epoch {row['epoch']}: loss {row['loss']:.3f}, validation clean {row['clean']:.3f}, "
         f"FGSM {row['fgsm']:.3f}, PGD {row['pgd']:.3f}"
     )
-
-

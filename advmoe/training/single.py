@@ -71,7 +71,14 @@ class PlainLearner:
 
 
 def train_single(
-    name: str, student: Student, backbone: Backbone, dataset: Dataset, recipe: SingleRecipe, *, seed: int, epsilon: float | None
+    name: str,
+    student: Student,
+    backbone: Backbone,
+    dataset: Dataset,
+    recipe: SingleRecipe,
+    *,
+    seed: int,
+    epsilon: float | None,
 ) -> Trained:
     """Train one plain network. `epsilon` is the threat model's, None for students that do not meet it.
 
