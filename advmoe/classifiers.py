@@ -83,7 +83,7 @@ def build(architecture: Plain | Mixture, facts: Facts, *seed: object) -> nn.Modu
             model = _backbone(architecture.backbone, facts)
         else:
             model = _mixture(architecture, facts)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=torch.channels_last)
 
 
 def _backbone(backbone: Backbone, facts: Facts) -> nn.Module:
@@ -133,7 +133,7 @@ def save(
 
 
 def load(path: Path) -> Classifier:
-    """Read a classifier. Raises UserError if the file is missing, damaged, of another kind, or its tensors do not fit."""
+    """Read a classifier. Raises UserError if the file is missing, damaged, no classifier, or its tensors do not fit."""
     artifact = artifacts.load(path, KIND)
     about = validate(artifact.header.about, About, f"{path}: header")
     model = build(about.architecture, about.facts, 0)

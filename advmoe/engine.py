@@ -87,7 +87,7 @@ def predict(model: nn.Module, images_NCHW: Tensor, batch_size: int) -> Tensor:
     if not len(images_NCHW):
         raise ValueError("no images to predict")
     with frozen(model), folded(model, {torch.float32}), torch.no_grad():
-        return torch.cat([_padded(model, batch, batch_size) for batch in images_NCHW.split(batch_size)])
+        return torch.cat([_padded(model, batch, batch_size) for batch in torch.split(images_NCHW, batch_size)])
 
 
 def _padded(model: nn.Module, images_BCHW: Tensor, batch_size: int) -> Tensor:
@@ -128,7 +128,7 @@ def attack(
     projected into the ball again before it is scored: its own claims count for nothing.
     """
     numbers = torch.arange(len(images_NCHW))
-    for batch in numbers.split(batch_size):
+    for batch in torch.split(numbers, batch_size):
         images, labels = images_NCHW[batch], labels_N[batch]
         clean_logits = predict(model, images, batch_size)
         standing = clean_logits.argmax(1) == labels

@@ -69,7 +69,7 @@ def prepare_torch() -> None:
 
 
 def describe() -> list[tuple[str, str]]:
-    """This machine in rows of (what, value)."""
+    """Rows of (what, value) for a person to read."""
     place = device()
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or platform.machine()
     versions = [(package, version(package)) for package in ("advmoe", "torch", "torchvision", "dvc", "safetensors")]
@@ -83,7 +83,7 @@ def describe() -> list[tuple[str, str]]:
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from named parts, e.g. derive_seed(0, 'fgsm-1', 'shuffle'): independent streams, no arithmetic."""
+    """A 63-bit seed from named parts, such as (0, 'fgsm-1', 'shuffle'): independent streams without arithmetic."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

@@ -1,7 +1,7 @@
 """pretrain@NAME: one expert, trained on its own.
 
-Reads `seed`, `model`, `pretrain`, `experts.NAME` (and `epsilon` if that expert meets the threat model) and the data set.
-Writes artifacts/pretrain/NAME.safetensors, metrics/pretrain/NAME.json and plots/pretrain/NAME.csv.
+Reads `seed`, `model`, `pretrain`, `experts.NAME` (and `epsilon` if that expert meets the threat model) and the data
+set. Writes artifacts/pretrain/NAME.safetensors, metrics/pretrain/NAME.json and plots/pretrain/NAME.csv.
 """
 
 from advmoe import paths

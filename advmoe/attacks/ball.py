@@ -84,4 +84,5 @@ class L2:
 
 
 def _norm(points_BCHW: Tensor) -> Tensor:
-    return points_BCHW.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    length: Tensor = torch.linalg.vector_norm(points_BCHW, dim=(1, 2, 3), keepdim=True)
+    return length

@@ -1,5 +1,6 @@
 """Random numbers for attacks, always drawn on the CPU so that every device sees the same ones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,6 @@ class ImageDraws:
         """Standard normal, in the shape and on the device of `like`."""
         return self._stack(torch.randn, like).to(like)
 
-    def _stack(self, draw: "torch._C._VariableFunctions", like: Tensor) -> Tensor:
+    def _stack(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
         assert len(like) == len(self.streams), "one stream for each image"
         return torch.stack([draw(like.shape[1:], generator=stream) for stream in self.streams])

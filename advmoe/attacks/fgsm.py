@@ -19,7 +19,7 @@ class Fgsm(Settings):
 
 
 def fgsm(model: Model, images_BCHW: Tensor, labels_B: Tensor, *, ball: Ball, settings: Fgsm, draws: Draws) -> Tensor:
-    """x + epsilon * steepest(grad CE), inside the ball and [0, 1]; in L2 the step follows the normed gradient."""
+    """The image plus epsilon * steepest(grad CE), inside the ball and [0, 1]; in L2 the step is the normed gradient."""
     del settings, draws  # one deterministic step
     gradient, _ = input_gradient(model, images_BCHW, labels_B, "ce")
     return ball.project(images_BCHW + ball.epsilon * ball.steepest(gradient), images_BCHW).detach()

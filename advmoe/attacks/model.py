@@ -24,7 +24,7 @@ def cross_entropy(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def margin(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-    """Best wrong logit minus the true one (B,): above 0 exactly where the image is misclassified (Carlini-Wagner 2017)."""
+    """Best wrong logit minus the true one (B,): above 0 where the image is misclassified (Carlini-Wagner 2017)."""
     true = logits_BK.gather(1, labels_B[:, None]).squeeze(1)
     others = logits_BK.scatter(1, labels_B[:, None], -torch.inf).amax(dim=1)
     return others - true

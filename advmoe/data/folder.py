@@ -1,6 +1,7 @@
 """Your own images as a folder: one subfolder per class, PNG or JPEG inside.
 
-With subfolders `train` and `test` (each holding the class folders) the test split is yours; without, `prepare` draws one.
+With subfolders `train` and `test` (each holding the class folders) the test split is yours;
+without, `prepare` draws one.
 """
 
 from pathlib import Path

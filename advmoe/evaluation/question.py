@@ -34,7 +34,7 @@ def answer(question: Question) -> Path:
     epsilon = (
         load_section("epsilon", Epsilon)
         if question.epsilon is None
-        else validate(question.epsilon, Epsilon, "--epsilon")  # type: ignore[arg-type]
+        else validate(question.epsilon, Epsilon, "--epsilon")
     )
     attacks = _attacks(question, settings)
     data = dataset.load(paths.DATASET)

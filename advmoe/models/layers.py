@@ -48,7 +48,8 @@ class ConvNorm(nn.Module):
     def fold(self, dtypes: set[torch.dtype]) -> None:
         """Precompute weight and bias of the one convolution that equals both layers in eval mode."""
         norm = self.norm
-        assert norm.running_var is not None and norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
         with torch.no_grad():
             scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
             weight = self.conv.weight * scale.view(-1, 1, 1, 1)

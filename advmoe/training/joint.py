@@ -49,7 +49,8 @@ class JointRecipe(Recipe):
 def load_imbalance(log_gate_BE: Tensor) -> Tensor:
     """Squared coefficient of variation of the batch's mean weight per expert: 0 when all experts are used alike."""
     load_E = log_gate_BE.exp().mean(dim=0)
-    return load_E.var(correction=0) / load_E.mean().square()
+    imbalance: Tensor = load_E.var(correction=0) / load_E.mean().square()
+    return imbalance
 
 
 class MixtureLearner:
@@ -104,16 +105,18 @@ def entropy(weights_NE: Tensor) -> Tensor:
 
 def shift(left_NE: Tensor, right_NE: Tensor) -> Tensor:
     """Mean total variation distance between two sets of gate weights, in [0, 1]."""
-    return (left_NE - right_NE).abs().sum(dim=1).mean() / 2
+    distance: Tensor = (left_NE - right_NE).abs().sum(dim=1).mean() / 2
+    return distance
 
 
 def alarms(history: list[Row], recipe: JointRecipe) -> list[str]:
     """What went wrong with the gate, judged on the last epoch (load) and on every epoch (gradient)."""
-    found = []
-    last = history[-1]
-    for name in recipe.experts:
-        if last[f"load_{name}"] > recipe.alarms.load and len(recipe.experts) > 1:
-            found.append(f"gate: collapsed, expert {name} has {last[f'load_{name}']:.0%} of the weight")
+    load = {name: history[-1][f"load_{name}"] for name in recipe.experts}
+    found = [
+        f"gate: collapsed, expert {name} has {share:.0%} of the weight"
+        for name, share in load.items()
+        if share > recipe.alarms.load and len(load) > 1
+    ]
     dead = [row["epoch"] for row in history if row["gate_gradient"] < recipe.alarms.gradient]
     if dead:
         found.append(f"gate: no gradient in epoch {dead[0]}, it does not learn")

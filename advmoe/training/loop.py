@@ -154,7 +154,8 @@ def _end_of_epoch(learner: Learner, model: nn.Module, course: Course, epoch: int
     if not torch.isfinite(loss).all():
         batch = int((~torch.isfinite(loss)).nonzero()[0]) + 1
         raise UserError(
-            f"{course.name}: the loss became NaN or infinite in epoch {epoch}, batch {batch}; lower optimizer.lr or set clip"
+            f"{course.name}: the loss became NaN or infinite in epoch {epoch}, batch {batch}; "
+            "lower optimizer.lr or set clip"
         )
     split = course.dataset["validation"].first(course.recipe.validation.images)
     measured, clean, attacked = validate(model, split, course)
@@ -187,7 +188,9 @@ def validate(model: nn.Module, split: Split, course: Course) -> tuple[Row, Tenso
             )
         )
         clean = torch.cat([part.clean_logits for part in parts]).argmax(1) == labels
-        robust = torch.cat([part.correct(own) for part, own in zip(parts, labels.split(VALIDATION_BATCH), strict=True)])
+        robust = torch.cat(
+            [part.correct(own) for part, own in zip(parts, torch.split(labels, VALIDATION_BATCH), strict=True)]
+        )
         row["clean"], row[attack.kind] = _share(clean), _share(robust)
         adversarial = torch.cat([part.images for part in parts])
     return row, images, adversarial
