@@ -34,8 +34,9 @@ def main() -> None:
 
 def _stage() -> None:
     """What every stage does first: the whole of params.yaml must be sound, then threads and determinism are set."""
-    from advmoe import schema
+    from advmoe import machine, schema
 
+    machine.refuse_several_processes()
     schema.load_params()
     _torch()
 

@@ -82,6 +82,13 @@ def describe() -> list[tuple[str, str]]:
     ]
 
 
+def refuse_several_processes() -> None:
+    """Raises UserError under a launcher that starts several copies: each would train and write the same files."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UserError(f"environment: started as {processes} processes (WORLD_SIZE), but a stage runs in one")
+
+
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from named parts, such as (0, 'fgsm-1', 'shuffle'): independent streams without arithmetic."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()

@@ -1,0 +1,142 @@
+"""What every test needs: one thread, a clean environment, and, on demand, a small project of its own."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from advmoe import classifiers, machine, paths
+from advmoe.classifiers import Backbone, GateSettings, Mixture
+from advmoe.data import dataset
+from advmoe.files import write_text
+
+ROOT = Path(__file__).parent.parent
+EXPERTS = ("clean", "pgd-1")
+SMALL: dict[str, Any] = {  # what makes a run of seconds out of params.yaml, whatever profile was laid over it
+    "seed": 0,
+    "epsilon": 0.1,
+    "model.width": 2,
+    "prepare.source": {"kind": "digits"},
+    "prepare.splits": {"pool": 270, "validation": 180, "test": 360},
+    "pretrain.epochs": 1,
+    "train.epochs": 1,
+    "train.gate.width": 2,
+    "evaluate.limit": 24,
+    "evaluate.batch_size": 24,
+    "evaluate.precision": "float32",
+    "evaluate.attacks": {
+        "fgsm": {"kind": "fgsm"},
+        "pgd": {"kind": "pgd", "steps": 2, "step_size": 0.5, "restarts": 1, "loss": "ce"},
+    },
+}
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No ADVMOE_* variable of the caller, nothing left behind by a test that set threads or determinism."""
+    for name in [name for name in os.environ if name.startswith(machine.PREFIX)]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    machine.machine.cache_clear()
+    torch.set_num_threads(1)
+    yield
+    machine.machine.cache_clear()
+    if torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: seconds, so only where needed
+        torch.use_deterministic_algorithms(False)
+
+
+def edit_params(changes: dict[str, Any]) -> None:
+    """Set dotted keys in ./params.yaml."""
+    yaml = YAML()
+    yaml.width = 4096
+    file = Path("params.yaml")
+    content = yaml.load(file.read_text())
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        section = content
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    with file.open("w") as handle:
+        yaml.dump(content, handle)
+
+
+@pytest.fixture
+def edit() -> Edit:
+    """`edit({"model.width": 3})` sets dotted keys in ./params.yaml."""
+    return edit_params
+
+
+def copy_inputs(folder: Path) -> None:
+    """The project's own params.yaml, dvc.yaml and profiles."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "profiles", folder / "profiles")
+
+
+@pytest.fixture(scope="session")
+def built_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small project with the real digits prepared and an untrained mixture: built once, copied by `project`."""
+    from stages import prepare
+
+    folder = tmp_path_factory.mktemp("built")
+    copy_inputs(folder)
+    with contextlib.chdir(folder):
+        edit_params(SMALL)
+        prepare.run()
+        save_tiny_mixture(paths.MIXTURE)
+    return folder
+
+
+def save_tiny_mixture(path: Path) -> None:
+    """A mixture of two experts of two channels on the prepared data; untrained, but its BatchNorms have seen images."""
+    data = dataset.load(paths.DATASET)
+    architecture = Mixture(
+        kind="mixture",
+        backbone=Backbone(kind="resnet18", width=2),
+        experts=EXPERTS,
+        gate=GateSettings(width=2, temperature=1.0),
+        mixing="probabilities",
+    )
+    model = classifiers.build(architecture, data.facts, 0, "tiny")
+    with torch.no_grad():  # running statistics other than 0 and 1, so that a round trip has something to lose
+        model.train()(data["train"].pixels()[:64])
+    model.eval()
+    inputs = {"dataset": data.sha256}
+    classifiers.save(path, model, architecture, data.facts, params={}, inputs=inputs, seed=0, metrics={}, seconds=0.0)
+
+
+@pytest.fixture
+def project(built_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the small project; the test runs inside it."""
+    folder = tmp_path / "project"
+    shutil.copytree(built_project, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def inputs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """params.yaml, dvc.yaml and profiles as they are in this checkout, nothing built; the test runs inside."""
+    copy_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def params_file(tmp_path: Path) -> Callable[[str], Path]:
+    """Write a params.yaml of the given text; its path."""
+
+    def write(text: str) -> Path:
+        write_text(tmp_path / "params.yaml", text)
+        return tmp_path / "params.yaml"
+
+    return write

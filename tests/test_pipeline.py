@@ -1,0 +1,170 @@
+"""The real pipeline, small: every stage through DVC in a repository of its own, as `make repro PROFILE=smoke` does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from advmoe import artifacts
+
+ROOT = Path(__file__).parent.parent
+EXPERTS = ["clean", *(f"{kind}-{number}" for kind in ("fgsm", "pgd") for number in range(1, 5))]
+PGD_EXPERTS = [f"pretrain@{name}" for name in EXPERTS if name.startswith("pgd")]
+
+pytestmark = pytest.mark.pipeline
+
+
+class Project:
+    """A copy of the project with a git history of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        # one thread: what is compared bit by bit must not depend on the machine's cores
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("ADVMOE_")}
+        self.environment |= {
+            "ADVMOE_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "GIT_AUTHOR_NAME": "test",
+            "GIT_AUTHOR_EMAIL": "test@example.org",
+            "GIT_COMMITTER_NAME": "test",
+            "GIT_COMMITTER_EMAIL": "test@example.org",
+        }
+
+    def run(self, *command: str) -> str:
+        """Run a command in the project; returns its output, fails the test if the command fails."""
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    def dvc(self, *arguments: str) -> str:
+        """Run DVC."""
+        return self.run(sys.executable, "-m", "dvc", *arguments)
+
+    def advmoe(self, *arguments: str) -> str:
+        """Run advmoe as DVC does."""
+        return self.run(sys.executable, "-m", "advmoe", *arguments)
+
+    def params(self, change: str, value: object) -> None:
+        """Set one key (with dots) of params.yaml."""
+        yaml, path = YAML(), self.root / "params.yaml"
+        content = yaml.load(path.read_text())
+        *parents, last = change.split(".")
+        section = content
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+        with path.open("w") as file:
+            yaml.dump(content, file)
+
+    def commit(self, message: str) -> None:
+        """Commit everything."""
+        self.run("git", "add", "--all")
+        self.run("git", "commit", "--quiet", "--message", message)
+
+
+def stages_run(output: str) -> list[str]:
+    """The stages that DVC says it ran."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]
+
+
+def hashes(project: Project) -> dict[str, str]:
+    """Content of every artifact, by path."""
+    return {
+        str(path.relative_to(project.root)): artifacts.load(path).header.sha256
+        for path in sorted((project.root / "artifacts").rglob("*.safetensors"))
+    }
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """The pipeline, built once from nothing with the smoke profile, and committed."""
+    project = Project(tmp_path_factory.mktemp("pipeline") / "advmoe")
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in tracked.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith(("metrics/", "plots/")) and name != "dvc.lock":
+            (project.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, project.root / name)
+    project.run("git", "init", "--quiet")
+    project.advmoe("use", "smoke")
+    project.dvc("repro")
+    project.commit("a small run")
+    yield project
+    shutil.rmtree(project.root, ignore_errors=True)
+
+
+def test_every_stage_leaves_its_files(built: Project) -> None:
+    expected = ["artifacts/prepare/dataset.safetensors", "artifacts/train/mixture.safetensors"]
+    expected += [f"artifacts/pretrain/{name}.safetensors" for name in EXPERTS]
+    expected += ["plots/baseline/standard.csv", "metrics/baseline/adversarial.json"]
+    expected += ["artifacts/evaluate/adversarial.safetensors", "plots/evaluate/robustness.csv", "metrics/evaluate.json"]
+    assert [name for name in expected if not (built.root / name).is_file()] == []
+
+
+def test_numbers_are_complete_and_plausible(built: Project) -> None:
+    head = json.loads((built.root / "metrics/evaluate.json").read_text())
+    assert head["images"] == 60
+    for name in ("mixture", "uniform-average", "before-joint", "baseline/standard", "baseline/adversarial"):
+        assert 0 <= head[name]["worst"] <= head[name]["pgd"] <= head[name]["clean"] <= 1
+    assert len(list((built.root / "metrics/evaluate").glob("*.json"))) == 5 + 2 * len(EXPERTS)
+
+
+def test_a_second_repro_does_nothing(built: Project) -> None:
+    assert stages_run(built.dvc("repro")) == []
+    assert "nothing to do" in built.advmoe("check")
+
+
+def test_results_are_shown_and_questions_answered_without_touching_what_is_tracked(built: Project) -> None:
+    assert "mixture" in built.advmoe("results")
+    answer = built.advmoe("evaluate", "--attack", "pgd", "--limit", "20", "--steps", "2")
+    assert "runs/evaluate-" in answer
+    assert built.run("git", "status", "--porcelain") == ""
+
+
+def test_the_mixture_loads_as_a_module(built: Project) -> None:
+    code = (
+        "import torch, advmoe; model = advmoe.load_model('artifacts/train/mixture.safetensors');"
+        "print(float(model(torch.rand(3, 1, 8, 8)).exp().sum()))"
+    )
+    assert float(built.run(sys.executable, "-c", code)) == pytest.approx(3, abs=1e-4)
+
+
+def test_metrics_and_plots_are_known_to_dvc(built: Project) -> None:
+    assert "mixture" in built.dvc("metrics", "show", "--md")
+    shown = built.dvc("plots", "show", "--out", "runs/plots")
+    page = Path(shown.strip().splitlines()[-1].removeprefix("file://"))
+    assert "vega" in page.read_text()
+
+
+def test_equal_params_give_identical_files(built: Project) -> None:
+    before, lock = hashes(built), (built.root / "dvc.lock").read_text()
+    built.dvc("repro", "--force", "--no-run-cache", "pretrain@pgd-1", "pretrain@fgsm-1", "--single-item")
+    built.dvc("repro", "--force", "--no-run-cache", "train", "--single-item")
+    assert hashes(built) == before
+    assert (built.root / "dvc.lock").read_text() == lock
+
+
+def test_an_experts_own_params_rerun_it_and_what_follows(built: Project) -> None:
+    built.params("experts.fgsm-2.seed", 12)
+    assert "dvc repro would run: pretrain@fgsm-2, train, evaluate" in built.advmoe("check")
+    built.run("git", "checkout", "--", "params.yaml")
+
+
+def test_an_experiment_at_another_epsilon_reruns_exactly_what_meets_it(built: Project) -> None:
+    ran = stages_run(built.dvc("exp", "run", "--name", "smaller", "--set-param", "epsilon=8/255"))
+    assert sorted(ran) == sorted([*PGD_EXPERTS, "baseline@adversarial", "train", "evaluate"])
+    assert "epsilon: 8/255 " in (built.root / "params.yaml").read_text()
+    table = built.dvc("exp", "show", "--csv", "--no-pager")
+    assert "smaller" in table
+    assert "grid.mixture.25.5/255" in table.partition("\n")[0]

@@ -1,0 +1,202 @@
+"""`advmoe use`: an overlay changes what it names, carries its comments, and leaves every other byte alone."""
+
+import difflib
+from pathlib import Path
+
+import pytest
+
+from advmoe import profiles
+from advmoe.errors import UserError
+from advmoe.params import read_yaml
+from advmoe.schema import Params, load_params
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
+OVERLAY = """\
+# A profile for this test.
+epsilon: 12/255      # reason for epsilon
+
+model:
+  width: 7           # reason for width
+
+experts:
+  pgd-2: {seed: 6, reads: epsilon, adversary: {kind: pgd, steps: [1, 9], step_size: 0.25}}   # reason for pgd-2
+
+evaluate:
+  limit: 33          # reason for limit
+"""
+NPZ_SOURCE = """\
+prepare:
+  source:
+    kind: npz
+    train: data/a.npz
+    test: null
+    per_class: 5
+    test_per_class: null
+"""
+CHANGED = ["epsilon: 12/255", "width: 7", "steps: [1, 9]", "limit: 33"]
+
+
+@pytest.fixture
+def params(inputs_only: Path) -> Path:
+    """A params.yaml of known values, with OVERLAY as profiles/mine.yaml beside it."""
+    write_profile("mine", OVERLAY)
+    path = inputs_only / "params.yaml"
+    assert not [line for line in path.read_text().splitlines() if any(change in line for change in CHANGED)]
+    return path
+
+
+def write_profile(name: str, text: str) -> None:
+    (Path("profiles") / f"{name}.yaml").write_text(text)
+
+
+def touched(before: str, after: str) -> tuple[list[str], list[str]]:
+    """Lines that went and lines that came."""
+    diff = list(difflib.ndiff(before.splitlines(), after.splitlines()))
+    return [line[2:] for line in diff if line.startswith("- ")], [line[2:] for line in diff if line.startswith("+ ")]
+
+
+def refusal(name: str) -> str:
+    """The sentence with which a profile is refused; params.yaml must be untouched."""
+    before = Path("params.yaml").read_bytes()
+    with pytest.raises(UserError) as caught:
+        profiles.use(name)
+    assert Path("params.yaml").read_bytes() == before
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_what_the_profile_names_is_changed(params: Path) -> None:
+    changed = profiles.use("mine")
+    assert {"epsilon", "model.width", "experts.pgd-2.adversary.steps", "evaluate.limit"} <= set(changed)
+    loaded = load_params()
+    assert (loaded.epsilon, loaded.model.width, loaded.evaluate.limit) == (12 / 255, 7, 33)
+    assert read_yaml(params)["experts"]["pgd-2"]["adversary"]["steps"] == [1, 9]
+
+
+def test_every_other_line_stays_byte_for_byte(params: Path) -> None:
+    before = params.read_bytes().decode()
+    profiles.use("mine")
+    gone, came = touched(before, params.read_bytes().decode())
+    assert len(gone) == len(came) == len(CHANGED)
+    for line, change in zip(came, CHANGED, strict=True):
+        assert change in line
+
+
+def test_the_reason_comes_with_the_number(params: Path) -> None:
+    profiles.use("mine")
+    lines = params.read_text().splitlines()
+    for change, name in zip(CHANGED, ("epsilon", "width", "pgd-2", "limit"), strict=True):
+        (line,) = [line for line in lines if change in line]
+        assert line.endswith(f"# reason for {name}")
+        assert line.count("#") == 1
+
+
+def test_a_value_without_a_comment_keeps_the_old_comment(params: Path) -> None:
+    (old,) = [line for line in params.read_text().splitlines() if line.startswith("launcher:")]
+    write_profile("terse", "launcher: nice python\n")
+    assert profiles.use("terse") == ["launcher"]
+    (new,) = [line for line in params.read_text().splitlines() if line.startswith("launcher:")]
+    assert new.partition("#")[2] == old.partition("#")[2] != ""
+
+
+def test_using_a_profile_twice_changes_nothing_more(params: Path) -> None:
+    profiles.use("mine")
+    once = params.read_bytes()
+    assert profiles.use("mine") == []
+    assert params.read_bytes() == once
+
+
+def test_a_thing_of_another_kind_is_replaced_as_a_whole(params: Path) -> None:
+    write_profile("other", NPZ_SOURCE)
+    write_profile("back", "prepare:\n  source:\n    kind: digits\n")
+    assert "prepare.source" in profiles.use("other")
+    expected = {"kind": "npz", "train": "data/a.npz", "test": None, "per_class": 5, "test_per_class": None}
+    assert read_yaml(params)["prepare"]["source"] == expected
+    assert "test: null" in params.read_text()  # not ruamel's empty value
+    assert profiles.use("back") == ["prepare.source"]
+    assert read_yaml(params)["prepare"]["source"] == {"kind": "digits"}
+
+
+def test_a_new_expert_is_added(params: Path) -> None:
+    write_profile("more", "experts:\n  extra: {seed: 90, reads: seed, adversary: {kind: clean}}   # one more\n")
+    assert profiles.use("more") == ["experts.extra"]
+    assert load_params().experts["extra"].seed == 90
+    assert "train:" in params.read_text()
+
+
+def test_the_profiles_are_listed(params: Path) -> None:
+    del params
+    assert profiles.known() == sorted([*SHIPPED, "mine"])
+
+
+@pytest.mark.parametrize("name", ["nothing", "../params", "mine.yaml", ""])
+def test_an_unknown_profile_lists_the_known(params: Path, name: str) -> None:
+    del params
+    message = refusal(name)
+    assert message.startswith(f"profiles/{name}.yaml: no such profile; known are ")
+    assert "mine" in message.partition("known are ")[2].split(", ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("epsilon: 8\n", "epsilon: epsilon 8 is more than the whole pixel range [0, 1]; did you mean 8/255?"),
+        ("epsilom: 0.1\n", "epsilom: is not a known key"),
+        ("model: {width: 0}\n", "model.width: input should be greater than 0, got 0"),
+        ("train: {experts: [nobody]}\n", "train.experts lists 'nobody', but experts has only clean"),
+        ("experts:\n  pgd-1: {reads: seed}\n", "experts.pgd-1: reads must be epsilon for a 'pgd' adversary"),
+        ("- a\n", "must be a mapping of sections, found list"),
+        ("", "must be a mapping of sections, found NoneType"),
+        ("a: [1\n", "not valid YAML: "),
+        ("seed: 1\nseed: 2\n", "not valid YAML: "),
+    ],
+)
+def test_an_invalid_profile_leaves_params_alone(params: Path, text: str, expected: str) -> None:
+    del params
+    write_profile("bad", text)
+    assert refusal("bad").startswith(f"profiles/bad.yaml: {expected}")
+
+
+def test_a_broken_params_file_is_named_itself(params: Path) -> None:
+    params.write_text("seed: [\n")
+    assert refusal("mine").startswith("params.yaml: not valid YAML: ")
+
+
+def test_a_missing_params_file_is_named(params: Path) -> None:
+    params.unlink()
+    with pytest.raises(UserError, match=r"^params\.yaml: no such file"):
+        profiles.use("mine")
+
+
+@pytest.mark.xfail(strict=True, reason="a mistake that params.yaml had before is blamed on the profile")
+def test_a_mistake_in_params_is_not_blamed_on_the_profile(params: Path) -> None:
+    params.write_text(params.read_text() + "sed: 1\n")
+    assert refusal("mine").startswith("params.yaml: ")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_profile_fits_and_is_idempotent(inputs_only: Path, name: str) -> None:
+    profiles.use(name)
+    assert isinstance(load_params(), Params)
+    once = (inputs_only / "params.yaml").read_bytes()
+    assert profiles.use(name) == []
+    assert (inputs_only / "params.yaml").read_bytes() == once
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_profile_states_its_values(inputs_only: Path, name: str) -> None:
+    """After `use` the file holds, key for key, what the profile says."""
+    profiles.use(name)
+    missing = list[str]()
+
+    def compare(overlay: dict[str, object], base: dict[str, object], prefix: str) -> None:
+        for key, value in overlay.items():
+            found = base[key]
+            if isinstance(value, dict) and isinstance(found, dict):
+                compare(value, found, f"{prefix}{key}.")
+            elif found != value:
+                missing.append(f"{prefix}{key}")
+
+    compare(read_yaml(Path("profiles") / f"{name}.yaml"), read_yaml(inputs_only / "params.yaml"), "")
+    assert not missing
