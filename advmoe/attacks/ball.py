@@ -69,8 +69,8 @@ class L2:
     epsilon: float
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:
-        # clamping to the box shortens the change, pixel by pixel, so the ball still holds afterwards
-        change = points.clamp(0, 1) - images
+        # the ball first: clamping to the box afterwards only shortens the change, pixel by pixel, so both hold
+        change = points - images
         return (images + change * (self.epsilon / _norm(change).clamp_min(TINY)).clamp_max(1)).clamp(0, 1)
 
     def steepest(self, gradient: Tensor) -> Tensor:

@@ -36,8 +36,9 @@ def pgd(
     """The last point of the ascent, inside the ball and [0, 1].
 
     `fooled(points, labels)` says (B,) which points the caller counts as adversarial; it is asked about those that the
-    model itself gets wrong. With it an image leaves the ascent, and is spared the remaining restarts, at its first
-    such point, which is returned. Without it every image takes all steps of every restart, as training wants.
+    model itself gets wrong, and at the end of a restart about all that are left. With it an image leaves the ascent,
+    and is spared the remaining restarts, at its first such point, which is returned. Without it every image takes all
+    steps of every restart, as training wants.
     """
     result = images_BCHW.clone()
     open_ = torch.arange(len(images_BCHW), device=images_BCHW.device)

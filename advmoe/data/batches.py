@@ -28,8 +28,8 @@ def batch_indices(count: int, batch_size: int, stream: torch.Generator) -> tuple
 
 
 def batches_per_epoch(count: int, batch_size: int) -> int:
-    """How many batches one epoch has."""
-    return -(-count // batch_size)
+    """How many batches one epoch has; as many as leave at least two images in each."""
+    return max(1, min(-(-count // batch_size), count // 2))
 
 
 def batches(

@@ -109,9 +109,9 @@ def shift(left_NE: Tensor, right_NE: Tensor) -> Tensor:
     return distance
 
 
-def alarms(history: list[Row], recipe: JointRecipe) -> list[str]:
-    """What went wrong with the gate, judged on the last epoch (load) and on every epoch (gradient)."""
-    load = {name: history[-1][f"load_{name}"] for name in recipe.experts}
+def alarms(history: list[Row], kept: Row, recipe: JointRecipe) -> list[str]:
+    """What went wrong with the gate, judged on the epoch that was kept (load) and on every epoch (gradient)."""
+    load = {name: kept[f"load_{name}"] for name in recipe.experts}
     found = [
         f"gate: collapsed, expert {name} has {share:.0%} of the weight"
         for name, share in load.items()
@@ -138,9 +138,8 @@ def train_mixture(
         recipe=recipe,
         adversary=recipe.adversary,
         epsilon=epsilon,
-        validation_epsilon=epsilon,
         select_by="pgd",
     )
     trained = fit(MixtureLearner(mixture, recipe), course)
-    trained.alarms.extend(alarms(trained.history, recipe))
+    trained.alarms.extend(alarms(trained.history, trained.kept, recipe))
     return trained, architecture

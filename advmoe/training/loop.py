@@ -60,7 +60,7 @@ class Learner(Protocol):
 class Course:
     """One training run: what is learned from, under which attacks, and what `best` means.
 
-    `epsilon` is the threat model's, for PGD batches; `validation_epsilon` the radius that validation measures at.
+    `epsilon`: L-inf radius of PGD batches and of validation; `select_by`: the column of the history to be highest.
     """
 
     name: str
@@ -69,7 +69,6 @@ class Course:
     recipe: Recipe
     adversary: Adversary
     epsilon: float
-    validation_epsilon: float
     select_by: str
 
 
@@ -84,6 +83,61 @@ class Trained:
     seconds: float = field(compare=False)
 
 
+class Run:
+    """The moving parts of a training run, all that changes from step to step."""
+
+    def __init__(self, learner: Learner, course: Course) -> None:
+        self.learner = learner
+        self.course = course
+        place, recipe, train = device(), course.recipe, course.dataset["train"]
+        learner.model.to(place)
+        self.images, self.labels = train.images.to(place), train.labels.to(place)
+        self.steps_per_epoch = batches_per_epoch(len(train), recipe.batch_size)
+        self.optimizer = learner.optimizer()
+        steps = recipe.epochs * self.steps_per_epoch
+        self.scheduler = LambdaLR(self.optimizer, lambda step: rate(recipe.schedule, step, steps))
+        self.average = _averaged(learner.model, recipe.ema)
+        # a stream for each purpose: an attack with more restarts must not change the order of the images
+        self.shuffle, self.adversary, self.noise = (
+            generator(course.seed, course.name, purpose) for purpose in ("shuffle", "adversary", "noise")
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The weights that would be kept now: the averaged ones where there are any."""
+        return self.learner.model if self.average is None else self.average.module
+
+    def epoch(self, number: int) -> Row:
+        """Go once through the training split, then look at the validation split."""
+        recipe = self.course.recipe
+        epoch = batches(self.images, self.labels, recipe.batch_size, recipe.augmentation, self.shuffle)
+        what = f"{self.course.name} epoch {number}/{recipe.epochs}"
+        losses = [self.step(images, labels) for images, labels in console.track(epoch, what, self.steps_per_epoch)]
+        return _end_of_epoch(self.learner, self.model, self.course, number, losses)
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Attack one batch as drawn, learn from it; returns its loss."""
+        course, model = self.course, self.learner.model
+        recipe = course.recipe
+        drawn = draw(course.adversary, course.epsilon, self.adversary)
+        if drawn is not None:
+            draws = BatchDraws(self.noise)
+            images = engine.craft(model, images, labels, drawn.attack, drawn.ball, draws, recipe.precision)
+        model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        with engine.autocast(images.device, recipe.precision):
+            loss = self.learner.loss(images.contiguous(memory_format=torch.channels_last), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.learner.after_backward()
+        if recipe.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(model)
+        return loss.detach()
+
+
 def fit(learner: Learner, course: Course) -> Trained:
     """Train `learner.model` in place on the training split; returns the model that `recipe.selection` keeps.
 
@@ -91,62 +145,18 @@ def fit(learner: Learner, course: Course) -> Trained:
     finite.
     """
     started = time.monotonic()
-    recipe, place = course.recipe, device()
-    learner.model.to(place)
-    train = course.dataset["train"]
-    images, labels = train.images.to(place), train.labels.to(place)
-    steps_per_epoch = batches_per_epoch(len(labels), recipe.batch_size)
-    optimizer = learner.optimizer()
-    scheduler = LambdaLR(optimizer, lambda step: rate(recipe.schedule, step, recipe.epochs * steps_per_epoch))
-    average = _averaged(learner.model, recipe.ema)
-    streams = {name: generator(course.seed, course.name, name) for name in ("shuffle", "adversary", "noise")}
+    run = Run(learner, course)
     history: list[Row] = []
-    best: tuple[float, Mapping[str, Tensor]] | None = None
-    for epoch in range(1, recipe.epochs + 1):
-        losses: list[Tensor] = []
-        epoch_batches = batches(images, labels, recipe.batch_size, recipe.augmentation, streams["shuffle"])
-        for batch_images, batch_labels in console.track(
-            epoch_batches, f"{course.name} epoch {epoch}/{recipe.epochs}", steps_per_epoch
-        ):
-            losses.append(_step(learner, course, optimizer, batch_images, batch_labels, streams))
-            scheduler.step()
-            if average is not None:
-                average.update_parameters(learner.model)
-        model = learner.model if average is None else average.module
-        history.append(_end_of_epoch(learner, model, course, epoch, losses))
+    kept: Row = {}
+    weights: Mapping[str, Tensor] = {}
+    for number in range(1, course.recipe.epochs + 1):
+        history.append(run.epoch(number))
         console.say(f"{course.name} {_summary(history[-1])}")
-        score = float(history[-1][course.select_by])
-        if recipe.selection == "last" or best is None or score > best[0]:
-            best = (score, copy.deepcopy(model.state_dict()))
-            kept = history[-1]
-    assert best is not None
-    learner.model.load_state_dict(best[1])
+        better = not kept or history[-1][course.select_by] > kept[course.select_by]
+        if better or course.recipe.selection == "last":
+            kept, weights = history[-1], copy.deepcopy(run.model.state_dict())
+    learner.model.load_state_dict(weights)
     return Trained(learner.model.eval(), history, kept, _overfitting(course, kept), time.monotonic() - started)
-
-
-def _step(
-    learner: Learner,
-    course: Course,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    streams: Mapping[str, torch.Generator],
-) -> Tensor:
-    recipe, model = course.recipe, learner.model
-    drawn = draw(course.adversary, course.epsilon, streams["adversary"])
-    if drawn is not None:
-        noise = BatchDraws(streams["noise"])
-        images = engine.craft(model, images, labels, drawn.attack, drawn.ball, noise, recipe.precision)
-    model.train()
-    optimizer.zero_grad(set_to_none=True)
-    with engine.autocast(images.device, recipe.precision):
-        loss = learner.loss(images.contiguous(memory_format=torch.channels_last), labels)
-    loss.backward()  # type: ignore[no-untyped-call]
-    learner.after_backward()
-    if recipe.clip:
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-    optimizer.step()
-    return loss.detach()
 
 
 def _end_of_epoch(learner: Learner, model: nn.Module, course: Course, epoch: int, losses: list[Tensor]) -> Row:
@@ -159,6 +169,10 @@ def _end_of_epoch(learner: Learner, model: nn.Module, course: Course, epoch: int
         )
     split = course.dataset["validation"].first(course.recipe.validation.images)
     measured, clean, attacked = validate(model, split, course)
+    if not torch.isfinite(engine.predict(model, clean, VALIDATION_BATCH)).all():
+        raise UserError(
+            f"{course.name}: the network outputs NaN or infinity after epoch {epoch}; lower optimizer.lr or set clip"
+        )
     return {
         "epoch": epoch,
         "loss": round(float(loss.mean()), DIGITS),
@@ -171,7 +185,7 @@ def validate(model: nn.Module, split: Split, course: Course) -> tuple[Row, Tenso
     """Clean, FGSM and PGD accuracy on `split`, and its images clean and under PGD (N, C, H, W)."""
     place = device()
     images, labels = split.pixels().to(place), split.labels.to(place)
-    validation, ball = course.recipe.validation, LInf(course.validation_epsilon)
+    validation, ball = course.recipe.validation, LInf(course.epsilon)
     row: Row = {}
     adversarial = images
     for attack in (Fgsm(kind="fgsm"), _validation_pgd(validation)):

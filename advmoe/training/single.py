@@ -88,15 +88,13 @@ def train_single(
     meets = student.meets_threat_model
     assert (epsilon is not None) == meets
     model = classifiers.build(Plain(kind="plain", backbone=backbone), dataset.facts, seed, name, student.seed)
-    radius = recipe.validation_epsilon if epsilon is None else epsilon
     course = Course(
         name=name,
         seed=derive_seed(seed, student.seed),
         dataset=dataset,
         recipe=recipe,
         adversary=student.adversary,
-        epsilon=radius,
-        validation_epsilon=radius,
+        epsilon=recipe.validation_epsilon if epsilon is None else epsilon,
         select_by="pgd" if meets else "clean",
     )
     return fit(PlainLearner(model, recipe), course)
