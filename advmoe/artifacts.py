@@ -34,6 +34,7 @@ class Header(BaseModel):
 
     `about` holds what a reader needs to use the tensors (an architecture, class names); `inputs` the sha256 of the
     artifacts it was made from; `params` the settings it was made with; `metrics` validation numbers, never test.
+    `sha256` covers the tensors and is what other artifacts refer to; `header_sha256` covers everything else here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -47,6 +48,11 @@ class Header(BaseModel):
     torch: str
     metrics: dict[str, Any]
     sha256: str
+    header_sha256: str = ""
+
+    def own_hash(self) -> str:
+        """sha256 over all of this but itself."""
+        return hashlib.sha256(canonical_json(self.model_dump(exclude={"header_sha256"})).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -95,6 +101,7 @@ def save(
         metrics=dict(metrics),
         sha256=hash_tensors(stored),
     )
+    header = header.model_copy(update={"header_sha256": header.own_hash()})
     write_bytes(path, to_safetensors(stored, metadata={METADATA_KEY: canonical_json(header.model_dump())}))
     write_json(sidecar(path), _circumstances(seconds))
     return header
@@ -116,7 +123,7 @@ def load(path: Path, kind: str | None = None) -> Artifact:
     header = _parse_header(path, metadata)
     if kind is not None and header.kind != kind:
         raise UserError(f"{path}: holds a {header.kind}, but a {kind} is needed here")
-    if hash_tensors(tensors) != header.sha256:
+    if hash_tensors(tensors) != header.sha256 or header.own_hash() != header.header_sha256:
         raise UserError(f"{path}: content does not match its checksum; the file was altered or damaged")
     return Artifact(header, tensors)
 

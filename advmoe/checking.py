@@ -27,7 +27,7 @@ def check_dvc_file(params: Params) -> None:
 
     Raises UserError naming the stage and the line to add.
     """
-    stages = read_yaml(DVC_FILE).get("stages", {})
+    stages = read_yaml(DVC_FILE).get("stages") or {}
     needed = {
         "train": [paths.artifact("pretrain", name) for name in params.train.experts],
         "evaluate": [
@@ -36,7 +36,7 @@ def check_dvc_file(params: Params) -> None:
         ],
     }
     for stage, artifacts in needed.items():
-        listed = set(map(str, stages.get(stage, {}).get("deps", [])))
+        listed = set(map(str, (stages.get(stage) or {}).get("deps") or []))
         missing = [str(path) for path in artifacts if str(path) not in listed]
         if missing:
             raise UserError(f"{DVC_FILE}: stages.{stage}.deps must list {missing[0]}, or DVC will not see it change")

@@ -10,6 +10,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -45,9 +46,9 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table; the first column is left-aligned text, the others are right-aligned numbers."""
-    grid = Table(title=title, title_justify="left", header_style="bold")
+    grid = Table(title=Text(title), title_justify="left", header_style="bold")
     for position, column in enumerate(columns):
-        grid.add_column(column, justify="right" if position else "left")
+        grid.add_column(Text(column), justify="right" if position else "left")
     for row in rows:
-        grid.add_row(*row)
-    out.print(grid, markup=False)
+        grid.add_row(*map(Text, row))
+    out.print(grid)

@@ -43,7 +43,8 @@ def machine() -> Machine:
     try:
         return Machine()
     except ValidationError as error:
-        raise UserError(f"environment: {PREFIX}{explain(error)}") from error
+        name, _, sentence = explain(error, {}).partition(":")
+        raise UserError(f"environment: {PREFIX}{name.upper()}:{sentence}") from error
 
 
 def device() -> torch.device:

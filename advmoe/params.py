@@ -4,7 +4,7 @@ params.yaml is read with DVC's own YAML dialect (1.2, ruamel): `off` is a word a
 it is the other way round. Settings have no defaults: a default in code would be a number that DVC does not track.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -32,7 +32,7 @@ def parse_epsilon(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"epsilon must be a number or a fraction such as 8/255, not {value!r}")
     try:
-        exact = Fraction(value.replace(" ", "")) if isinstance(value, str) else Fraction(value)
+        exact = _parse_fraction(value) if isinstance(value, str) else Fraction(value)
     except ZeroDivisionError:
         raise ValueError(f"epsilon {value!r} divides by zero") from None
     except (ValueError, OverflowError):
@@ -42,9 +42,20 @@ def parse_epsilon(value: object) -> float:
     if exact < 0:
         raise ValueError(f"epsilon is a distance and cannot be negative, but is {value}")
     if exact > 1:
-        hint = f"; did you mean {value}/{PIXEL_LEVELS}?" if exact <= PIXEL_LEVELS else ""
+        typed_as_levels = exact <= PIXEL_LEVELS and "/" not in str(value)
+        hint = f"; did you mean {value}/{PIXEL_LEVELS}?" if typed_as_levels else ""
         raise ValueError(f"epsilon {value} is more than the whole pixel range [0, 1]{hint}")
     return float(exact)
+
+
+def _parse_fraction(text: str) -> Fraction:
+    """Decimals are welcome on both sides of the slash: format_epsilon writes 25.5/255."""
+    numerator, slash, denominator = text.partition("/")
+    if not slash:
+        return Fraction(text.strip())
+    if "/" in denominator:
+        raise ValueError("two slashes")
+    return Fraction(numerator.strip()) / Fraction(denominator.strip())
 
 
 def format_epsilon(epsilon: float) -> str:
@@ -99,15 +110,14 @@ def validate(value: object, kind: type[T], where: str, key: str = "") -> T:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{where}: {explain(error, key)}") from error
+        raise UserError(f"{where}: {explain(error, value, key)}") from error
 
 
-def explain(error: ValidationError, key: str = "") -> str:
-    """The first problem of a ValidationError as 'key.subkey: sentence', with a count of the others."""
+def explain(error: ValidationError, value: object, key: str = "") -> str:
+    """The first problem with `value` as 'key.subkey: sentence', with a count of the others."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    parts = [key, *(str(part) for part in first["loc"] if not _is_union_tag(part, first))]
-    path = ".".join(part for part in parts if part)
+    path = ".".join(part for part in (key, *_path(first["loc"], value)) if part)
     match first["type"]:
         case "missing":
             sentence = "is missing"
@@ -122,10 +132,16 @@ def explain(error: ValidationError, key: str = "") -> str:
     return f"{path}: {sentence}{more}" if path else f"{sentence}{more}"
 
 
-def _is_union_tag(part: int | str, problem: Any) -> bool:
-    """Pydantic puts the tag of a discriminated union into the location; the file has no such key."""
-    source = problem["input"]
-    return isinstance(part, str) and isinstance(source, Mapping) and source.get("kind") == part
+def _path(location: tuple[int | str, ...], value: Any) -> Iterator[str]:
+    """The keys on the way to a problem. Pydantic adds the tags of discriminated unions; the file has no such keys."""
+    for part in location:
+        if isinstance(value, Mapping):
+            if part not in value and value.get("kind") == part:
+                continue
+            value = value.get(part)
+        elif isinstance(value, Sequence) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        yield str(part)
 
 
 def _short(value: object) -> str:

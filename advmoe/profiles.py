@@ -1,6 +1,7 @@
 """Profiles: small YAML overlays that `advmoe use NAME` lays over params.yaml, comments kept."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from advmoe.params import PARAMS_FILE, read_yaml, validate
 from advmoe.schema import Params
 
 NULL_TAG = "tag:yaml.org,2002:null"
+BASE = "digits"  # what every profile is an overlay of
 LINE_WIDTH = 4096  # never fold a line: a comment belongs to its key
 
 
@@ -23,22 +25,39 @@ def known() -> list[str]:
 
 
 def use(name: str) -> list[str]:
-    """Lay a profile over params.yaml; returns the keys that changed, with dots.
+    """Lay the default profile and then this one over params.yaml; returns the keys that differ afterwards, with dots.
 
-    The result is validated before anything is written. Raises UserError for an unknown or invalid profile.
+    The default comes first, or what another profile changed would stay behind. The result is validated before anything
+    is written. Raises UserError for an unknown or invalid profile.
     """
     path = paths.PROFILES / f"{name}.yaml"
     if name not in known():
         raise UserError(f"{path}: no such profile; known are {files.names(known())}")
-    read_yaml(path), read_yaml(PARAMS_FILE)  # for the clear sentence when one of them is broken
+    before = read_yaml(PARAMS_FILE)
     yaml = _round_trip()
-    params, overlay = (_load(yaml, file) for file in (PARAMS_FILE, path))
-    changed = _lay(params, overlay, "")
+    params = _load(yaml, PARAMS_FILE)
+    for layer in (paths.PROFILES / f"{BASE}.yaml", path):
+        read_yaml(layer)  # for the clear sentence when it is no mapping
+        _lay(params, _load(yaml, layer))
     text = io.StringIO()
     yaml.dump(params, text)
-    validate(YAML(typ="safe").load(text.getvalue()), Params, str(path))
+    after = YAML(typ="safe").load(text.getvalue())
+    try:
+        validate(after, Params, str(path))
+    except UserError:
+        validate(before, Params, str(PARAMS_FILE))  # a mistake that was there before is not the profile's
+        raise
     files.write_text(PARAMS_FILE, text.getvalue())
-    return changed
+    return list(_differences(before, after))
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind") == old.get("kind"):
+            yield from _differences(old, value, f"{prefix}{key}.")
+        elif key not in before or old != value:
+            yield f"{prefix}{key}"
 
 
 def _round_trip() -> YAML:
@@ -58,18 +77,15 @@ def _load(yaml: YAML, path: Path) -> CommentedMap:
     return content
 
 
-def _lay(base: CommentedMap, overlay: CommentedMap, prefix: str) -> list[str]:
+def _lay(base: CommentedMap, overlay: CommentedMap) -> None:
     """Overlay `base` in place. A mapping of another `kind` is another thing and is replaced as a whole."""
-    changed: list[str] = []
     for key, value in overlay.items():
         old = base.get(key)
         if isinstance(value, CommentedMap) and isinstance(old, CommentedMap) and _same_thing(value, old):
-            changed += _lay(old, value, f"{prefix}{key}.")
+            _lay(old, value)
         elif old != value or key not in base:
             base[key] = value
-            changed.append(f"{prefix}{key}")
         _take_comment(base, overlay, key)
-    return changed
 
 
 def _same_thing(overlay: CommentedMap, base: CommentedMap) -> bool:

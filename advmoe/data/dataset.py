@@ -86,7 +86,7 @@ class Dataset:
 def stratified(labels: np.ndarray, counts: Mapping[SplitName, int], seed: int) -> dict[SplitName, np.ndarray]:
     """Disjoint positions for each named count, drawn with the classes' shares; what is left goes under 'train'.
 
-    Each split is shuffled. Shares are exact up to one image per class (largest remainder).
+    Each split is shuffled. A class's share is off by about one image at most.
     Raises UserError when the counts leave no training image or a split cannot be filled.
     """
     wanted = sum(counts.values())
@@ -159,9 +159,10 @@ def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
 def leaked(drawn: Mapping[SplitName, tuple[Labelled, np.ndarray]]) -> int:
     """How many test images occur, pixel for pixel, in the training split: duplicates that the source itself holds."""
     train, test = (
-        {hashlib.sha256(image.tobytes()).digest() for image in drawn[name][0].images} for name in ("train", "test")
+        [hashlib.sha256(image.tobytes()).digest() for image in drawn[name][0].images] for name in ("train", "test")
     )
-    return len(train & test)
+    known = set(train)
+    return sum(image in known for image in test)
 
 
 def save(

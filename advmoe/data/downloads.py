@@ -38,7 +38,8 @@ class Download(Settings):
             source = READERS[self.kind](root)
         except (OSError, RuntimeError, tarfile.TarError) as error:
             raise UserError(
-                f"prepare.source: {self.kind} is not complete in {root} and could not be downloaded ({error}); "
+                f"prepare.source: {self.kind} is not complete in {root} and could not be downloaded "
+                f"({' '.join(str(error).split())}); "
                 "connect once, or copy the official files there"
             ) from error
         test = source.test.first_per_class(self.test_per_class) if source.test else None

@@ -67,7 +67,7 @@ def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> NDArr
     """
     try:
         with Image.open(path) as picture:
-            pixels = picture.convert(MODES[channels])
+            pixels = _eight_bit(picture).convert(MODES[channels])
             if size is not None and pixels.size != size:
                 pixels = pixels.resize(size, Image.Resampling.LANCZOS)
             array = np.asarray(pixels, dtype=np.uint8)
@@ -78,6 +78,13 @@ def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> NDArr
     if min(array.shape[:2]) < SMALLEST_SIDE:
         raise UserError(f"{path}: images must be at least {SMALLEST_SIDE} pixels a side, got {_size(array)}")
     return array[..., None] if array.ndim == 2 else array
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """16-bit grey images scaled to 8 bit: Pillow's own conversion would clip everything above 255 to white."""
+    if picture.mode not in {"I", "I;16", "I;16B", "I;16L"}:
+        return picture
+    return Image.fromarray((np.asarray(picture, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
 
 
 def _subfolders(root: Path) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ Read without pickle: a data file cannot run code.
 """
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +45,7 @@ def read_npz(path: Path) -> tuple[Labelled, tuple[str, ...] | None]:
             arrays: dict[str, Any] = {name: file[name] for name in ("images", "labels", "class_names") if name in file}
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
+    except (OSError, ValueError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: cannot be read as .npz without pickle ({error})") from error
     for name in ("images", "labels"):
         if name not in arrays:
@@ -56,5 +57,12 @@ def read_npz(path: Path) -> tuple[Labelled, tuple[str, ...] | None]:
         )
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{path}: 'labels' must be {len(images)} integers, got {labels.dtype} {labels.shape}")
-    names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None
-    return Labelled(as_nchw(images), labels.astype(np.int64)), names
+    return Labelled(as_nchw(images), labels.astype(np.int64)), _class_names(path, arrays)
+
+
+def _class_names(path: Path, arrays: dict[str, Any]) -> tuple[str, ...] | None:
+    if "class_names" not in arrays:
+        return None
+    if arrays["class_names"].ndim != 1:
+        raise UserError(f"{path}: 'class_names' must be a list of names, got shape {arrays['class_names'].shape}")
+    return tuple(map(str, arrays["class_names"]))

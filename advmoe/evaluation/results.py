@@ -1,6 +1,7 @@
 """The headline of an evaluation: what `metrics/evaluate.json` holds and how it is shown."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from advmoe import console, files, paths
@@ -57,7 +58,9 @@ def show() -> None:
     head = files.read_json(paths.SUMMARY)
     if not isinstance(head, dict) or head.get("schema_version") != SCHEMA:
         raise UserError(f"{paths.SUMMARY}: not a result of this version of advmoe; run `dvc repro evaluate`")
-    reports = [files.read_json(path) for path in sorted(paths.EVALUATION.glob("*.json"))]
+    reports = [_report(path) for path in sorted(paths.EVALUATION.glob("*.json"))]
+    if not reports:
+        raise UserError(f"{paths.EVALUATION}: holds no results; run `dvc repro evaluate`")
     order = {name: place for place, name in enumerate(head)}
     reports.sort(key=lambda report: (order.get(report["model"], len(order)), report["model"]))
     kinds = list(reports[0]["accuracy"])
@@ -73,6 +76,13 @@ def show() -> None:
     _show_alarms()
     console.say(f"numbers: {paths.SUMMARY}, {paths.EVALUATION}/   plots: `dvc plots show`   models: {paths.ARTIFACTS}/")
     console.say("next: `advmoe evaluate --attack pgd --epsilon 8/255`, `dvc exp run -S epsilon=0.15`, `advmoe --help`")
+
+
+def _report(path: Path) -> dict[str, Any]:
+    report = files.read_json(path)
+    if not isinstance(report, dict) or report.get("schema_version") != SCHEMA or "accuracy" not in report:
+        raise UserError(f"{path}: not a result of this version of advmoe; run `dvc repro evaluate`")
+    return report
 
 
 def _show_alarms() -> None:

@@ -100,7 +100,8 @@ def gate_weights(mixture: MixtureOfExperts, images_NCHW: Tensor) -> Tensor:
 
 def entropy(weights_NE: Tensor) -> Tensor:
     """Mean entropy of the gate's weights in nats: 0 when one expert has all, log E when all weigh alike."""
-    return -torch.special.xlogy(weights_NE, weights_NE).sum(dim=1).mean()
+    nats: Tensor = -torch.special.xlogy(weights_NE, weights_NE).sum(dim=1).mean()
+    return nats
 
 
 def shift(left_NE: Tensor, right_NE: Tensor) -> Tensor:
