@@ -3,6 +3,7 @@
 On a terminal: rich bars and tables. Anywhere else (a log, DVC's output in CI): plain lines, one every few seconds.
 """
 
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -12,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-out = Console(highlight=False, soft_wrap=True)
+PLAIN_WIDTH = 120  # of tables in a log
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 PLAIN_SECONDS = 10.0
 

@@ -70,7 +70,7 @@ def run() -> None:
     gate = _gate(mixture.model, split, measured["mixture"], _expert_names(mixture))
     _write(measured, curves, gate, epsilon, split, data)
     _write_examples(measured, split, settings, inputs, seed, epsilon, time.monotonic() - started)
-    results.show()
+    console.say("`advmoe results` shows all results")
 
 
 def _subjects(mixture: Classifier, baselines: tuple[str, ...]) -> Iterator[tuple[str, nn.Module, Classifier | None]]:

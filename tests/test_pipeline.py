@@ -30,10 +30,6 @@ class Project:
         self.environment |= {
             "ADVMOE_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "GIT_AUTHOR_NAME": "test",
-            "GIT_AUTHOR_EMAIL": "test@example.org",
-            "GIT_COMMITTER_NAME": "test",
-            "GIT_COMMITTER_EMAIL": "test@example.org",
         }
 
     def run(self, *command: str) -> str:
@@ -97,6 +93,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             (project.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, project.root / name)
     project.run("git", "init", "--quiet")
+    project.run("git", "config", "user.name", "test")
+    project.run("git", "config", "user.email", "test@example.org")
     project.advmoe("use", "smoke")
     project.dvc("repro")
     project.commit("a small run")

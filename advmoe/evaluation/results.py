@@ -18,9 +18,9 @@ BASELINE = "baseline/"
 PRETRAINED = "expert/"  # an expert as pre-training left it
 JOINT = "joint-expert/"  # the same expert as joint training left it
 MEANING = {
-    MIXTURE: "mixture (gate and experts, jointly trained)",
-    UNIFORM: "uniform average of the same experts, no gate",
-    BEFORE: "mixture before joint training",
+    MIXTURE: "mixture",
+    UNIFORM: "uniform average, no gate",
+    BEFORE: "before joint training",
 }
 
 
