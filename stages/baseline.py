@@ -5,11 +5,10 @@ data set. Writes artifacts/baseline/NAME.safetensors, metrics/baseline/NAME.json
 """
 
 from advmoe import paths
-from advmoe.classifiers import Backbone, Plain
+from advmoe.classifiers import Backbone
 from advmoe.data import dataset
 from advmoe.params import Epsilon, PositiveInt, Seed, load_section
-from advmoe.training.record import record
-from advmoe.training.single import SingleRecipe, Student, train_single
+from advmoe.training.single import SingleRecipe, Student, train_and_record
 
 
 def run(name: str) -> None:
@@ -19,14 +18,4 @@ def run(name: str) -> None:
     recipe = recipe.model_copy(update={"epochs": recipe.epochs + load_section("train.epochs", PositiveInt)})
     epsilon = load_section("epsilon", Epsilon) if student.meets_threat_model else None
     data = dataset.load(paths.DATASET)
-    trained = train_single(f"baseline-{name}", student, backbone, data, recipe, seed=seed, epsilon=epsilon)
-    record(
-        "baseline",
-        name,
-        trained,
-        Plain(kind="plain", backbone=backbone),
-        data.facts,
-        params={"recipe": recipe, "student": student, "epsilon": epsilon},
-        inputs={"dataset": data.sha256},
-        seed=seed,
-    )
+    train_and_record("baseline", name, f"baseline-{name}", student, backbone, data, recipe, seed=seed, epsilon=epsilon)

@@ -5,11 +5,10 @@ set. Writes artifacts/pretrain/NAME.safetensors, metrics/pretrain/NAME.json and 
 """
 
 from advmoe import paths
-from advmoe.classifiers import Backbone, Plain
+from advmoe.classifiers import Backbone
 from advmoe.data import dataset
 from advmoe.params import Epsilon, Seed, load_section
-from advmoe.training.record import record
-from advmoe.training.single import SingleRecipe, Student, train_single
+from advmoe.training.single import SingleRecipe, Student, train_and_record
 
 
 def run(name: str) -> None:
@@ -18,14 +17,4 @@ def run(name: str) -> None:
     student, recipe = load_section(f"experts.{name}", Student), load_section("pretrain", SingleRecipe)
     epsilon = load_section("epsilon", Epsilon) if student.meets_threat_model else None
     data = dataset.load(paths.DATASET)
-    trained = train_single(name, student, backbone, data, recipe, seed=seed, epsilon=epsilon)
-    record(
-        "pretrain",
-        name,
-        trained,
-        Plain(kind="plain", backbone=backbone),
-        data.facts,
-        params={"recipe": recipe, "student": student, "epsilon": epsilon},
-        inputs={"dataset": data.sha256},
-        seed=seed,
-    )
+    train_and_record("pretrain", name, name, student, backbone, data, recipe, seed=seed, epsilon=epsilon)

@@ -14,6 +14,7 @@ from advmoe.params import Epsilon, Seed, Settings
 from advmoe.training.adversary import Adversary, CleanBatches, FgsmBatches
 from advmoe.training.loop import Course, Row, Trained, fit
 from advmoe.training.recipe import Recipe, sgd
+from advmoe.training.record import record
 
 
 class Student(Settings):
@@ -98,3 +99,29 @@ def train_single(
         select_by="pgd" if meets else "clean",
     )
     return fit(PlainLearner(model, recipe), course)
+
+
+def train_and_record(
+    stage: str,
+    name: str,
+    label: str,
+    student: Student,
+    backbone: Backbone,
+    dataset: Dataset,
+    recipe: SingleRecipe,
+    *,
+    seed: int,
+    epsilon: float | None,
+) -> None:
+    """Train one plain network, its random numbers drawn under `label`, and write it as `name` of `stage`."""
+    trained = train_single(label, student, backbone, dataset, recipe, seed=seed, epsilon=epsilon)
+    record(
+        stage,
+        name,
+        trained,
+        Plain(kind="plain", backbone=backbone),
+        dataset.facts,
+        params={"recipe": recipe, "student": student, "epsilon": epsilon},
+        inputs={"dataset": dataset.sha256},
+        seed=seed,
+    )
