@@ -12,6 +12,7 @@ export PATH := $(BIN):$(PATH)
 repro: $(VENV)/.installed
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local --quiet core.no_scm true
 	$(if $(PROFILE),python -m advmoe use $(PROFILE))
+	@python -m advmoe check
 	dvc repro
 	@python -m advmoe results
 
@@ -28,10 +29,10 @@ clean:
 	find advmoe stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer"; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "error: $(PYTHON) is older than 3.11; try make PYTHON=python3.12"; exit 2; }
-	@$(PYTHON) -m venv $(VENV) || { echo "error: cannot make $(VENV); on Debian: apt install python3-venv"; exit 2; }
+		|| { echo "error: $(PYTHON) is older than 3.11; try make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: cannot make $(VENV); on Debian: apt install python3-venv" >&2; exit 2; }
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 

@@ -83,7 +83,7 @@ def save(
     inputs: Mapping[str, str],
     seed: int,
     metrics: Mapping[str, Any],
-    seconds: float | None = None,
+    seconds: float,
 ) -> Header:
     """Write an artifact atomically, and its sidecar; returns the header written.
 
@@ -103,7 +103,7 @@ def save(
     )
     header = header.model_copy(update={"header_sha256": header.own_hash()})
     write_bytes(path, to_safetensors(stored, metadata={METADATA_KEY: canonical_json(header.model_dump())}))
-    write_json(sidecar(path), _circumstances(seconds))
+    write_json(sidecar(path), {"sha256": header.sha256, **_circumstances(seconds)})
     return header
 
 
@@ -146,7 +146,7 @@ def sidecar(path: Path) -> Path:
     return path.with_suffix(".run.json")
 
 
-def _circumstances(seconds: float | None) -> dict[str, Any]:
+def _circumstances(seconds: float) -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     return {
         "commit": commit,
@@ -155,7 +155,7 @@ def _circumstances(seconds: float | None) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "seconds": None if seconds is None else round(seconds, 1),
+        "seconds": round(seconds, 1),
     }
 
 

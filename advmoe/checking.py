@@ -6,7 +6,7 @@ from pathlib import Path
 
 from advmoe import paths
 from advmoe.errors import UserError
-from advmoe.machine import machine
+from advmoe.machine import device
 from advmoe.params import read_yaml
 from advmoe.schema import Params, load_params
 
@@ -18,7 +18,7 @@ def check() -> list[str]:
     """The stages that `dvc repro` would run now. Raises UserError at the first thing that is wrong."""
     params = load_params()
     check_dvc_file(params)
-    machine()
+    device()
     return pending_stages()
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -34,10 +34,10 @@ def main() -> None:
 
 def _stage() -> None:
     """What every stage does first: the whole of params.yaml must be sound, then threads and determinism are set."""
-    from advmoe import machine, schema
+    from advmoe import checking, machine, schema
 
     machine.refuse_several_processes()
-    schema.load_params()
+    checking.check_dvc_file(schema.load_params())
     _torch()
 
 
@@ -88,20 +88,21 @@ def evaluate(
     attack: Annotated[
         list[str] | None, typer.Option(help="An attack of evaluate.attacks in params.yaml; may be repeated.")
     ] = None,
-    epsilon: Annotated[str | None, typer.Option(help="L-inf radius, 8/255 or 0.03.")] = None,
+    epsilon: Annotated[str | None, typer.Option(help="Radius, 8/255 or 0.03.")] = None,
+    norm: Annotated[Literal["linf", "l2"] | None, typer.Option(help="Norm of the radius; linf by default.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of iterative attacks.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many test images.")] = None,
     model: Annotated[Path | None, typer.Option(help="A classifier artifact; the mixture by default.")] = None,
 ) -> None:
     """Without options the stage: everything, for the record. With any option a quick question about one model."""
     _stage()
-    if not any((attack, epsilon is not None, steps, limit, model)):
+    if not any((attack, epsilon is not None, steps, limit, model, norm)):
         from stages import evaluate as stage
 
         return stage.run()
     from advmoe.evaluation import question
 
-    question.answer(question.Question(attack or (), epsilon, steps, limit, model or paths.MIXTURE))
+    question.answer(question.Question(attack or (), epsilon, steps, limit, model or paths.MIXTURE, norm or "linf"))
     return None
 
 

@@ -30,7 +30,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.chmod(0o644)  # NamedTemporaryFile makes private files; results are for sharing
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror}); nothing was changed") from error
+        raise UserError(f"{path}: could not be written ({error.strerror or error}); nothing was changed") from error
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)

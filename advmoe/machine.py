@@ -52,7 +52,8 @@ def device() -> torch.device:
     wanted = machine().device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    missing = (wanted.startswith("cuda") and not torch.cuda.is_available()) or (
+    index = torch.device(wanted).index or 0
+    missing = (wanted.startswith("cuda") and index >= torch.cuda.device_count()) or (
         wanted == "mps" and not torch.backends.mps.is_available()
     )
     if missing:
@@ -63,10 +64,18 @@ def device() -> torch.device:
 def prepare_torch() -> None:
     """Set threads and determinism once, at the start of a process that computes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-    torch.set_num_threads(machine().threads or os.cpu_count() or 1)
+    torch.set_num_threads(machine().threads or usable_cores())
     # warn_only: a GPU operation without a deterministic form should cost a warning, not the run
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
+    # float32 must mean float32: decisions rest on it, and TF32 keeps ten bits
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def usable_cores() -> int:
+    """Cores this process may use, which on a shared node are fewer than the node has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe() -> list[tuple[str, str]]:
@@ -76,7 +85,7 @@ def describe() -> list[tuple[str, str]]:
     versions = [(package, version(package)) for package in ("advmoe", "torch", "torchvision", "dvc", "safetensors")]
     return [
         ("device", f"{place} ({name})"),
-        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
+        ("threads", f"{torch.get_num_threads()} of {usable_cores()} cores"),
         ("cache folder", str(machine().cache_dir)),
         ("python", platform.python_version()),
         *versions,
@@ -85,9 +94,10 @@ def describe() -> list[tuple[str, str]]:
 
 def refuse_several_processes() -> None:
     """Raises UserError under a launcher that starts several copies: each would train and write the same files."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise UserError(f"environment: started as {processes} processes (WORLD_SIZE), but a stage runs in one")
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):  # torchrun, srun, mpirun
+        processes = os.environ.get(name, "1")
+        if processes != "1":
+            raise UserError(f"environment: started as {processes} processes ({name}), but a stage runs in one")
 
 
 def derive_seed(*parts: object) -> int:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+DATA = Path("data")
 ARTIFACTS = Path("artifacts")
 METRICS = Path("metrics")
 PLOTS = Path("plots")

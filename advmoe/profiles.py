@@ -71,7 +71,7 @@ def _round_trip() -> YAML:
 def _load(yaml: YAML, path: Path) -> CommentedMap:
     try:
         content = yaml.load(path.read_text())
-    except YAMLError as error:  # a duplicate key, say, that the safe reader forgave
+    except (YAMLError, ValueError) as error:  # a duplicate key, say, that the safe reader forgave
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     assert isinstance(content, CommentedMap)
     return content

@@ -3,7 +3,9 @@
 Reads `seed` and `prepare`. Writes artifacts/prepare/dataset.safetensors and metrics/prepare.json.
 """
 
+import time
 from collections import Counter
+from pathlib import Path
 
 from advmoe import console, files, paths
 from advmoe.data import dataset, images
@@ -14,7 +16,9 @@ from advmoe.params import Seed, load_section
 
 def run() -> None:
     """Read the source, check it, split it, write it."""
+    started = time.monotonic()
     seed, settings = load_section("seed", Seed), load_section("prepare", Prepare)
+    _warn_of_unwatched_files(settings)
     source = images.check(settings.source.read(), f"prepare.source ({settings.source.kind})")
     drawn = dataset.build(source, settings.splits, seed)
     train = drawn["train"][0].images
@@ -27,7 +31,8 @@ def run() -> None:
     numbers = {f"{name}_images": len(drawn[name][1]) for name in SPLITS}
     numbers |= {"classes": facts.classes, "leaked": leaked}
     params = settings.model_dump(mode="json")
-    sha256 = dataset.save(paths.DATASET, drawn, facts, params=params, seed=seed, metrics=numbers)
+    seconds = time.monotonic() - started
+    sha256 = dataset.save(paths.DATASET, drawn, facts, params=params, seed=seed, metrics=numbers, seconds=seconds)
     files.write_json(paths.METRICS / "prepare.json", numbers)
     console.table(
         f"{settings.source.kind}: {channels} x {height} x {width} pixels, {facts.classes} classes",
@@ -35,6 +40,14 @@ def run() -> None:
         [_row(name, drawn[name][0].labels.tolist()) for name in SPLITS],
     )
     console.say(f"content hash {sha256[:16]}, written to {paths.DATASET}")
+
+
+def _warn_of_unwatched_files(settings: Prepare) -> None:
+    for path in dict(settings.source).values():
+        if isinstance(path, Path) and not path.resolve().is_relative_to(paths.DATA.resolve()):
+            console.warn(
+                f"{path} lies outside {paths.DATA}/: DVC will not see it change; `dvc repro -f prepare` reads it anew"
+            )
 
 
 def _row(name: str, labels: list[int]) -> list[str]:

@@ -55,7 +55,7 @@ def tensors() -> dict[str, Tensor]:
 def path(tmp_path: Path) -> Path:
     """A saved artifact of kind 'thing'."""
     file = tmp_path / "thing.safetensors"
-    artifacts.save(file, "thing", tensors(), **ABOUT)
+    artifacts.save(file, "thing", tensors(), **ABOUT, seconds=0.0)
     return file
 
 
@@ -95,7 +95,7 @@ def test_tensors_and_header_come_back(path: Path) -> None:
 
 
 def test_save_returns_the_header_that_load_finds(tmp_path: Path) -> None:
-    written = artifacts.save(tmp_path / "a.safetensors", "thing", tensors(), **ABOUT)
+    written = artifacts.save(tmp_path / "a.safetensors", "thing", tensors(), **ABOUT, seconds=0.0)
     assert artifacts.load(tmp_path / "a.safetensors").header == written
 
 
@@ -114,7 +114,7 @@ def test_the_layout_in_memory_does_not_show(path: Path, tmp_path: Path) -> None:
     turned = tensors()
     turned["weight"] = turned["weight"].to(memory_format=torch.channels_last)
     assert not turned["weight"].is_contiguous()
-    artifacts.save(tmp_path / "last.safetensors", "thing", turned, **ABOUT)
+    artifacts.save(tmp_path / "last.safetensors", "thing", turned, **ABOUT, seconds=0.0)
     assert (tmp_path / "last.safetensors").read_bytes() == path.read_bytes()
 
 
@@ -124,7 +124,7 @@ def test_the_header_has_one_metadata_key(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"seed": 8}, {"params": {"lr": 0.2}}, {"metrics": {}}])
 def test_other_input_gives_other_bytes(path: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    artifacts.save(tmp_path / "other.safetensors", "thing", tensors(), **(ABOUT | change))
+    artifacts.save(tmp_path / "other.safetensors", "thing", tensors(), **(ABOUT | change), seconds=0.0)
     assert (tmp_path / "other.safetensors").read_bytes() != path.read_bytes()
 
 
@@ -158,7 +158,7 @@ def test_circumstances_go_into_a_sidecar(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_saving_needs_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    artifacts.save(tmp_path / "a.safetensors", "thing", tensors(), **ABOUT)
+    artifacts.save(tmp_path / "a.safetensors", "thing", tensors(), **ABOUT, seconds=0.0)
     circumstances = json.loads((tmp_path / "a.run.json").read_text())
     assert (circumstances["commit"], circumstances["dirty"]) == (None, None)
 
@@ -236,7 +236,7 @@ def test_a_failed_save_leaves_the_old_artifact(path: Path, monkeypatch: pytest.M
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
     monkeypatch.setattr(os, "replace", disk_is_full)
     with pytest.raises(UserError, match="No space left on device"):
-        artifacts.save(path, "thing", {"weight": torch.ones(9)}, **ABOUT)
+        artifacts.save(path, "thing", {"weight": torch.ones(9)}, **ABOUT, seconds=0.0)
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
@@ -311,7 +311,7 @@ def spoil_classifier(path: Path, **changes: Tensor | None) -> None:
     kept |= {name: tensor for name, tensor in changes.items() if tensor is not None}
     stored = {name: tensor for name, tensor in kept.items() if name not in changes or changes[name] is not None}
     about = artifacts.load(path).header.about
-    artifacts.save(path, classifiers.KIND, stored, about=about, params={}, inputs={}, seed=0, metrics={})
+    artifacts.save(path, classifiers.KIND, stored, about=about, params={}, inputs={}, seed=0, metrics={}, seconds=0.0)
 
 
 @pytest.mark.parametrize("change", [None, torch.zeros(5)], ids=["missing", "wrong shape"])
@@ -338,7 +338,7 @@ def test_another_artifact_is_no_classifier(path: Path) -> None:
 
 def test_a_classifier_without_its_description_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
-    artifacts.save(file, classifiers.KIND, {"w": torch.zeros(1)}, **(ABOUT | {"about": {}}))
+    artifacts.save(file, classifiers.KIND, {"w": torch.zeros(1)}, **(ABOUT | {"about": {}}), seconds=0.0)
     with pytest.raises(UserError, match="header: architecture: is missing"):
         classifiers.load(file)
 

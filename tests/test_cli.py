@@ -227,12 +227,29 @@ def test_prepare_gives_the_same_bytes_again(advmoe: Advmoe, project: Path) -> No
 def test_prepare_warns_of_leaked_images(advmoe: Advmoe, project: Path, edit: Edit) -> None:
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     for name in ("train", "test"):  # every test image is an image of the training file
-        np.savez(project / f"{name}.npz", images=images, labels=np.arange(20) % 2)
-    source = {"kind": "npz", "train": "train.npz", "test": "test.npz", "per_class": None, "test_per_class": None}
+        (project / "data").mkdir(exist_ok=True)
+        np.savez(project / "data" / f"{name}.npz", images=images, labels=np.arange(20) % 2)
+    source = {
+        "kind": "npz",
+        "train": "data/train.npz",
+        "test": "data/test.npz",
+        "per_class": None,
+        "test_per_class": None,
+    }
     edit({"prepare.source": source, "prepare.splits": {"pool": 1, "validation": 1, "test": None}})
     ran = advmoe("prepare")
     assert ran.code == 0
     assert re.fullmatch(r"warning: 18 test image\(s\) also occur in the training split, pixel for pixel\n", ran.err)
+
+
+def test_prepare_warns_of_files_that_dvc_does_not_watch(advmoe: Advmoe, project: Path, edit: Edit) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.savez(project / "elsewhere.npz", images=images, labels=np.arange(40) % 2)
+    source = {"kind": "npz", "train": "elsewhere.npz", "test": None, "per_class": None, "test_per_class": None}
+    edit({"prepare.source": source, "prepare.splits": {"pool": 2, "validation": 4, "test": 4}})
+    ran = advmoe("prepare")
+    assert ran.code == 0
+    assert ran.err.startswith("warning: elsewhere.npz lies outside data/")
 
 
 def test_prepare_refuses_a_source_that_is_not_there(advmoe: Advmoe, project: Path, edit: Edit) -> None:
@@ -569,7 +586,7 @@ def evaluated(project: Path) -> Path:
     """Results as `evaluate` writes them, for two models."""
     accuracies = {"mixture": (180, 120), "baseline/standard": (190, 10)}
     for name, (clean, attacked) in accuracies.items():
-        report = {"model": name, "accuracy": {"clean": share(clean), "worst": share(attacked)}}
+        report = {"schema_version": 1, "model": name, "accuracy": {"clean": share(clean), "worst": share(attacked)}}
         files.write_json(paths.EVALUATION / f"{name.replace('/', '-')}.json", report)
     files.write_json(paths.SUMMARY, {"schema_version": 1, "epsilon": 0.1, "images": 200} | dict.fromkeys(accuracies))
     return project

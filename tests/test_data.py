@@ -191,7 +191,7 @@ def test_a_data_set_comes_back(digits: SourceImages, tmp_path: Path) -> None:
     mean, std = dataset.statistics(drawn["train"][0].images)
     facts = Facts(channels=1, height=8, width=8, class_names=digits.class_names, mean=mean, std=std)
     path = tmp_path / "dataset.safetensors"
-    sha256 = dataset.save(path, drawn, facts, params={}, seed=0, metrics={})
+    sha256 = dataset.save(path, drawn, facts, params={}, seed=0, metrics={}, seconds=0.0)
     loaded = dataset.load(path)
     assert (loaded.facts, loaded.sha256, loaded.facts.classes) == (facts, sha256, 10)
     for name in SPLITS:
@@ -204,7 +204,7 @@ def test_a_data_set_comes_back(digits: SourceImages, tmp_path: Path) -> None:
 def test_a_data_set_with_an_empty_pool_comes_back(digits: SourceImages, tmp_path: Path) -> None:
     drawn = dataset.build(digits, Splits(pool=0, validation=180, test=360), 0)
     facts = Facts(channels=1, height=8, width=8, class_names=digits.class_names, mean=(0.5,), std=(0.5,))
-    dataset.save(tmp_path / "dataset.safetensors", drawn, facts, params={}, seed=0, metrics={})
+    dataset.save(tmp_path / "dataset.safetensors", drawn, facts, params={}, seed=0, metrics={}, seconds=0.0)
     assert len(dataset.load(tmp_path / "dataset.safetensors")["pool"]) == 0
 
 
@@ -222,13 +222,15 @@ def test_a_data_set_without_a_split_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "dataset.safetensors"
     facts = Facts(channels=1, height=8, width=8, class_names=("a", "b"), mean=(0.5,), std=(0.5,))
     dataset.save(path, {"train": (Labelled(noise(2, 1, 8, 8), labels(2)), np.arange(2))}, facts,
-                 params={}, seed=0, metrics={})  # fmt: skip
+                 params={}, seed=0, metrics={}, seconds=0.0)  # fmt: skip
     assert refusal(lambda: dataset.load(path)) == f"{path}: has no tensor 'pool.images'; build it again"
 
 
 def test_another_artifact_is_no_data_set(tmp_path: Path) -> None:
     path = tmp_path / "thing.safetensors"
-    artifacts.save(path, "thing", {"a": torch.zeros(1)}, about={}, params={}, inputs={}, seed=0, metrics={})
+    artifacts.save(
+        path, "thing", {"a": torch.zeros(1)}, about={}, params={}, inputs={}, seed=0, metrics={}, seconds=0.0
+    )
     assert refusal(lambda: dataset.load(path)) == f"{path}: holds a thing, but a dataset is needed here"
 
 

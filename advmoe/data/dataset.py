@@ -173,6 +173,7 @@ def save(
     params: Mapping[str, Any],
     seed: int,
     metrics: Mapping[str, int],
+    seconds: float,
 ) -> str:
     """Write the splits as one artifact; returns its content hash."""
     tensors: dict[str, Tensor] = {}
@@ -181,7 +182,9 @@ def save(
         tensors[f"{name}.labels"] = torch.from_numpy(part.labels)
         tensors[f"{name}.index"] = torch.from_numpy(rows.astype(np.int64))
     about = facts.model_dump(mode="json")
-    written = artifacts.save(path, KIND, tensors, about=about, params=params, inputs={}, seed=seed, metrics=metrics)
+    written = artifacts.save(
+        path, KIND, tensors, about=about, params=params, inputs={}, seed=seed, metrics=metrics, seconds=seconds
+    )
     return written.sha256
 
 
@@ -196,4 +199,8 @@ def load(path: Path) -> Dataset:
         }
     except KeyError as error:
         raise UserError(f"{path}: has no tensor {error}; build it again") from error
+    for name, split in splits.items():
+        shape = (len(split.labels), facts.channels, facts.height, facts.width)
+        if split.images.shape != shape or split.images.dtype != torch.uint8 or split.index.shape != split.labels.shape:
+            raise UserError(f"{path}: the tensors of split '{name}' do not fit the header; build it again")
     return Dataset(splits, facts, artifact.header.sha256)

@@ -4,6 +4,7 @@ With subfolders `train` and `test` (each holding the class folders) the test spl
 without, `prepare` draws one.
 """
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -88,6 +89,8 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
 
 
 def _subfolders(root: Path) -> tuple[str, ...]:
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise UserError(f"{root}: cannot be read (permission denied)")
     return tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
 
 

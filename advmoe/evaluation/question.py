@@ -1,12 +1,13 @@
 """The quick question: one model, a few attacks, any epsilon; the answer goes to `runs/`, never over tracked results."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from advmoe import classifiers, console, files, paths
+from advmoe.attacks.ball import L2, Ball, LInf
 from advmoe.attacks.catalogue import NAMES, Attack
 from advmoe.classifiers import Classifier
 from advmoe.data import dataset
@@ -15,6 +16,10 @@ from advmoe.errors import UserError
 from advmoe.evaluation.suite import Evaluate, measure
 from advmoe.machine import derive_seed
 from advmoe.params import Epsilon, Seed, format_epsilon, load_section, validate
+
+Norm = Literal["linf", "l2"]
+NORMS: dict[Norm, Callable[[float], Ball]] = {"linf": LInf, "l2": L2}
+TITLES: dict[Norm, str] = {"linf": "L-inf", "l2": "L2"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Question:
     steps: int | None
     limit: int | None
     model: Path
+    norm: Norm = "linf"
 
 
 def answer(question: Question) -> Path:
@@ -39,20 +45,21 @@ def answer(question: Question) -> Path:
     attacks = _attacks(question, settings)
     data = dataset.load(paths.DATASET)
     classifier = classifiers.load(question.model)
-    _check_fit(question.model, classifier, data.facts)
+    _check_fit(question.model, classifier, data.facts, data.sha256)
     split = data["test"].first(question.limit if question.limit is not None else settings.limit)
     measured = measure(
         question.model.stem,
         classifier.model,
         split,
         attacks,
-        epsilon=epsilon,
+        ball=NORMS[question.norm](epsilon),
         batch_size=settings.batch_size,
         precision=settings.precision,
         seed=derive_seed(seed, "evaluate"),
     )
     shares = measured.shares()
-    title = f"{question.model}: accuracy on {len(split)} test images, L-inf epsilon {format_epsilon(epsilon)}"
+    radius = f"{TITLES[question.norm]} epsilon {format_epsilon(epsilon)}"
+    title = f"{question.model}: accuracy on {len(split)} test images, {radius}"
     console.table(
         title,
         ["", "% [95 % Wilson interval]", "images"],
@@ -61,6 +68,7 @@ def answer(question: Question) -> Path:
     report: dict[str, Any] = {
         "model": str(question.model),
         "sha256": classifier.header.sha256,
+        "norm": question.norm,
         "epsilon": epsilon,
         "attacks": {name: attack.model_dump(mode="json") for name, attack in attacks.items()},
         "accuracy": {name: share.as_dict() for name, share in shares.items()},
@@ -93,7 +101,7 @@ def _with_steps(name: str, attack: Attack, question: Question) -> Attack:
     return attack.model_copy(update={"steps": question.steps})
 
 
-def _check_fit(path: Path, classifier: Classifier, facts: Facts) -> None:
+def _check_fit(path: Path, classifier: Classifier, facts: Facts, sha256: str) -> None:
     own = classifier.about.facts
     shape, own_shape = ((each.channels, each.height, each.width) for each in (facts, own))
     if shape != own_shape or facts.class_names != own.class_names:
@@ -101,3 +109,5 @@ def _check_fit(path: Path, classifier: Classifier, facts: Facts) -> None:
             f"{path}: made for {own.classes} classes of images {own_shape}, but {paths.DATASET} has "
             f"{facts.classes} classes of {shape}"
         )
+    if classifier.header.inputs.get("dataset") != sha256:
+        console.warn(f"{path} was trained on another data set: test images may have been among its training images")

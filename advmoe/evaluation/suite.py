@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from advmoe import console, engine
-from advmoe.attacks.ball import LInf
+from advmoe.attacks.ball import Ball, LInf
 from advmoe.attacks.catalogue import Attack
 from advmoe.data.dataset import Split
 from advmoe.engine import Precision
@@ -71,12 +71,12 @@ def measure(
     split: Split,
     attacks: Mapping[str, Attack],
     *,
-    epsilon: float,
+    ball: Ball,
     batch_size: int,
     precision: Precision,
     seed: int,
 ) -> Measured:
-    """Run every attack at L-inf `epsilon` on all images of `split`; decisions are float32, in eval mode."""
+    """Run every attack inside `ball` on all images of `split`; decisions are float32, in eval mode."""
     place = device()
     model = model.to(place)
     images, labels = split.pixels().to(place), split.labels.to(place)
@@ -84,9 +84,7 @@ def measure(
     predicted: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
     for attack_name, attack in attacks.items():
-        runs = engine.attack(
-            model, images, labels, attack, LInf(epsilon), seed=seed, batch_size=batch_size, precision=precision
-        )
+        runs = engine.attack(model, images, labels, attack, ball, seed=seed, batch_size=batch_size, precision=precision)
         parts = list(console.track(runs, f"{name}: {attack_name}", -(-len(labels) // batch_size)))
         logits, clean_logits = (torch.cat([getattr(part, key) for part in parts]) for key in ("logits", "clean_logits"))
         predicted[CLEAN], predicted[attack_name] = clean_logits.argmax(1).cpu(), logits.argmax(1).cpu()
@@ -100,7 +98,7 @@ def measure(
 def robustness_curve(
     name: str, model: nn.Module, split: Split, grid: Grid, *, batch_size: int, precision: Precision, seed: int
 ) -> Iterator[tuple[float, Share]]:
-    """(epsilon, accuracy) over the grid."""
+    """Yield (L-inf epsilon, accuracy) over the grid."""
     for epsilon in grid.epsilons:
         label = f"{name} at {epsilon:g}"
         measured = measure(
@@ -108,7 +106,7 @@ def robustness_curve(
             model,
             split,
             {grid.attack.kind: grid.attack},
-            epsilon=epsilon,
+            ball=LInf(epsilon),
             batch_size=batch_size,
             precision=precision,
             seed=seed,
