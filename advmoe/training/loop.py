@@ -28,7 +28,7 @@ from advmoe.machine import derive_seed, device, generator
 from advmoe.training.adversary import Adversary, CleanBatches, draw
 from advmoe.training.recipe import Recipe, Validation, rate
 
-VALIDATION_BATCH = 100
+VALIDATION_BATCH = 200
 DIGITS = 6  # of the numbers in histories: enough for any accuracy, and equal on equal runs
 
 Row = dict[str, Any]
