@@ -68,7 +68,7 @@ def prepare_torch() -> None:
     # warn_only: a GPU operation without a deterministic form should cost a warning, not the run
     torch.use_deterministic_algorithms(True, warn_only=True)
     # that would also fill all fresh memory, for programs that read it before they write it; 5 % of an attack's time
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     # float32 must mean float32: decisions rest on it, and TF32 keeps ten bits
     torch.backends.cudnn.allow_tf32 = False
