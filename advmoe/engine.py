@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.attacks import catalogue
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.draws import ImageDraws
-from advmoe.attacks.model import Model
+from advmoe.attacks.model import Craft, Model
 from advmoe.models.layers import folded
+from advmoe.models.moe import Mixing, MixtureOfExperts, Parts
 
 Precision = Literal["float32", "bfloat16"]
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,32 +49,58 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(True)
 
 
+@dataclass
+class Passes:
+    """Work done, in images: forward passes, and backward passes to the pixels."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+class Cheap:
+    """A frozen network in the form attacks want: channels_last, in the chosen precision, float32 logits, counted."""
+
+    def __init__(self, network: nn.Module, precision: Precision, passes: Passes) -> None:
+        self.network, self.precision, self.passes = network, precision, passes
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Logits (B, K)."""
+        self._count(images_BCHW)
+        with autocast(images_BCHW.device, self.precision):
+            output: Tensor = self.network(images_BCHW.contiguous(memory_format=torch.channels_last))
+        return output.float()
+
+    @property
+    def mixing(self) -> Mixing:
+        """How a mixture weighs its votes."""
+        return self._mixture().mixing
+
+    def parts(self, images_BCHW: Tensor) -> Parts:
+        """A mixture's forward pass taken apart, in float32."""
+        self._count(images_BCHW)
+        with autocast(images_BCHW.device, self.precision):
+            parts = self._mixture().parts(images_BCHW.contiguous(memory_format=torch.channels_last))
+        return Parts(*(part.float() for part in parts))
+
+    def votes(self) -> list[Model]:
+        """Each expert of a mixture as a model of its own; a pass through one counts as a pass."""
+        return [Cheap(expert, self.precision, self.passes) for expert in self._mixture().experts]
+
+    def _mixture(self) -> MixtureOfExperts:
+        assert isinstance(self.network, MixtureOfExperts), "the catalogue lets gate-aware attacks meet mixtures only"
+        return self.network
+
+    def _count(self, images_BCHW: Tensor) -> None:
+        self.passes.forward += len(images_BCHW)
+        if torch.is_grad_enabled() and images_BCHW.requires_grad:
+            self.passes.backward += len(images_BCHW)
+
+
 @contextmanager
-def crafting(model: nn.Module, precision: Precision) -> Iterator[Model]:
-    """`model` in the form attacks want: frozen, folded, in `precision`; the logits come back as float32."""
+def crafting(model: nn.Module, precision: Precision, passes: Passes | None = None) -> Iterator[Cheap]:
+    """`model` frozen, folded, in `precision`, for attacks."""
     with frozen(model), folded(model, {DTYPES[precision], torch.float32}):
-
-        def logits(images_BCHW: Tensor) -> Tensor:
-            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-            with autocast(images_BCHW.device, precision):
-                output: Tensor = model(images_BCHW)
-            return output.float()
-
-        yield logits
-
-
-def craft(
-    model: nn.Module,
-    images_BCHW: Tensor,
-    labels_B: Tensor,
-    attack: catalogue.Attack,
-    ball: Ball,
-    draws: Draws,
-    precision: Precision,
-) -> Tensor:
-    """Adversarial images for one training batch, every image attacked to the last step."""
-    with crafting(model, precision) as cheap:
-        return catalogue.run(attack, cheap, images_BCHW, labels_B, ball=ball, draws=draws)
+        yield Cheap(model, precision, passes or Passes())
 
 
 def predict(model: nn.Module, images_NCHW: Tensor, batch_size: int) -> Tensor:
@@ -98,63 +123,38 @@ def _padded(model: nn.Module, images_BCHW: Tensor, batch_size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Attacked:
-    """Adversarial images (N, C, H, W), and the model's float32 logits on the clean (N, K) and on those (N, K)."""
+class Struck:
+    """Adversarial images (B, C, H, W) inside the ball, and how far (B,) the attack's own were outside, L-inf."""
 
     images: Tensor
-    clean_logits: Tensor
-    logits: Tensor
-
-    def correct(self, labels_N: Tensor) -> Tensor:
-        """Which images are still classified correctly, (N,) bool: right when clean, and right under attack."""
-        return (self.clean_logits.argmax(1) == labels_N) & (self.logits.argmax(1) == labels_N)
+    overshoot: Tensor
 
 
-def attack(
+def strike(
     model: nn.Module,
-    images_NCHW: Tensor,
-    labels_N: Tensor,
-    settings: catalogue.Attack,
-    ball: Ball,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    craft: Craft,
     *,
-    seed: int,
-    batch_size: int,
-    precision: Precision,
-) -> Iterator[Attacked]:
-    """Attack the images batch by batch; yields one Attacked per batch so that the caller can show progress.
-
-    An image that is wrong without any attack stays as it is. An image leaves the attack at its first point that a
-    float32 forward pass gets wrong. Random draws are seeded by the image's position. What the attack returns is
-    projected into the ball again before it is scored: its own claims count for nothing.
-    """
-    numbers = torch.arange(len(images_NCHW))
-    for batch in torch.split(numbers, batch_size):
-        images, labels = images_NCHW[batch], labels_N[batch]
-        clean_logits = predict(model, images, batch_size)
-        standing = clean_logits.argmax(1) == labels
-        adversarial = images.clone()
-        if standing.any():
-            draws = ImageDraws(seed, settings.kind, batch[standing.cpu()])
-            adversarial[standing] = _attack_standing(
-                model, images[standing], labels[standing], settings, ball, draws, precision
-            )
-        yield Attacked(adversarial, clean_logits, predict(model, adversarial, batch_size))
-
-
-def _attack_standing(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    settings: catalogue.Attack,
     ball: Ball,
     draws: Draws,
     precision: Precision,
-) -> Tensor:
-    def fooled(points: Tensor, labels_: Tensor) -> Tensor:
+    passes: Passes | None = None,
+) -> Struck:
+    """One batch attacked, and brought back into the ball whatever the attack says of its images.
+
+    An image leaves the attack at its first point that a float32 forward pass gets wrong.
+    """
+    passes = passes or Passes()
+
+    def fooled(points: Tensor, labels: Tensor) -> Tensor:
         if not len(points):
             return torch.zeros(0, dtype=torch.bool, device=points.device)
-        return predict(model, points, len(points)).argmax(1) != labels_
+        passes.forward += len(points)
+        return predict(model, points, len(points)).argmax(1) != labels
 
-    with crafting(model, precision) as cheap:
-        found = catalogue.run(settings, cheap, images, labels, ball=ball, draws=draws, fooled=fooled)
-    return ball.project(found.detach(), images)
+    with crafting(model, precision, passes) as cheap:
+        # copies: what an attack writes into its inputs must not move the centre of the ball
+        found = craft(cheap, images_BCHW.clone(), labels_B.clone(), ball=ball, draws=draws, fooled=fooled).detach()
+    inside = ball.project(found, images_BCHW)
+    return Struck(inside, (found - inside).abs().amax(dim=(1, 2, 3)))

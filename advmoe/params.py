@@ -114,8 +114,11 @@ def validate(value: object, kind: type[T], where: str, key: str = "") -> T:
 
 
 def explain(error: ValidationError, value: object, key: str = "") -> str:
-    """The first problem with `value` as 'key.subkey: sentence', with a count of the others."""
-    problems = error.errors(include_url=False)
+    """The first problem with `value` as 'key.subkey: sentence', with a count of the others.
+
+    An unknown key comes before all: it is what was typed, and what it was meant to be is missing because of it.
+    """
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     path = ".".join(part for part in (key, *_path(first["loc"], value)) if part)
     match first["type"]:

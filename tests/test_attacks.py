@@ -6,22 +6,34 @@ Shapes: B batch, C channel, H/W pixels, K classes, D pixels of an image in one r
 """
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypedDict
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from advmoe.attacks import catalogue
+from advmoe.attacks import catalogue, presets
+from advmoe.attacks.apgd import ApgdCe, ApgdT
 from advmoe.attacks.ball import L2, Ball, Draws, LInf
+from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.draws import BatchDraws, ImageDraws
+from advmoe.attacks.fab import FabT
 from advmoe.attacks.fgsm import Fgsm
-from advmoe.attacks.model import Fooled, Loss, Model, cross_entropy, input_gradient, margin
-from advmoe.attacks.pgd import Pgd, pgd
+from advmoe.attacks.gated import Experts, GateFrozen, Misrouting, Transfer
+from advmoe.attacks.model import Craft, Fooled, Loss, Model, cross_entropy, input_gradient, margin
+from advmoe.attacks.noise import Noise
+from advmoe.attacks.own import Own
+from advmoe.attacks.pgd import Pgd, likeliest, pgd
+from advmoe.attacks.rays import RayS
+from advmoe.attacks.square import Square
+from advmoe.engine import Cheap, Passes
 from advmoe.machine import generator
+from advmoe.models.moe import MixtureOfExperts, UniformGate
 
 Norm = Literal["linf", "l2"]
-Attack = Callable[[Model, Tensor, Tensor, Ball], Tensor]
 SHAPES = [(1, 1, 8, 8), (5, 3, 4, 6), (16, 2, 3, 1)]
 TOLERANCE = 1e-6
 # strong enough that a random linear model loses most images, small enough that images of `inner` stay off the walls
@@ -53,6 +65,14 @@ def anywhere(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return (torch.rand(shape, generator=stream("anywhere", seed)) * 2 - 0.5).clamp(0, 1)
 
 
+class Victim(Protocol):
+    """A model whose own decisions are the true labels of an image."""
+
+    def __call__(self, images_BCHW: Tensor, /) -> Tensor: ...
+
+    def labels(self, images_BCHW: Tensor, /) -> Tensor: ...
+
+
 class Linear:
     """logits = W (x - 1/2): its optimal perturbations are known."""
 
@@ -61,7 +81,8 @@ class Linear:
         self.weight_KD = scale * torch.randn(classes, dimensions, generator=stream("weight", *shape_CHW))
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        return (images_BCHW - 0.5).flatten(1) @ self.weight_KD.to(images_BCHW).T
+        # in double, so that no decision hangs on how a batch of this size is summed
+        return ((images_BCHW.double() - 0.5).flatten(1) @ self.weight_KD.double().T).to(images_BCHW)
 
     def labels(self, images_BCHW: Tensor) -> Tensor:
         return self(images_BCHW).argmax(1)
@@ -69,30 +90,142 @@ class Linear:
     def uphill(self, labels_B: Tensor, like: Tensor) -> Tensor:
         """The gradient direction of the loss in the pixels, for two classes: other row minus true row."""
         assert len(self.weight_KD) == 2
-        rows_BD: Tensor = self.weight_KD[1 - labels_B] - self.weight_KD[labels_B]
+        return self.towards(1 - labels_B, labels_B, like)
+
+    def towards(self, goals_B: Tensor, labels_B: Tensor, like: Tensor) -> Tensor:
+        """The gradient direction of the lead of one class over another."""
+        rows_BD: Tensor = self.weight_KD[goals_B] - self.weight_KD[labels_B]
         return rows_BD.view_as(like)
 
 
-def pgd_settings(steps: int = 10, step_size: float = 0.25, restarts: int = 1, loss: Loss = "ce") -> Pgd:
-    return Pgd(kind="pgd", steps=steps, step_size=step_size, restarts=restarts, loss=loss)
+class Plane(nn.Module):
+    """A linear network: expert of the mixture below, or its gate."""
+
+    def __init__(self, weight_KD: Tensor, normed: bool = False) -> None:
+        super().__init__()
+        self.weight_KD, self.normed = nn.Parameter(weight_KD.double(), requires_grad=False), normed
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        scores_BK = (images_BCHW.double() - 0.5).flatten(1) @ self.weight_KD.T
+        return functional.log_softmax(scores_BK, dim=1) if self.normed else scores_BK
 
 
-def catalogued(settings: catalogue.Attack) -> Attack:
-    def attack(model: Model, images_BCHW: Tensor, labels_B: Tensor, ball: Ball) -> Tensor:
-        return catalogue.run(settings, model, images_BCHW, labels_B, ball=ball, draws=BatchDraws(stream("attack")))
+class Crowd(Cheap):
+    """A mixture of three linear experts that differ a little, with a linear gate, as attacks get to see it."""
 
-    return attack
+    def __init__(self, shape_CHW: tuple[int, ...], classes: int = 2) -> None:
+        common_KD = Linear(shape_CHW, classes).weight_KD
+        noise_EKD = torch.randn(3, *common_KD.shape, generator=stream("experts", *shape_CHW))
+        gate_ED = torch.randn(3, common_KD.shape[1], generator=stream("gate", *shape_CHW))
+        experts = [Plane(common_KD + 0.3 * noise_KD) for noise_KD in noise_EKD]
+        super().__init__(MixtureOfExperts(experts, Plane(gate_ED, normed=True), "probabilities"), "float32", Passes())
+
+    def labels(self, images_BCHW: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self(images_BCHW).argmax(1)
 
 
-TABLE: dict[str, catalogue.Attack] = {
+@dataclass(frozen=True)
+class Entrant:
+    """An attack, bound once it is known what else it may craft on, and the kind of model it is tried on."""
+
+    bind: Callable[[Model], Craft]
+    victim: Callable[[tuple[int, ...], int], Victim] = Linear
+
+    def __call__(
+        self,
+        model: Model,
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        ball: Ball,
+        rows: Tensor | None = None,
+        fooled: Fooled | None = None,
+    ) -> Tensor:
+        """`rows`: the numbers of the images, which their random draws follow."""
+        draws = ImageDraws(0, "attack", torch.arange(len(images_BCHW)) if rows is None else rows)
+        return self.bind(model)(model, images_BCHW, labels_B, ball=ball, draws=draws, fooled=fooled)
+
+
+def pgd_settings(
+    steps: int = 10, step_size: float = 0.25, restarts: int = 1, loss: Loss = "ce", targets: int = 0
+) -> Pgd:
+    return Pgd(kind="pgd", steps=steps, step_size=step_size, restarts=restarts, loss=loss, targets=targets)
+
+
+def catalogued(settings: AnyAttack) -> Entrant:
+    """A transfer crafts on the model itself here; test_gated.py has sources that differ."""
+    victim = Crowd if catalogue.ENTRIES[type(settings)].needs_gate else Linear
+    return Entrant(lambda model: catalogue.bind(settings, {"twin": model}), victim)
+
+
+OWN = "one_step.py:attack"
+OWN_CODE = """
+from advmoe.attacks.model import input_gradient
+
+def attack(model, images, labels, *, ball, draws, fooled=None):
+    gradient, _ = input_gradient(model, images, labels, "margin")
+    return images + 3 * ball.epsilon * ball.steepest(gradient)
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of a user, in the folder where the tests run."""
+    monkeypatch.chdir(tmp_path)
+    Path("one_step.py").write_text(OWN_CODE)
+
+
+class _Climb(TypedDict):
+    steps: int
+    step_size: float
+    restarts: int
+
+
+CLIMB: _Climb = {"steps": 8, "step_size": 0.25, "restarts": 1}
+TABLE: dict[str, AnyAttack] = {
     "fgsm": Fgsm(kind="fgsm"),
     "pgd": pgd_settings(),
     "pgd-margin": pgd_settings(loss="margin"),
     "pgd-restarts": pgd_settings(restarts=3),
+    "pgd-targeted": pgd_settings(loss="margin", targets=2),
+    "pgd-targeted-ce": pgd_settings(targets=2, restarts=2),
+    "apgd-ce": ApgdCe(kind="apgd-ce", steps=10, restarts=1),
+    "apgd-t": ApgdT(kind="apgd-t", steps=10, targets=2, restarts=1),
+    "fab-t": FabT(kind="fab-t", steps=6, targets=2, restarts=2),
+    "square": Square(kind="square", queries=80, p_init=0.8),
+    "rays": RayS(kind="rays", queries=80),
+    "noise": Noise(kind="noise", draws=10),
+    "gate-frozen": GateFrozen(kind="gate-frozen", **CLIMB),
+    "misrouting": Misrouting(kind="misrouting", **CLIMB, lambdas=(0.0, 1.0)),
+    "experts": Experts(kind="experts", **CLIMB),
+    "transfer": Transfer(kind="transfer", **CLIMB, sources=("twin",)),
+    "own": Own(kind="own", function=OWN),
 }
-every_attack = pytest.mark.parametrize("attack", [catalogued(row) for row in TABLE.values()], ids=TABLE.keys())
+
+
+def each_of(names: list[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("attack", [catalogued(TABLE[name]) for name in names], ids=names)
+
+
+def each_of_the_settings(names: list[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("settings", [TABLE[name] for name in names], ids=names)
+
+
+every_attack = each_of(list(TABLE))
 every_norm = pytest.mark.parametrize("norm", ["linf", "l2"])
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+Draft = Callable[[Model, Tensor, Tensor, Ball], Tensor]
+
+
+def planted(draft: Draft) -> Entrant:
+    def craft(
+        model: Model, images: Tensor, labels: Tensor, /, *, ball: Ball, draws: Draws, fooled: Fooled | None = None
+    ) -> Tensor:
+        del draws, fooled
+        return draft(model, images, labels, ball)
+
+    return Entrant(lambda _: craft)
 
 
 def idle(model: Model, images_BCHW: Tensor, labels_B: Tensor, ball: Ball) -> Tensor:
@@ -118,100 +251,190 @@ def timid(model: Model, images_BCHW: Tensor, labels_B: Tensor, ball: Ball) -> Te
     return images_BCHW + max(0.0, 0.1 - ball.epsilon) * ball.steepest(gradient)
 
 
+def sociable(model: Model, images_BCHW: Tensor, labels_B: Tensor, ball: Ball) -> Tensor:
+    """Planted: an attack that moves all images of a batch the way that the first one needs."""
+    gradient, _ = input_gradient(model, images_BCHW, labels_B, "ce")
+    together = gradient[:1].expand_as(gradient)
+    return ball.project(images_BCHW + ball.epsilon * ball.steepest(together), images_BCHW)
+
+
+def meddling(model: Model, images_BCHW: Tensor, labels_B: Tensor, ball: Ball) -> Tensor:
+    """Planted: an attack that works in place."""
+    return images_BCHW.copy_(greedy(model, images_BCHW, labels_B, ball))
+
+
 # ---- the table: checks every attack must pass, and planted attacks that must not
 
 
-def is_inside(attack: Attack, norm: Norm, shape: tuple[int, ...]) -> bool:
+def is_inside(attack: Entrant, norm: Norm, shape: tuple[int, ...], fooled: Fooled | None = None) -> bool:
     """In the ball and in the box, after a round trip through float32, what a file would hold."""
-    model, images, epsilon = Linear(shape[1:], classes=3), anywhere(shape), EPSILONS[norm]
-    found = attack(model, images, model.labels(images), make_ball(norm, epsilon)).float()
+    model, images, epsilon = attack.victim(shape[1:], 3), anywhere(shape), EPSILONS[norm]
+    found = attack(model, images, model.labels(images), make_ball(norm, epsilon), fooled=fooled)
+    assert found.shape == images.shape
+    assert found.dtype == images.dtype
     in_ball = (size(found.double() - images.double(), norm) <= epsilon + TOLERANCE).all()
     return bool(in_ball and (found >= 0).all() and (found <= 1).all() and not found.requires_grad)
 
 
-def keeps_still_without_budget(attack: Attack, norm: Norm, shape: tuple[int, ...]) -> bool:
-    model, images = Linear(shape[1:], classes=3), anywhere(shape)
+def keeps_still_without_budget(attack: Entrant, norm: Norm, shape: tuple[int, ...]) -> bool:
+    model, images = attack.victim(shape[1:], 3), anywhere(shape)
     return torch.equal(attack(model, images, model.labels(images), make_ball(norm, 0.0)), images)
 
 
-def accuracies(attack: Attack, norm: Norm) -> list[float]:
+def accuracies(attack: Entrant, norm: Norm) -> list[float]:
     """Accuracy at growing shares of the usual epsilon, on images that the model all gets right when clean."""
     shape = (64, 1, 6, 6)
-    model, images = Linear(shape[1:]), inner(shape)
+    model, images = attack.victim(shape[1:], 2), inner(shape)
     labels = model.labels(images)
     budgets = [make_ball(norm, share * EPSILONS[norm]) for share in (0.0, 0.03, 0.1, 0.3, 1.0)]
     return [float((model.labels(attack(model, images, labels, ball)) == labels).double().mean()) for ball in budgets]
 
 
-def is_never_weaker_with_more(attack: Attack, norm: Norm) -> bool:
+def is_never_weaker_with_more(attack: Entrant, norm: Norm) -> bool:
     measured = accuracies(attack, norm)
     return measured == sorted(measured, reverse=True)
 
 
-def beats_doing_nothing(attack: Attack, norm: Norm) -> bool:
+def beats_doing_nothing(attack: Entrant, norm: Norm) -> bool:
     measured = accuracies(attack, norm)
     return measured[-1] < measured[0] - 0.5
 
 
+def ignores_neighbours(attack: Entrant, norm: Norm) -> bool:
+    """What is found for an image, alone and in a crowd, is the same."""
+    shape = (24, 1, 4, 4)
+    model, images = attack.victim(shape[1:], 4), anywhere(shape)
+    labels, ball, few = model.labels(images), make_ball(norm, EPSILONS[norm] / 2), torch.tensor([20, 3, 11])
+    everyone = attack(model, images, labels, ball)
+    return torch.allclose(attack(model, images[few], labels[few], ball, rows=few), everyone[few], atol=1e-5, rtol=0)
+
+
+def leaves_its_inputs_alone(attack: Entrant) -> bool:
+    images = anywhere(SHAPES[1])
+    model, before = attack.victim(SHAPES[1][1:], 2), images.clone()
+    labels = model.labels(images)
+    with torch.no_grad():  # the caller's grad mode is no business of an attack
+        attack(model, images, labels, LInf(0.1))
+    return torch.equal(images, before) and not images.requires_grad and torch.equal(labels, model.labels(before))
+
+
 def test_every_catalogued_attack_has_a_row() -> None:
-    assert {settings.kind for settings in TABLE.values()} == set(catalogue.NAMES)
+    assert {settings.kind for settings in TABLE.values()} == set(catalogue.KINDS)
+    assert {settings.kind for settings in presets.STANDARD.values()} | {"transfer", "own"} == set(catalogue.KINDS)
 
 
-@every_attack
+# its one step is three epsilons long: the harness brings it back, see test_harness.py
+built_in = each_of([name for name in TABLE if name != "own"])
+# noise is a floor and no attack
+real = each_of([name for name in TABLE if name not in {"own", "noise"}])
+
+
+@built_in
 @every_norm
 @every_shape
-def test_attack_stays_inside(attack: Attack, norm: Norm, shape: tuple[int, ...]) -> None:
+def test_attack_stays_inside(attack: Entrant, norm: Norm, shape: tuple[int, ...]) -> None:
     assert is_inside(attack, norm, shape)
 
 
 @every_attack
 @every_norm
 @every_shape
-def test_attack_without_budget_changes_nothing(attack: Attack, norm: Norm, shape: tuple[int, ...]) -> None:
+def test_attack_without_budget_changes_nothing(attack: Entrant, norm: Norm, shape: tuple[int, ...]) -> None:
     assert keeps_still_without_budget(attack, norm, shape)
 
 
 @every_attack
 @every_norm
-def test_attack_is_never_weaker_with_more_budget(attack: Attack, norm: Norm) -> None:
+def test_attack_is_never_weaker_with_more_budget(attack: Entrant, norm: Norm) -> None:
     assert is_never_weaker_with_more(attack, norm)
+
+
+@built_in
+@every_norm
+def test_attack_stays_inside_whatever_its_caller_says(attack: Entrant, norm: Norm) -> None:
+    assert is_inside(attack, norm, SHAPES[1], fooled=lambda points, _: torch.zeros(len(points), dtype=torch.bool))
+    assert is_inside(attack, norm, SHAPES[1], fooled=lambda points, _: points.flatten(1).sum(1) > 6)
+
+
+@real
+@every_norm
+def test_attack_beats_doing_nothing(attack: Entrant, norm: Norm) -> None:
+    assert beats_doing_nothing(attack, norm)
 
 
 @every_attack
 @every_norm
-def test_attack_beats_doing_nothing(attack: Attack, norm: Norm) -> None:
-    assert beats_doing_nothing(attack, norm)
+def test_attack_does_not_depend_on_batch_neighbours(attack: Entrant, norm: Norm) -> None:
+    assert ignores_neighbours(attack, norm)
 
 
 @every_norm
 def test_planted_attacks_fail_the_checks(norm: Norm) -> None:
-    assert not beats_doing_nothing(idle, norm)
-    assert not is_inside(greedy, norm, SHAPES[1])
-    assert not keeps_still_without_budget(restless, norm, SHAPES[1])
-    assert not is_never_weaker_with_more(timid, norm)
+    assert not beats_doing_nothing(planted(idle), norm)
+    assert not is_inside(planted(greedy), norm, SHAPES[1])
+    assert not keeps_still_without_budget(planted(restless), norm, SHAPES[1])
+    assert not is_never_weaker_with_more(planted(timid), norm)
+    assert not ignores_neighbours(planted(sociable), norm)
+    assert not leaves_its_inputs_alone(planted(meddling))
 
 
 @every_attack
-def test_attack_leaves_its_inputs_alone(attack: Attack) -> None:
-    images = anywhere(SHAPES[1])
-    model, before = Linear(SHAPES[1][1:]), images.clone()
-    labels = model.labels(images)
-    with torch.no_grad():  # the caller's grad mode is no business of an attack
-        attack(model, images, labels, LInf(0.1))
-    assert torch.equal(images, before)
-    assert not images.requires_grad
-    assert torch.equal(labels, model.labels(before))
+def test_attack_leaves_its_inputs_alone(attack: Entrant) -> None:
+    assert leaves_its_inputs_alone(attack)
+
+
+@each_of([name for name in TABLE if name not in {"fgsm", "own"}])
+@every_norm
+def test_attack_retires_an_image_at_its_first_confirmed_point(attack: Entrant, norm: Norm) -> None:
+    """Nobody is asked about an image after it is confirmed inside the ball, and that point is what comes back."""
+    shape = (24, 1, 4, 4)
+    model, images = attack.victim(shape[1:], 2), 0.3 + 0.4 * torch.rand(shape, generator=stream("retires"))
+    labels, ball = model.labels(images), make_ball(norm, 0.45 * EPSILONS[norm])
+    referee = Referee(model, least=0.1)
+    found = attack(model, images, labels, ball, fooled=referee)
+    assert not all(referee.judge(found, labels))  # some never fall
+    points = torch.stack(referee.confirmed)
+    whose = torch.cdist(points.flatten(1), images.flatten(1)).argmin(1)
+    inside = size(points - images[whose], norm) <= ball.epsilon + TOLERANCE  # FAB asks about points outside, too
+    assert 1 <= int(inside.sum()) == len(set(whose[inside].tolist()))
+    torch.testing.assert_close(found[whose[inside]], points[inside], atol=TOLERANCE, rtol=0)
+
+
+# ---- what an attack says it costs
+
+
+class Unmoved(nn.Module):
+    """Always sure of class 0; every pixel has a gradient."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        score_B = images_BCHW.flatten(1).square().mean(1)
+        return torch.stack([score_B + 5, *(-step * score_B for step in range(3))], dim=1)
+
+
+@each_of_the_settings([name for name in TABLE if name != "own"])
+def test_passes_of_an_image_that_survives_are_as_announced(settings: AnyAttack) -> None:
+    count, passes = 5, Passes()
+    mixture = MixtureOfExperts([Unmoved()], UniformGate(1), "probabilities")
+    model, images = Cheap(mixture, "float32", passes), anywhere((count, 1, 4, 4))
+
+    def fooled(points: Tensor, labels: Tensor) -> Tensor:
+        passes.forward += len(points)
+        return torch.zeros_like(labels, dtype=torch.bool)
+
+    draws, labels = ImageDraws(0, "cost", torch.arange(count)), torch.zeros(count, dtype=torch.long)
+    craft = catalogue.bind(settings, {"twin": model})
+    craft(model, images, labels, ball=LInf(0.1), draws=draws, fooled=fooled)
+    forward, backward = catalogue.ENTRIES[type(settings)].passes(settings)
+    spent = (passes.forward / count, passes.backward / count)
+    assert spent == (forward, backward)
 
 
 # ---- closed forms on a linear model
 
 
-LINF_ATTACKS = {"fgsm": TABLE["fgsm"], "pgd": TABLE["pgd"], "pgd-margin": TABLE["pgd-margin"]}
-
-
-@pytest.mark.parametrize("settings", LINF_ATTACKS.values(), ids=LINF_ATTACKS.keys())
+@each_of_the_settings(["fgsm", "pgd", "pgd-margin", "pgd-targeted", "transfer"])
 @every_shape
-def test_linf_attacks_reach_the_optimum_of_a_linear_model(settings: catalogue.Attack, shape: tuple[int, ...]) -> None:
+def test_linf_attacks_reach_the_optimum_of_a_linear_model(settings: AnyAttack, shape: tuple[int, ...]) -> None:
     epsilon, images, model = EPSILONS["linf"], inner(shape), Linear(shape[1:], scale=0.3)
     labels = model.labels(images)
     found = catalogued(settings)(model, images, labels, LInf(epsilon))
@@ -219,17 +442,18 @@ def test_linf_attacks_reach_the_optimum_of_a_linear_model(settings: catalogue.At
     torch.testing.assert_close(found, best, atol=TOLERANCE, rtol=0)
 
 
-L2_ATTACKS: dict[str, catalogue.Attack] = {
+L2_ATTACKS: dict[str, AnyAttack] = {
     "fgsm": TABLE["fgsm"],
     # a step as long as the radius halves the angle to the optimum each time: 40 steps leave nothing
     "pgd": pgd_settings(steps=40, step_size=1.0),
     "pgd-margin": pgd_settings(steps=40, step_size=1.0, loss="margin"),
+    "pgd-targeted": pgd_settings(steps=40, step_size=1.0, loss="margin", targets=1),
 }
 
 
 @pytest.mark.parametrize("settings", L2_ATTACKS.values(), ids=L2_ATTACKS.keys())
 @every_shape
-def test_l2_attacks_reach_the_optimum_of_a_linear_model(settings: catalogue.Attack, shape: tuple[int, ...]) -> None:
+def test_l2_attacks_reach_the_optimum_of_a_linear_model(settings: AnyAttack, shape: tuple[int, ...]) -> None:
     epsilon, images, model = EPSILONS["l2"], inner(shape), Linear(shape[1:], scale=0.3)
     labels = model.labels(images)
     found = catalogued(settings)(model, images, labels, L2(epsilon))
@@ -385,6 +609,86 @@ def test_pgd_start_is_random_and_can_be_repeated() -> None:
     assert not torch.equal(once(0), once(1))
 
 
+def test_random_numbers_stay_with_their_image_when_others_have_fallen() -> None:
+    """Short steps leave the starts visible; half of the images leave after the first of three."""
+    model, images, labels = pgd_case()
+
+    def bright(points: Tensor, labels: Tensor) -> Tensor:
+        del labels
+        return points.flatten(1).mean(1) > 0.5
+
+    def attacked(rows: Tensor) -> Tensor:
+        draws, settings = ImageDraws(0, "pgd", rows), pgd_settings(steps=1, step_size=1e-3, restarts=3)
+        return pgd(model, images[rows], labels[rows], ball=LInf(0.05), settings=settings, draws=draws, fooled=bright)
+
+    everyone = attacked(torch.arange(48))
+    left = int((~bright(everyone, labels)).sum())
+    assert 5 < left < 43
+    for row in range(48):
+        assert torch.equal(attacked(torch.tensor([row])), everyone[row : row + 1])
+
+
+# ---- targeted PGD
+
+
+def test_likeliest_are_the_wrong_classes_by_falling_logit() -> None:
+    logits_BK = torch.tensor([[3.0, 1.0, 2.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    labels_B = torch.tensor([0, 2])
+    expected = [[2, 3], [1, 1], [3, 0]]
+    for targets in (1, 2, 3, 9):  # more than there are wrong classes are cut
+        found = likeliest(lambda _: logits_BK, torch.zeros(2, 1, 1, 1), labels_B, targets)
+        assert [goals_B.tolist() for goals_B in found] == expected[:targets]
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@every_norm
+@every_shape
+def test_targeted_pgd_reaches_the_optimum_towards_its_class(rank: int, norm: Norm, shape: tuple[int, ...]) -> None:
+    """Without a verdict the last target's point comes back; the optimum is where its lead over the label is largest."""
+    epsilon, images, model = EPSILONS[norm], inner(shape), Linear(shape[1:], classes=4, scale=0.3)
+    labels, ball = model.labels(images), make_ball(norm, EPSILONS[norm])
+    settings = pgd_settings(steps=40, step_size=1.0, loss="margin", targets=rank)
+    found = catalogued(settings)(model, images, labels, ball)
+    goals = model(images).argsort(dim=1, descending=True)[:, rank]
+    best = images + epsilon * ball.steepest(model.towards(goals, labels, images))
+    torch.testing.assert_close(found, best, atol=1e-5, rtol=0)
+
+
+@every_norm
+def test_targeted_cross_entropy_raises_its_class_and_not_just_any(norm: Norm) -> None:
+    images, model = inner((16, 1, 4, 4)), Linear((1, 4, 4), classes=4)
+    labels, rank = model.labels(images), 3
+    found = catalogued(pgd_settings(targets=rank))(model, images, labels, make_ball(norm, 2 * EPSILONS[norm]))
+    goals = model(images).argsort(dim=1, descending=True)[:, rank]
+    assert (model.labels(found) == goals).double().mean() > 0.7
+
+
+def decoy(images_BCHW: Tensor) -> Tensor:
+    """Three classes: the runner-up comes close and never wins, the third wins if somebody aims at it."""
+    near_B, far_B = images_BCHW[:, 0].flatten(1).mean(1) - 0.5, images_BCHW[:, 1].flatten(1).mean(1) - 0.5
+    return torch.stack([torch.zeros_like(near_B), 0.05 * torch.tanh(5 * near_B) - 0.1, 40 * far_B - 3], dim=1)
+
+
+def test_targeted_pgd_finds_what_the_nearest_class_hides() -> None:
+    images, labels = torch.full((6, 2, 4, 4), 0.5), torch.zeros(6, dtype=torch.long)
+    ball = LInf(0.1)
+    fallen = [
+        int((decoy(catalogued(settings)(decoy, images, labels, ball)).argmax(1) != labels).sum())
+        for settings in (pgd_settings(loss="margin"), pgd_settings(loss="margin", targets=2))
+    ]
+    assert fallen == [0, 6]
+
+
+def test_targeted_pgd_spends_its_steps_on_every_target_and_restart() -> None:
+    _, images, labels = pgd_case()
+    whole = Counted(Linear((1, 4, 4), classes=4))
+    run_pgd(whole, labels, images, pgd_settings(steps=3, restarts=2, targets=9))
+    assert whole.seen == (1 + 3 * 2 * 3) * len(images)  # three wrong classes, and one look at the clean images
+    spared, wrong = Counted(Unmoved()), torch.ones_like(labels)
+    run_pgd(spared, wrong, images, pgd_settings(steps=3, restarts=2, targets=2), Referee(Unmoved(), least=0))
+    assert spared.seen == 2 * len(images)  # all fallen before the first step, and no later ascent begun
+
+
 # ---- balls
 
 
@@ -496,16 +800,3 @@ def test_batch_draws_do_depend_on_company() -> None:
 def test_image_draws_depend_on_seed_and_purpose(other: ImageDraws) -> None:
     one = torch.zeros(1, 1, 4, 4)
     assert not torch.equal(ImageDraws(5, "pgd", torch.tensor([7])).uniform(one), other.uniform(one))
-
-
-@every_norm
-def test_pgd_result_does_not_depend_on_batch_neighbours(norm: Norm) -> None:
-    model, images, labels = pgd_case()
-    ball = make_ball(norm, EPSILONS[norm])
-
-    def attacked(rows: Tensor) -> Tensor:
-        draws = ImageDraws(0, "pgd", rows)
-        return pgd(model, images[rows], labels[rows], ball=ball, settings=pgd_settings(restarts=2), draws=draws)
-
-    everyone, few = attacked(torch.arange(48)), torch.tensor([40, 3, 11])
-    torch.testing.assert_close(attacked(few), everyone[few], atol=1e-5, rtol=0)

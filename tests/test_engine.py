@@ -4,6 +4,7 @@ Shapes: B batch, N images, C channel, H/W pixels, K classes.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -11,18 +12,20 @@ from torch import Tensor, nn
 
 from advmoe import engine
 from advmoe.attacks import catalogue
-from advmoe.attacks.ball import L2, Ball, LInf
-from advmoe.attacks.draws import BatchDraws
+from advmoe.attacks.ball import L2, Ball, Draws, LInf
+from advmoe.attacks.catalogue import AnyAttack
+from advmoe.attacks.draws import BatchDraws, ImageDraws
 from advmoe.attacks.fgsm import Fgsm
+from advmoe.attacks.model import Craft, Fooled, Model, input_gradient
 from advmoe.attacks.pgd import Pgd, pgd
-from advmoe.engine import Attacked, Precision
+from advmoe.engine import Passes, Precision, Struck
 from advmoe.machine import generator
 from advmoe.models.gate import Gate
 from advmoe.models.layers import ConvNorm
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.models.resnet import ResNet18
 
-PGD = Pgd(kind="pgd", steps=5, step_size=0.25, restarts=1, loss="ce")
+PGD = Pgd(kind="pgd", steps=5, step_size=0.25, restarts=1, loss="ce", targets=0)
 FGSM = Fgsm(kind="fgsm")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 CLASSES = 3
@@ -68,15 +71,20 @@ Crafter = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 def crafted(precision: Precision) -> Crafter:
     def craft(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-        return engine.craft(model, images_BCHW, labels_B, PGD, LInf(0.1), BatchDraws(stream("craft")), precision)
+        with engine.crafting(model, precision) as cheap:
+            return crafted_in_train_mode(cheap, images_BCHW, labels_B)
 
     return craft
 
 
-def crafted_in_train_mode(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+def crafted_in_train_mode(model: Model, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
     """Planted: the classic BatchNorm bug, adversarial batches that pass through the running statistics."""
     draws = BatchDraws(stream("craft"))
     return pgd(model, images_BCHW, labels_B, ball=LInf(0.1), settings=PGD, draws=draws)
+
+
+def struck_with_pgd(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+    return struck(model, images_BCHW, labels_B, LInf(0.1), precision="bfloat16").images
 
 
 def crafted_and_left_in_eval_mode(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
@@ -113,6 +121,11 @@ def leaves_the_model_as_it_was(craft: Crafter, model: nn.Module) -> bool:
 @pytest.mark.parametrize("make", [make_resnet, make_mixture])
 def test_crafting_leaves_the_model_as_it_was(make: Callable[[], nn.Module], precision: Precision) -> None:
     assert leaves_the_model_as_it_was(crafted(precision), make().train())
+
+
+@pytest.mark.parametrize("make", [make_resnet, make_mixture])
+def test_striking_leaves_the_model_as_it_was(make: Callable[[], nn.Module]) -> None:
+    assert leaves_the_model_as_it_was(struck_with_pgd, make().train())
 
 
 def test_crafting_puts_back_mixed_modes() -> None:
@@ -164,6 +177,51 @@ def test_crafting_does_not_depend_on_the_mode_before() -> None:
     assert torch.equal(crafted("float32")(model.eval(), pixels(8), labels), trained)
 
 
+# ---- the cheap form of a mixture, and what passes cost
+
+
+def test_passes_are_counted_in_images() -> None:
+    passes = Passes()
+    labels = torch.arange(8) % CLASSES
+    with engine.crafting(make_resnet(), "float32", passes) as cheap:
+        with torch.no_grad():
+            cheap(pixels(5))
+            cheap(pixels(5).requires_grad_(True))  # nothing can flow back from here
+        assert passes == Passes(forward=10, backward=0)
+        input_gradient(cheap, pixels(8), labels, "ce")
+        assert passes == Passes(forward=18, backward=8)
+
+
+def test_passes_through_a_mixture_are_counted_however_it_is_taken_apart() -> None:
+    passes = Passes()
+    with engine.crafting(make_mixture(), "float32", passes) as cheap, torch.no_grad():
+        cheap.parts(pixels(3))
+        assert passes == Passes(forward=3)
+        for vote in cheap.votes():
+            vote(pixels(4))
+    assert passes == Passes(forward=11)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_cheap_mixture_taken_apart_is_the_mixture(precision: Precision) -> None:
+    mixture = make_mixture()
+    with engine.crafting(mixture, precision) as cheap, torch.no_grad():
+        assert cheap.mixing == "probabilities"
+        parts, whole = cheap.parts(pixels()), cheap(pixels())
+        votes = torch.stack([vote(pixels()) for vote in cheap.votes()], dim=1)
+    assert {part.dtype for part in parts} == {torch.float32}
+    atol, rtol = (1e-4, 1e-4) if precision == "float32" else (0.2, 0.1)
+    torch.testing.assert_close(parts.log_probs_BK, whole, atol=atol, rtol=rtol)
+    torch.testing.assert_close(parts.logits_BEK, votes, atol=atol, rtol=rtol)
+    for expert, vote_BK in zip(mixture.experts, votes.unbind(1), strict=True):
+        torch.testing.assert_close(vote_BK, engine.predict(expert, pixels(), COUNT), atol=atol, rtol=rtol)
+
+
+def test_what_is_no_mixture_is_not_taken_apart() -> None:
+    with engine.crafting(make_resnet(), "float32") as cheap, pytest.raises(AssertionError, match="mixtures only"):
+        cheap.votes()
+
+
 # ---- predictions
 
 
@@ -203,105 +261,72 @@ def test_predict_of_no_images_is_refused() -> None:
         engine.predict(make_resnet(), pixels()[:0], 4)
 
 
-# ---- attacks
+# ---- one batch attacked
 
 
-def some_wrong(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Labels that the model gets right except on every fourth image, and which those are."""
-    labels, wrong = decisions(model, pixels()), torch.arange(COUNT) % 4 == 0
-    labels[wrong] = (labels[wrong] + 1) % CLASSES
-    return labels, wrong
+every_precision = pytest.mark.parametrize("precision", PRECISIONS)
+every_ball = pytest.mark.parametrize("ball", [LInf(0.15), L2(0.8)], ids=["linf", "l2"])
+every_attack = pytest.mark.parametrize("settings", [FGSM, PGD], ids=["fgsm", "pgd"])
 
 
-def attacked(
+def struck(
     model: nn.Module,
-    labels_N: Tensor,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
     ball: Ball,
     *,
-    settings: catalogue.Attack = PGD,
-    batch_size: int = 7,
+    settings: AnyAttack = PGD,
+    craft: Craft | None = None,
     precision: Precision = "float32",
     seed: int = 0,
-) -> Attacked:
-    """All batches of an attack on the same images in one."""
-    parts = list(
-        engine.attack(model, pixels(), labels_N, settings, ball, seed=seed, batch_size=batch_size, precision=precision)
-    )
-    assert [len(part.images) for part in parts] == [len(batch) for batch in torch.split(labels_N, batch_size)]
-    return Attacked(
-        torch.cat([part.images for part in parts]),
-        torch.cat([part.clean_logits for part in parts]),
-        torch.cat([part.logits for part in parts]),
+    passes: Passes | None = None,
+) -> Struck:
+    draws = ImageDraws(seed, "strike", torch.arange(len(images_BCHW)))
+    attack = craft or catalogue.bind(settings, {})
+    return engine.strike(
+        model, images_BCHW, labels_B, attack, ball=ball, draws=draws, precision=precision, passes=passes
     )
 
 
-@pytest.mark.parametrize("settings", [FGSM, PGD], ids=["fgsm", "pgd"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("ball", [LInf(0.15), L2(0.8)], ids=["linf", "l2"])
-def test_attack_stays_inside_and_spares_the_wrong(
-    settings: catalogue.Attack, precision: Precision, ball: LInf | L2
-) -> None:
-    model = make_resnet()
-    labels, wrong = some_wrong(model)
-    found = attacked(model, labels, ball, settings=settings, precision=precision)
-    change = (found.images.double() - pixels().double()).flatten(1)
+def norm_of(change_BCHW: Tensor, ball: Ball) -> Tensor:
     order = torch.inf if isinstance(ball, LInf) else 2
-    assert (torch.linalg.vector_norm(change, order, dim=1) <= ball.epsilon + 1e-6).all()
-    assert (found.images >= 0).all()
-    assert (found.images <= 1).all()
-    assert torch.equal(found.images[wrong], pixels()[wrong])
-    assert (change[~wrong] != 0).any(dim=1).all()
-    assert not found.correct(labels)[wrong].any()
+    length_B: Tensor = torch.linalg.vector_norm(change_BCHW.double().flatten(1), order, dim=1)
+    return length_B
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_attack_reports_what_float32_says(precision: Precision) -> None:
+def is_inside(found: Tensor, images: Tensor, ball: Ball) -> bool:
+    in_ball = (norm_of(found.double() - images.double(), ball) <= ball.epsilon + 1e-6).all()
+    return bool(in_ball and (found >= 0).all() and (found <= 1).all())
+
+
+@every_attack
+@every_precision
+@every_ball
+def test_strike_stays_inside_and_moves_every_image(settings: AnyAttack, precision: Precision, ball: Ball) -> None:
     model = make_resnet()
-    labels, wrong = some_wrong(model)
-    found = attacked(model, labels, LInf(0.15), precision=precision)
-    torch.testing.assert_close(found.clean_logits, engine.predict(model, pixels(), 7))
-    torch.testing.assert_close(found.logits, engine.predict(model, found.images, 7))
-    expected = ~wrong & (decisions(model, found.images) == labels)
-    assert torch.equal(found.correct(labels), expected)
-    assert 0 < expected.sum() < (~wrong).sum()  # some fell, some stood
+    found = struck(model, pixels(), decisions(model, pixels()), ball, settings=settings, precision=precision)
+    assert is_inside(found.images, pixels(), ball)
+    assert not found.images.requires_grad
+    assert (norm_of(found.images - pixels(), ball) > 0).all()
+    assert (found.overshoot < 1e-6).all()
 
 
-def test_correct_needs_both_clean_and_attacked() -> None:
-    right, wrong = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    both = Attacked(torch.zeros(4, 1, 1, 1), torch.cat([right, right, wrong, wrong]), torch.cat([right, wrong] * 2))
-    assert both.correct(torch.zeros(4, dtype=torch.long)).tolist() == [True, False, False, False]
-
-
-def test_attack_decisions_do_not_depend_on_the_batch_size() -> None:
+def test_strike_is_repeatable_and_its_start_follows_the_draws() -> None:
     model = make_resnet()
-    labels, _ = some_wrong(model)
-    whole = attacked(model, labels, LInf(0.1), batch_size=COUNT)
-    assert 0 < whole.correct(labels).sum() < COUNT
-    for batch_size in (1, 6):
-        found = attacked(model, labels, LInf(0.1), batch_size=batch_size)
-        assert torch.equal(found.correct(labels), whole.correct(labels))
-        # one pixel whose gradient is all but zero may take its step the other way after another rounding
-        same = (found.images - whole.images).abs() < 1e-4
-        assert same.double().mean() > 0.98
+    labels = decisions(model, pixels())
+    first = struck(model, pixels(), labels, LInf(0.1)).images
+    assert torch.equal(struck(model, pixels(), labels, LInf(0.1)).images, first)
+    assert not torch.equal(struck(model, pixels(), labels, LInf(0.1), seed=1).images, first)
 
 
-def test_attack_is_repeatable_and_its_start_follows_the_seed() -> None:
+def test_stronger_strike_leaves_fewer_correct() -> None:
     model = make_resnet()
-    labels, _ = some_wrong(model)
-    first = attacked(model, labels, LInf(0.1))
-    assert torch.equal(attacked(model, labels, LInf(0.1)).images, first.images)
-    assert not torch.equal(attacked(model, labels, LInf(0.1), seed=1).images, first.images)
-
-
-def test_attack_leaves_the_model_as_it_was() -> None:
-    model = make_resnet().train()
-    labels, _ = some_wrong(model)
-
-    def craft(network: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-        del images_BCHW, labels_B
-        return attacked(network, labels, LInf(0.1), precision="bfloat16").images[:8]
-
-    assert leaves_the_model_as_it_was(craft, model)
+    labels = decisions(model, pixels())
+    struck_at = [struck(model, pixels(), labels, LInf(epsilon)).images for epsilon in (0.0, 0.03, 0.1, 0.3)]
+    left = [int((decisions(model, images) == labels).sum()) for images in struck_at]
+    assert left[0] == COUNT
+    assert left == sorted(left, reverse=True)
+    assert left[-1] < COUNT / 2
 
 
 class TwoFaced(nn.Module):
@@ -313,63 +338,95 @@ class TwoFaced(nn.Module):
         return torch.stack([score_B, torch.zeros_like(score_B)], dim=1)
 
 
-@pytest.mark.parametrize("settings", [FGSM, PGD], ids=["fgsm", "pgd"])
-def test_success_counts_only_in_float32(settings: catalogue.Attack) -> None:
-    model, labels = TwoFaced(), torch.zeros(COUNT, dtype=torch.long)
-    with engine.crafting(model, "bfloat16") as cheap:
-        assert (cheap(pixels()).argmax(1) == 1).all()  # the attack believes that it has won
-    found = attacked(model, labels, LInf(0.1), settings=settings, precision="bfloat16")
-    assert found.correct(labels).all()
-
-
 def test_pgd_goes_on_until_float32_agrees() -> None:
     """Retired at the first point that bfloat16 gets wrong, the images would be the random starts, inside the ball."""
     labels = torch.zeros(COUNT, dtype=torch.long)
+    with engine.crafting(TwoFaced(), "bfloat16") as cheap:
+        assert (cheap(pixels()).argmax(1) == 1).all()  # the attack believes that it has won
     long = PGD.model_copy(update={"steps": 10})
-    found = attacked(TwoFaced(), labels, LInf(0.01), settings=long, precision="bfloat16")
+    found = struck(TwoFaced(), pixels(), labels, LInf(0.01), settings=long, precision="bfloat16")
     change = (found.images - pixels()).abs()
     # all steps go one way on this model, so nearly every pixel that the box does not hold has reached the wall
     assert (change > 0.0099).double().mean() > 0.9
 
 
-@pytest.mark.parametrize("ball", [LInf(0.1), L2(0.5)], ids=["linf", "l2"])
-def test_a_cheating_attack_is_brought_back_before_it_is_scored(
-    monkeypatch: pytest.MonkeyPatch, ball: LInf | L2
-) -> None:
-    model = make_resnet()
-    labels, wrong = some_wrong(model)
+@dataclass
+class Asking:
+    """An attack that only asks: what the verdict on the clean images is, under labels of its choice."""
 
-    def cheat(*args: object, **kwargs: object) -> Tensor:
-        del kwargs
-        images = args[2]
-        assert isinstance(images, Tensor)
-        return 1 - 2 * images  # far outside ball and box
+    shift: int
+    answers: list[Tensor] = field(default_factory=list)
 
-    monkeypatch.setattr(catalogue, "run", cheat)
-    found = attacked(model, labels, ball)
-    change = (found.images.double() - pixels().double()).flatten(1)
-    order = torch.inf if isinstance(ball, LInf) else 2
-    assert (torch.linalg.vector_norm(change, order, dim=1) <= ball.epsilon + 1e-6).all()
-    assert (found.images.clamp(0, 1) == found.images).all()
-    assert (change[~wrong] != 0).any()
-    torch.testing.assert_close(found.logits, engine.predict(model, found.images, 7))
+    def __call__(
+        self, model: Model, images: Tensor, labels: Tensor, /, *, ball: Ball, draws: Draws, fooled: Fooled | None = None
+    ) -> Tensor:
+        del model, ball, draws
+        assert fooled is not None
+        assert fooled(images[:0], labels[:0]).shape == (0,)
+        self.answers.append(fooled(images, (labels + self.shift) % CLASSES))
+        return images
 
 
-def test_attack_on_a_model_that_is_always_wrong_returns_the_clean_images() -> None:
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_verdict_is_that_of_a_float32_forward_pass(shift: int) -> None:
+    model, passes, asking = make_resnet().train(), Passes(), Asking(shift)
+    labels = torch.arange(COUNT) % CLASSES
+    struck(model, pixels(), labels, LInf(0.1), craft=asking, precision="bfloat16", passes=passes)
+    assert torch.equal(asking.answers[0], decisions(model, pixels()) != (labels + shift) % CLASSES)
+    assert passes == Passes(forward=COUNT)  # a verdict is a pass too
+    with torch.no_grad():
+        assert torch.equal(asking.answers[0], model.eval()(pixels()).argmax(1) != (labels + shift) % CLASSES)
+
+
+def test_an_image_leaves_at_its_first_point_that_float32_gets_wrong() -> None:
+    """With labels that are all wrong, PGD has won before its first step and returns its random starts."""
     model = make_resnet()
     labels = (decisions(model, pixels()) + 1) % CLASSES
-    found = attacked(model, labels, LInf(0.1))
-    assert torch.equal(found.images, pixels())
-    assert not found.correct(labels).any()
+    passes = Passes()
+    found = struck(model, pixels(), labels, LInf(1e-4), passes=passes).images
+    draws = ImageDraws(0, "strike", torch.arange(COUNT))
+    assert torch.equal(found, LInf(1e-4).start(pixels(), draws))
+    assert passes == Passes(forward=2 * COUNT, backward=COUNT)
 
 
-def test_stronger_attack_leaves_fewer_correct() -> None:
-    model = make_resnet()
-    labels = decisions(model, pixels())
-    left = [int(attacked(model, labels, LInf(epsilon)).correct(labels).sum()) for epsilon in (0.0, 0.03, 0.1, 0.3)]
-    assert left[0] == COUNT
-    assert left == sorted(left, reverse=True)
-    assert left[-1] < COUNT / 2
+def outside(
+    model: Model, images: Tensor, labels: Tensor, /, *, ball: Ball, draws: Draws, fooled: Fooled | None = None
+) -> Tensor:
+    """Planted: far outside ball and box."""
+    del model, labels, ball, draws, fooled
+    return 1 - 2 * images
+
+
+def in_place(
+    model: Model, images: Tensor, labels: Tensor, /, *, ball: Ball, draws: Draws, fooled: Fooled | None = None
+) -> Tensor:
+    """Planted: the same, and what it was given is overwritten, so that nothing seems to have moved."""
+    images.copy_(outside(model, images, labels, ball=ball, draws=draws, fooled=fooled))
+    labels.zero_()
+    return images
+
+
+@pytest.mark.parametrize("craft", [outside, in_place])
+@every_ball
+def test_a_cheating_attack_is_brought_back_and_found_out(craft: Craft, ball: Ball) -> None:
+    images, labels = pixels(), torch.arange(COUNT) % CLASSES
+    found = struck(make_resnet(), images, labels, ball, craft=craft)
+    assert torch.equal(images, pixels())
+    assert torch.equal(labels, torch.arange(COUNT) % CLASSES)
+    assert is_inside(found.images, pixels(), ball)
+    torch.testing.assert_close(found.images, ball.project(1 - 2 * pixels(), pixels()))
+    expected = (1 - 2 * pixels() - found.images).abs().amax(dim=(1, 2, 3))
+    torch.testing.assert_close(found.overshoot, expected)
+    assert (found.overshoot > 0.5).any()
+
+
+@every_attack
+def test_passes_of_a_strike_are_those_of_its_steps(settings: AnyAttack) -> None:
+    """On a model that nothing fools: every step once forward and once back, and one verdict at the end of PGD."""
+    passes, labels = Passes(), torch.zeros(COUNT, dtype=torch.long)
+    struck(TwoFaced(), pixels(), labels, LInf(0.1), settings=settings, passes=passes)
+    expected = {"fgsm": Passes(COUNT, COUNT), "pgd": Passes((PGD.steps + 1) * COUNT, PGD.steps * COUNT)}
+    assert passes == expected[settings.kind]
 
 
 # ---- context managers

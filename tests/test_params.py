@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from advmoe.attacks.catalogue import ENTRIES
 from advmoe.errors import UserError
 from advmoe.params import (
     Epsilon,
@@ -267,6 +268,7 @@ def test_experts_are_listed_once_each_and_at_least_one(content: dict[str, Any], 
 
 def test_an_unknown_baseline_in_evaluate_is_refused(content: dict[str, Any]) -> None:
     content["evaluate"]["baselines"] = ["madry"]
+    del content["evaluate"]["attacks"]["transfer"]  # which would be refused first, for its sources
     assert complaint(content).startswith("params.yaml: evaluate.baselines lists 'madry', but baseline has only ")
 
 
@@ -293,6 +295,43 @@ def test_a_name_that_makes_no_file_name_is_refused(content: dict[str, Any], name
 def test_an_attack_cannot_take_the_name_of_a_result(content: dict[str, Any], name: str) -> None:
     content["evaluate"]["attacks"][name] = {"kind": "fgsm"}
     assert complaint(content).startswith(f"params.yaml: evaluate.attacks: '{name}' is the name of a result")
+
+
+@pytest.mark.parametrize(("key", "value"), [("experts", ["pgd", "magic"]), ("limits", {"magic": 3})])
+def test_an_unknown_attack_in_evaluate_is_refused(content: dict[str, Any], key: str, value: object) -> None:
+    content["evaluate"][key] = value
+    assert complaint(content).startswith(f"params.yaml: evaluate: {key} names 'magic', but attacks has only pgd, ")
+
+
+@pytest.mark.parametrize("source", ["standard", "baseline/madry"])
+def test_a_transfer_from_an_unknown_network_is_refused(content: dict[str, Any], source: str) -> None:
+    content["evaluate"]["attacks"]["transfer"]["sources"] = ["baseline/standard", source]
+    assert complaint(content) == (
+        f"params.yaml: evaluate: attacks.transfer transfers from '{source}', "
+        "but there is only baseline/standard, baseline/adversarial"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "wrong"),
+    [
+        ("misrouting", "lambdas", []),
+        ("misrouting", "lambdas", [-1.0]),
+        ("transfer", "sources", []),
+        ("square", "p_init", 1.5),
+        ("apgd-t", "targets", 0),
+        ("pgd", "targets", -1),
+        ("rays", "queries", 0),
+    ],
+)
+def test_a_number_that_makes_no_attack_is_refused(content: dict[str, Any], name: str, key: str, wrong: object) -> None:
+    content["evaluate"]["attacks"][name][key] = wrong
+    assert complaint(content).startswith(f"params.yaml: evaluate.attacks.{name}.{key}")
+
+
+@pytest.mark.parametrize("attack", sorted(ENTRIES, key=str), ids=lambda settings: settings.__name__)
+def test_no_attack_has_a_default_that_dvc_would_not_see(attack: type[Settings]) -> None:
+    assert not [name for name, field in attack.model_fields.items() if not field.is_required()]
 
 
 @pytest.mark.parametrize("weights", [[1], [0, 0, 0], [1, 1, -1]])

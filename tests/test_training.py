@@ -12,7 +12,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from advmoe import classifiers, engine
+from advmoe import classifiers, engine, routing
+from advmoe.attacks.ball import LInf
+from advmoe.attacks.draws import BatchDraws
 from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.pgd import Pgd
 from advmoe.classifiers import Backbone, GateSettings, Mixture, Plain
@@ -30,6 +32,8 @@ from advmoe.training.adversary import (
     FgsmBatches,
     MixedBatches,
     PgdBatches,
+    bind,
+    craft,
     draw,
 )
 from advmoe.training.joint import Alarms, JointRecipe, MixtureLearner, train_mixture
@@ -45,6 +49,7 @@ FGSM = FgsmBatches(kind="fgsm", epsilons=(0.01, 0.02, 0.03, 0.04))
 PGD = PgdBatches(kind="pgd", steps=(1, 2, 3), step_size=0.5)
 MIXED = MixedBatches(kind="mixed", weights=(1, 1, 1), of=(CLEAN, FGSM, PGD))
 OFF = Augmentation(crop=0, flip=False)
+LONG = Pgd(kind="pgd", steps=6, step_size=0.5, restarts=1, loss="ce", targets=0)
 BATCHES = 6  # of 8 images, in one epoch of the tiny set
 
 
@@ -157,7 +162,7 @@ def test_every_number_of_pgd_steps_occurs_at_the_epsilon_of_the_threat_model() -
         assert each.ball.epsilon == EPSILON
         attacks.append(each.attack)
     assert {attack.steps for attack in attacks} == set(PGD.steps)
-    assert {(attack.step_size, attack.restarts, attack.loss) for attack in attacks} == {(0.5, 1, "ce")}
+    assert {(each.step_size, each.restarts, each.loss, each.targets) for each in attacks} == {(0.5, 1, "ce", 0)}
 
 
 def kinds(weights: tuple[float, ...]) -> dict[str, int]:
@@ -227,14 +232,13 @@ def once_per_epoch() -> Draw:
 
 def is_drawn_per_batch(monkeypatch: pytest.MonkeyPatch, adversary: Adversary, epochs: int = 2) -> bool:
     """Trains for real, watching what each batch is crafted with: a fresh draw for all of them, in every epoch."""
-    crafted: list[tuple[object, float]] = []
-    real = engine.craft
+    crafted: list[Drawn] = []
 
-    def watched(model: nn.Module, images: Tensor, labels: Tensor, attack: Any, ball: Any, *rest: Any) -> Tensor:
-        crafted.append((attack, ball.epsilon))
-        return real(model, images, labels, attack, ball, *rest)
+    def watched(model: nn.Module, images: Tensor, labels: Tensor, drawn: Drawn, *rest: Any) -> Tensor:
+        crafted.append(drawn)
+        return craft(model, images, labels, drawn, *rest)
 
-    monkeypatch.setattr(engine, "craft", watched)
+    monkeypatch.setattr(loop, "craft", watched)
     train_plain(adversary, epochs=epochs)
     assert len(crafted) == epochs * BATCHES
     by_epoch = [crafted[start : start + BATCHES] for start in range(0, len(crafted), BATCHES)]
@@ -256,8 +260,28 @@ def test_clean_training_crafts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: object) -> Tensor:
         raise AssertionError(f"crafted for a clean batch: {len(args)} arguments")
 
-    monkeypatch.setattr(engine, "craft", forbidden)
+    monkeypatch.setattr(loop, "craft", forbidden)
     train_plain(CLEAN, epochs=1)
+
+
+@pytest.mark.parametrize("attack", [Fgsm(kind="fgsm"), LONG], ids=["fgsm", "pgd"])
+def test_a_training_batch_gets_the_attack_as_it_was_drawn(attack: Fgsm | Pgd) -> None:
+    model, images = make_model().eval(), make_split(8, "crafted").pixels()
+    labels, ball = engine.predict(model, images, 8).argmax(1), LInf(EPSILON)
+    found = craft(model, images, labels, Drawn(attack, ball), BatchDraws(stream("craft")), "float32")
+    with engine.crafting(model, "float32") as cheap:
+        expected = bind(attack)(cheap, images, labels, ball=ball, draws=BatchDraws(stream("craft")))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, images)
+
+
+def test_training_attacks_every_image_to_the_last_step() -> None:
+    """Evaluation lets an image go when it has fallen; a network that learns should meet the worst that was found."""
+    model, images = make_model().eval(), make_split(8, "crafted").pixels()
+    labels = (engine.predict(model, images, 8).argmax(1) + 1) % 3  # fallen before the first step
+    found = craft(model, images, labels, Drawn(LONG, LInf(EPSILON)), BatchDraws(stream("craft")), "float32")
+    at_the_wall = (found - images).abs() > 0.99 * EPSILON
+    assert at_the_wall.double().mean() > 0.5
 
 
 # ---- the numbers of a recipe
@@ -437,16 +461,16 @@ def test_load_imbalance_can_be_learned_from() -> None:
 
 
 def test_entropy_closed_forms() -> None:
-    assert float(joint.entropy(torch.full((6, 4), 0.25))) == pytest.approx(math.log(4))
-    assert float(joint.entropy(torch.eye(4))) == 0.0
-    assert float(joint.entropy(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]))) == pytest.approx(math.log(2) / 2)
+    assert float(routing.entropy(torch.full((6, 4), 0.25))) == pytest.approx(math.log(4))
+    assert float(routing.entropy(torch.eye(4))) == 0.0
+    assert float(routing.entropy(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]))) == pytest.approx(math.log(2) / 2)
 
 
 def test_shift_closed_forms() -> None:
     even, certain = torch.full((4, 4), 0.25), torch.eye(4)
-    assert float(joint.shift(even, even)) == 0.0
-    assert float(joint.shift(certain, certain.flip(0))) == pytest.approx(1.0)
-    assert float(joint.shift(even, certain)) == pytest.approx(0.75)
+    assert float(routing.shift(even, even)) == 0.0
+    assert float(routing.shift(certain, certain.flip(0))) == pytest.approx(1.0)
+    assert float(routing.shift(even, certain)) == pytest.approx(0.75)
 
 
 def health_row(epoch: int = 1, gradient: float = 0.1, left: float = 0.5) -> Row:
@@ -722,7 +746,7 @@ def test_ema_validates_the_averaged_weights() -> None:
 def test_ema_of_a_mixture_watches_the_averaged_gate() -> None:
     trained, _ = run_mixture(ema=0.9, epochs=1)
     assert isinstance(trained.model, MixtureOfExperts)
-    weights = joint.gate_weights(trained.model, make_dataset()["validation"].pixels())
+    weights = routing.gate_weights(trained.model, make_dataset()["validation"].pixels())
     assert trained.kept["load_left"] == pytest.approx(float(weights[:, 0].mean()), abs=1e-5)
 
 

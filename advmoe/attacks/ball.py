@@ -23,6 +23,10 @@ class Draws(Protocol):
         """Standard normal, in the shape and on the device of `like`."""
         ...
 
+    def pick(self, rows: Tensor) -> "Draws":
+        """The same streams for some of the images only: `rows` (b,) numbers them within the batch."""
+        ...
+
 
 class Ball(Protocol):
     """What an iterative attack needs of a norm; every method takes and returns (B, C, H, W)."""

@@ -1,5 +1,6 @@
 """Random numbers for attacks, always drawn on the CPU so that every device sees the same ones."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,11 @@ class BatchDraws:
         """Standard normal, in the shape and on the device of `like`."""
         return torch.randn(like.shape, generator=self.stream).to(like)
 
+    def pick(self, rows: Tensor) -> "BatchDraws":
+        """The one stream serves any part of the batch."""
+        del rows
+        return self
+
 
 class ImageDraws:
     """One stream for each image, seeded by its number: what an image draws does not depend on the batch it is in."""
@@ -37,6 +43,12 @@ class ImageDraws:
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal, in the shape and on the device of `like`."""
         return self._stack(torch.randn, like).to(like)
+
+    def pick(self, rows: Tensor) -> "ImageDraws":
+        """The streams of the images `rows` (b,); they go on where they are."""
+        picked = copy.copy(self)
+        picked.streams = [self.streams[row] for row in rows.tolist()]
+        return picked
 
     def _stack(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
         assert len(like) == len(self.streams), "one stream for each image"

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.model import Model, input_gradient
+from advmoe.attacks.model import Fooled, Model, input_gradient
 from advmoe.params import Settings
 
 
@@ -18,8 +18,17 @@ class Fgsm(Settings):
     kind: Literal["fgsm"]
 
 
-def fgsm(model: Model, images_BCHW: Tensor, labels_B: Tensor, *, ball: Ball, settings: Fgsm, draws: Draws) -> Tensor:
+def fgsm(
+    model: Model,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    *,
+    ball: Ball,
+    settings: Fgsm,
+    draws: Draws,
+    fooled: Fooled | None = None,
+) -> Tensor:
     """The image plus epsilon * steepest(grad CE), inside the ball and [0, 1]; in L2 the step is the normed gradient."""
-    del settings, draws  # one deterministic step
+    del settings, draws, fooled  # one deterministic step, and nothing to leave early
     gradient, _ = input_gradient(model, images_BCHW, labels_B, "ce")
     return ball.project(images_BCHW + ball.epsilon * ball.steepest(gradient), images_BCHW).detach()

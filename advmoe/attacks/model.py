@@ -1,21 +1,44 @@
 """The form all attacks share.
 
-An attack is `attack(model, images_BCHW, labels_B, *, ball, settings, draws) -> images_BCHW`: pixels in [0, 1], a model
-that returns logits, a result inside the ball. It reads nothing else and changes nothing, the model's mode included.
+An attack is `attack(model, images_BCHW, labels_B, *, ball, settings, draws, fooled) -> images_BCHW`: pixels in [0, 1],
+a model that returns logits, a result inside the ball. It reads nothing else and changes nothing, the model's mode
+included. `fooled(points, labels)` is the caller's own verdict, (b,) bool: with it an image may leave the attack at the
+first point it confirms, and that point is returned. Without it FGSM and PGD take every image all the way, as training
+wants; the others go by the model's own decision.
 
-Shapes: B batch, C channel, H/W pixels, K classes.
+Shapes: B batch, b images still under attack, C channel, H/W pixels, K classes.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from advmoe.attacks.ball import Ball, Draws
+
 Model = Callable[[Tensor], Tensor]
 Fooled = Callable[[Tensor, Tensor], Tensor]
 Loss = Literal["ce", "margin"]
+
+
+class Craft(Protocol):
+    """An attack whose settings are bound, as harness and training call it; also the form of a user's own attack."""
+
+    def __call__(
+        self,
+        model: Model,
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        /,
+        *,
+        ball: Ball,
+        draws: Draws,
+        fooled: Fooled | None = None,
+    ) -> Tensor:
+        """Adversarial images (B, C, H, W)."""
+        ...
 
 
 def cross_entropy(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
@@ -35,8 +58,13 @@ LOSSES: dict[Loss, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "
 
 def input_gradient(model: Model, images_BCHW: Tensor, labels_B: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
     """Gradient of the summed loss with respect to the pixels (B, C, H, W), and the logits (B, K) on the way."""
+    return pixel_gradient(model, images_BCHW, lambda logits_BK: LOSSES[loss](logits_BK, labels_B))
+
+
+def pixel_gradient(model: Model, images_BCHW: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The same for any `loss` of the model's output, (B,) numbers that each depend on their own image only."""
     with torch.enable_grad():
         pixels = images_BCHW.detach().requires_grad_(True)
         logits_BK = model(pixels)
-        (gradient,) = torch.autograd.grad(LOSSES[loss](logits_BK, labels_B).sum(), pixels)
+        (gradient,) = torch.autograd.grad(loss(logits_BK).sum(), pixels)
     return gradient, logits_BK.detach()

@@ -1,6 +1,9 @@
-"""PGD: projected gradient ascent from a random start (Madry et al. 2018, arXiv 1706.06083).
+"""PGD: projected gradient ascent from random starts (Madry et al. 2018, arXiv 1706.06083).
 
-Shapes: B batch, C channel, H/W pixels.
+Untargeted it climbs a loss away from the true class; targeted, towards one wrong class after another (Carlini-Wagner
+2017's logit difference when the loss is `margin`).
+
+Shapes: B batch, b images still open, C channel, H/W pixels, K classes.
 """
 
 from typing import Literal
@@ -8,19 +11,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from advmoe.attacks.ascent import Climb, Objective
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.model import Fooled, Loss, Model, input_gradient
-from advmoe.params import PositiveFloat, PositiveInt, Settings
+from advmoe.attacks.model import Fooled, Loss, Model, cross_entropy, input_gradient, pixel_gradient
+from advmoe.params import NonNegativeInt, PositiveFloat, PositiveInt, Settings
 
 
 class Pgd(Settings):
-    """`step_size` is relative to epsilon, so that one number serves every epsilon."""
+    """`step_size` is relative to epsilon, so that one number serves every epsilon; `targets`: so many of the likeliest
+    wrong classes are aimed at, each with all restarts; 0 for untargeted. More targets than wrong classes are cut.
+    """
 
     kind: Literal["pgd"]
     steps: PositiveInt
     step_size: PositiveFloat
     restarts: PositiveInt
     loss: Loss
+    targets: NonNegativeInt
 
 
 def pgd(
@@ -35,43 +42,54 @@ def pgd(
 ) -> Tensor:
     """The last point of the ascent, inside the ball and [0, 1].
 
-    `fooled(points, labels)` says (B,) which points the caller counts as adversarial; it is asked about those that the
-    model itself gets wrong, and at the end of a restart about all that are left. With it an image leaves the ascent,
-    and is spared the remaining restarts, at its first such point, which is returned. Without it every image takes all
-    steps of every restart, as training wants.
+    `fooled` is asked about those points that the model itself gets wrong, and at the end of a restart about all that
+    are left. Without it every image takes all steps of every restart, as training wants.
     """
-    result = images_BCHW.clone()
-    open_ = torch.arange(len(images_BCHW), device=images_BCHW.device)
-    for _ in range(settings.restarts):
-        # drawn for the whole batch, so that an image's start does not depend on which others have fallen
-        start = ball.start(images_BCHW, draws)[open_]
-        open_ = _ascend(model, images_BCHW[open_], labels_B[open_], start, open_, result, ball, settings, fooled)
-    return result
+    climb = Climb(images_BCHW, labels_B, ball, fooled)
+    for objective in _objectives(model, images_BCHW, labels_B, settings):
+        for _ in range(settings.restarts):
+            climb.ascend(objective, settings.steps, settings.step_size, draws)
+    return climb.result
 
 
-def _ascend(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    points: Tensor,
-    open_: Tensor,
-    result: Tensor,
-    ball: Ball,
-    settings: Pgd,
-    fooled: Fooled | None,
-) -> Tensor:
-    """One restart for the images numbered `open_`: writes where they end into `result`, returns those still open."""
-    for _ in range(settings.steps):
-        if not len(open_):
-            return open_
-        gradient, logits = input_gradient(model, points, labels, settings.loss)
-        if fooled is not None:
-            fallen = logits.argmax(dim=1) != labels
-            fallen[fallen.clone()] = fooled(points[fallen], labels[fallen])
-            result[open_[fallen]] = points[fallen]
-            points, images, labels, open_, gradient = (
-                part[~fallen] for part in (points, images, labels, open_, gradient)
-            )
-        points = ball.project(points + settings.step_size * ball.epsilon * ball.steepest(gradient), images)
-    result[open_] = points
-    return open_ if fooled is None else open_[~fooled(points, labels)]
+def _objectives(model: Model, images: Tensor, labels: Tensor, settings: Pgd) -> list[Objective]:
+    if not settings.targets:
+        return [untargeted(model, labels, settings.loss)]
+    return [
+        towards(model, labels, goals_B, settings.loss) for goals_B in likeliest(model, images, labels, settings.targets)
+    ]
+
+
+def untargeted(model: Model, labels_B: Tensor, loss: Loss) -> Objective:
+    """Climb the loss of the true class."""
+
+    def objective(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, logits = input_gradient(model, points, labels_B[rows], loss)
+        return gradient, logits.argmax(dim=1) != labels_B[rows]
+
+    return objective
+
+
+def towards(model: Model, labels_B: Tensor, goals_B: Tensor, loss: Loss) -> Objective:
+    """Climb towards a wrong class for each image: minus its cross-entropy, or its logit minus the true one's."""
+
+    def objective(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        labels, goals = labels_B[rows], goals_B[rows]
+
+        def gain(logits: Tensor) -> Tensor:
+            if loss == "ce":
+                return -cross_entropy(logits, goals)
+            return (logits.gather(1, goals[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
+
+        gradient, logits = pixel_gradient(model, points, gain)
+        return gradient, logits.argmax(dim=1) != labels
+
+    return objective
+
+
+def likeliest(model: Model, images_BCHW: Tensor, labels_B: Tensor, targets: int) -> list[Tensor]:
+    """The wrong classes with the highest logits on the clean images: at most `targets` tensors (B,), best first."""
+    with torch.no_grad():
+        logits_BK = model(images_BCHW).scatter(1, labels_B[:, None], -torch.inf)
+    wrong = min(targets, logits_BK.shape[1] - 1)
+    return list(logits_BK.topk(wrong, dim=1).indices.unbind(dim=1))

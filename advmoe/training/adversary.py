@@ -4,14 +4,18 @@ The draw is made once per batch, not per image and not per epoch; a test holds t
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor, nn
 
-from advmoe.attacks.ball import LInf
-from advmoe.attacks.fgsm import Fgsm
-from advmoe.attacks.pgd import Pgd
+from advmoe import engine
+from advmoe.attacks.ball import Draws, LInf
+from advmoe.attacks.fgsm import Fgsm, fgsm
+from advmoe.attacks.model import Craft
+from advmoe.attacks.pgd import Pgd, pgd
 from advmoe.params import Epsilon, NonNegativeFloat, PositiveFloat, PositiveInt, Settings
 
 T = TypeVar("T")
@@ -62,6 +66,23 @@ class Drawn(NamedTuple):
     ball: LInf
 
 
+def bind(attack: Fgsm | Pgd) -> Craft:
+    """The attack as a function. Not through the catalogue, or training would depend on every attack there is."""
+    match attack:
+        case Fgsm():
+            return partial(fgsm, settings=attack)
+        case Pgd():
+            return partial(pgd, settings=attack)
+
+
+def craft(
+    model: nn.Module, images_BCHW: Tensor, labels_B: Tensor, drawn: Drawn, draws: Draws, precision: engine.Precision
+) -> Tensor:
+    """Adversarial images for one training batch, every image attacked to the last step."""
+    with engine.crafting(model, precision) as cheap:
+        return bind(drawn.attack)(cheap, images_BCHW, labels_B, ball=drawn.ball, draws=draws)
+
+
 def draw(adversary: Adversary, epsilon: float, stream: torch.Generator) -> Drawn | None:
     """Draw the attack of one batch; None for a clean one. `epsilon` is the threat model's."""
     match adversary:
@@ -71,7 +92,7 @@ def draw(adversary: Adversary, epsilon: float, stream: torch.Generator) -> Drawn
             return Drawn(Fgsm(kind="fgsm"), LInf(_pick(adversary.epsilons, stream)))
         case PgdBatches():
             steps = _pick(adversary.steps, stream)
-            attack = Pgd(kind="pgd", steps=steps, step_size=adversary.step_size, restarts=1, loss="ce")
+            attack = Pgd(kind="pgd", steps=steps, step_size=adversary.step_size, restarts=1, loss="ce", targets=0)
             return Drawn(attack, LInf(epsilon))
         case MixedBatches():
             chosen = torch.multinomial(torch.tensor(adversary.weights), 1, generator=stream)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe import classifiers, engine
+from advmoe import classifiers
 from advmoe.classifiers import Backbone, GateSettings, Mixture
 from advmoe.data.dataset import Dataset
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import Fraction01, NonNegativeFloat, PositiveFloat, Settings
+from advmoe.routing import entropy, gate_weights, shift
 from advmoe.training.adversary import Adversary
-from advmoe.training.loop import DIGITS, VALIDATION_BATCH, Course, Row, Trained, fit
+from advmoe.training.loop import DIGITS, Course, Row, Trained, fit
 from advmoe.training.recipe import Recipe, sgd
 
 
@@ -91,23 +92,6 @@ class MixtureLearner:
         loads = zip(self.recipe.experts, clean_NE.mean(dim=0).tolist(), strict=True)
         row |= {f"load_{name}": load for name, load in loads}
         return {name: round(value, DIGITS) for name, value in row.items()}
-
-
-def gate_weights(mixture: MixtureOfExperts, images_NCHW: Tensor) -> Tensor:
-    """The gate's weights (N, E), in float32 and eval mode."""
-    return engine.predict(mixture.gate, images_NCHW, VALIDATION_BATCH).exp()
-
-
-def entropy(weights_NE: Tensor) -> Tensor:
-    """Mean entropy of the gate's weights in nats: 0 when one expert has all, log E when all weigh alike."""
-    nats: Tensor = -torch.special.xlogy(weights_NE, weights_NE).sum(dim=1).mean()
-    return nats
-
-
-def shift(left_NE: Tensor, right_NE: Tensor) -> Tensor:
-    """Mean total variation distance between two sets of gate weights, in [0, 1]."""
-    distance: Tensor = (left_NE - right_NE).abs().sum(dim=1).mean() / 2
-    return distance
 
 
 def alarms(history: list[Row], kept: Row, recipe: JointRecipe) -> list[str]:

@@ -18,14 +18,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advmoe import console, engine
 from advmoe.attacks.ball import LInf
-from advmoe.attacks.draws import BatchDraws
+from advmoe.attacks.draws import BatchDraws, ImageDraws
 from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.pgd import Pgd
 from advmoe.data.batches import batches, batches_per_epoch
 from advmoe.data.dataset import Dataset, Split
 from advmoe.errors import UserError
 from advmoe.machine import derive_seed, device, generator
-from advmoe.training.adversary import Adversary, CleanBatches, draw
+from advmoe.training.adversary import Adversary, CleanBatches, bind, craft, draw
 from advmoe.training.recipe import Recipe, Validation, rate
 
 VALIDATION_BATCH = 200
@@ -121,8 +121,7 @@ class Run:
         recipe = course.recipe
         drawn = draw(course.adversary, course.epsilon, self.adversary)
         if drawn is not None:
-            draws = BatchDraws(self.noise)
-            images = engine.craft(model, images, labels, drawn.attack, drawn.ball, draws, recipe.precision)
+            images = craft(model, images, labels, drawn, BatchDraws(self.noise), recipe.precision)
         model.train()
         self.optimizer.zero_grad(set_to_none=True)
         with engine.autocast(images.device, recipe.precision):
@@ -186,32 +185,37 @@ def validate(model: nn.Module, split: Split, course: Course) -> tuple[Row, Tenso
     place = device()
     images, labels = split.pixels().to(place), split.labels.to(place)
     validation, ball = course.recipe.validation, LInf(course.epsilon)
-    row: Row = {}
+    clean = engine.predict(model, images, VALIDATION_BATCH).argmax(1) == labels
+    row: Row = {"clean": _share(clean)}
     adversarial = images
     for attack in (Fgsm(kind="fgsm"), _validation_pgd(validation)):
-        parts = list(
-            engine.attack(
-                model,
-                images,
-                labels,
-                attack,
-                ball,
-                seed=derive_seed(course.seed, course.name, "validation"),
-                batch_size=VALIDATION_BATCH,
-                precision=course.recipe.precision,
-            )
-        )
-        clean = torch.cat([part.clean_logits for part in parts]).argmax(1) == labels
-        robust = torch.cat(
-            [part.correct(own) for part, own in zip(parts, torch.split(labels, VALIDATION_BATCH), strict=True)]
-        )
-        row["clean"], row[attack.kind] = _share(clean), _share(robust)
-        adversarial = torch.cat([part.images for part in parts])
+        adversarial = _attacked(model, images, labels, clean, attack, ball, course)
+        robust = clean & (engine.predict(model, adversarial, VALIDATION_BATCH).argmax(1) == labels)
+        row[attack.kind] = _share(robust)
     return row, images, adversarial
 
 
+def _attacked(
+    model: nn.Module, images: Tensor, labels: Tensor, standing: Tensor, attack: Fgsm | Pgd, ball: LInf, course: Course
+) -> Tensor:
+    """The images, those still `standing` (N,) under attack."""
+    result = images.clone()
+    for numbers in torch.split(standing.nonzero().squeeze(1), VALIDATION_BATCH):
+        draws = ImageDraws(derive_seed(course.seed, course.name, "validation"), attack.kind, numbers)
+        result[numbers] = engine.strike(
+            model,
+            images[numbers],
+            labels[numbers],
+            bind(attack),
+            ball=ball,
+            draws=draws,
+            precision=course.recipe.precision,
+        ).images
+    return result
+
+
 def _validation_pgd(validation: Validation) -> Pgd:
-    return Pgd(kind="pgd", steps=validation.steps, step_size=validation.step_size, restarts=1, loss="ce")
+    return Pgd(kind="pgd", steps=validation.steps, step_size=validation.step_size, restarts=1, loss="ce", targets=0)
 
 
 def _averaged(model: nn.Module, decay: float) -> AveragedModel | None:

@@ -1,0 +1,29 @@
+"""How a gate distributes images over its experts: weights, and the numbers that sum them up.
+
+Shapes: N images, C channel, H/W pixels, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+from advmoe import engine
+from advmoe.models.moe import MixtureOfExperts
+
+BATCH = 200  # images of a forward pass
+
+
+def gate_weights(mixture: MixtureOfExperts, images_NCHW: Tensor) -> Tensor:
+    """The gate's weights (N, E), in float32 and eval mode."""
+    return engine.predict(mixture.gate, images_NCHW, BATCH).exp()
+
+
+def entropy(weights_NE: Tensor) -> Tensor:
+    """Mean entropy of the gate's weights in nats: 0 when one expert has all, log E when all weigh alike."""
+    nats: Tensor = -torch.special.xlogy(weights_NE, weights_NE).sum(dim=1).mean()
+    return nats
+
+
+def shift(left_NE: Tensor, right_NE: Tensor) -> Tensor:
+    """Mean total variation distance between two sets of gate weights, in [0, 1]."""
+    distance: Tensor = (left_NE - right_NE).abs().sum(dim=1).mean() / 2
+    return distance
