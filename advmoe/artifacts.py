@@ -84,10 +84,12 @@ def save(
     seed: int,
     metrics: Mapping[str, Any],
     seconds: float,
+    timings: Mapping[str, float] | None = None,
 ) -> Header:
     """Write an artifact atomically, and its sidecar; returns the header written.
 
-    The bytes depend on the arguments and the PyTorch version only. `seconds` goes to the sidecar.
+    The bytes depend on the arguments and the PyTorch version only. `seconds` and `timings`, its parts by
+    name, go to the sidecar.
     """
     # contiguous in the default layout: channels_last is a matter of the machine, not of the weights
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -103,7 +105,10 @@ def save(
     )
     header = header.model_copy(update={"header_sha256": header.own_hash()})
     write_bytes(path, to_safetensors(stored, metadata={METADATA_KEY: canonical_json(header.model_dump())}))
-    write_json(sidecar(path), {"sha256": header.sha256, **_circumstances(seconds)})
+    write_json(
+        sidecar(path),
+        {"sha256": header.sha256, **_circumstances(seconds), **({"timings": dict(timings)} if timings else {})},
+    )
     return header
 
 

@@ -86,24 +86,60 @@ def baseline(name: Annotated[str, typer.Argument(help="A baseline of params.yaml
 @app.command(rich_help_panel=STAGES)
 def evaluate(
     attack: Annotated[
-        list[str] | None, typer.Option(help="An attack of evaluate.attacks in params.yaml; may be repeated.")
+        list[str] | None,
+        typer.Option(help="An attack or preset (`advmoe attacks`), or path/to/file.py:function; may be repeated."),
     ] = None,
     epsilon: Annotated[str | None, typer.Option(help="Radius, 8/255 or 0.03.")] = None,
     norm: Annotated[Literal["linf", "l2"] | None, typer.Option(help="Norm of the radius; linf by default.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of iterative attacks.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many test images.")] = None,
-    model: Annotated[Path | None, typer.Option(help="A classifier artifact; the mixture by default.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A classifier artifact, or path/to/model.py:factory (runs that file). Default: the mixture."),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, .pt, .pth.")] = None,
+    expert: Annotated[str | None, typer.Option(help="Only this expert of the model.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Images and labels as .npz. Default: the test split.")] = None,
+    training_data: Annotated[Path | None, typer.Option(help="What the model was trained on, .npz.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once; default: what fits.")] = None,
+    checks: Annotated[bool, typer.Option(help="Ask the ten checks whether the numbers may be believed.")] = True,
 ) -> None:
     """Without options the stage: everything, for the record. With any option a quick question about one model."""
-    _stage()
-    if not any((attack, epsilon is not None, steps, limit, model, norm)):
+    asked = (attack, epsilon, norm, steps, limit, model, weights, expert, data, training_data, batch_size)
+    if all(option is None or option == [] for option in asked) and checks:
+        _stage()
         from stages import evaluate as stage
 
         return stage.run()
-    from advmoe.evaluation import question
+    _torch()
+    from advmoe.evaluation.answer import answer
+    from advmoe.evaluation.question import Question
 
-    question.answer(question.Question(attack or (), epsilon, steps, limit, model or paths.MIXTURE, norm or "linf"))
+    question = Question(
+        model=model or str(paths.MIXTURE),
+        attacks=attack or (),
+        epsilon=epsilon,
+        norm=norm or "linf",
+        steps=steps,
+        limit=limit,
+        weights=weights,
+        expert=expert,
+        data=data,
+        training_data=training_data,
+        batch_size=batch_size,
+        checks=checks,
+    )
+    answer(question)
     return None
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def attacks() -> None:
+    """List the attacks: norms, access, cost, source."""
+    from advmoe.attacks import presets
+
+    console.listing("attacks, with their standard settings", presets.COLUMNS, presets.rows())
+    console.say("params.yaml sets their numbers for the pipeline; --steps sets the steps of one question")
 
 
 @app.command(rich_help_panel=QUESTIONS)

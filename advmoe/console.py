@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
@@ -35,7 +36,7 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
     """Yield `items` while showing how far they are."""
     if out.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=out, transient=True) as progress:
+        with Bar(*columns, console=out, transient=True) as progress:
             yield from progress.track(items, total=total, description=what)
         return
     shown = time.monotonic()
@@ -46,6 +47,36 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
             say(f"{what}: {count}/{total}")
 
 
+class Progress:
+    """Progress of long work in uneven pieces: done of total, a remark, and how long it will still take."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.started = self.shown = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Bar(*columns, console=out, transient=True) if out.is_terminal else None
+
+    def __enter__(self) -> "Progress":
+        if self.bar is not None:
+            self.bar.start()
+            self.bar.add_task(self.what, total=self.total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def advance(self, pieces: int, remark: str) -> None:
+        """`pieces` more are done."""
+        self.done += pieces
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], advance=pieces, description=f"{self.what} ({remark})")
+        elif time.monotonic() - self.shown >= PLAIN_SECONDS:
+            self.shown = time.monotonic()
+            left = (self.shown - self.started) / self.done * (self.total - self.done)
+            say(f"{self.what}: {self.done}/{self.total}, {remark}, about {left:.0f} s left")
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table; the first column is left-aligned text, the others are right-aligned numbers."""
     grid = Table(title=Text(title), title_justify="left", header_style="bold")
@@ -54,3 +85,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     for row in rows:
         grid.add_row(*map(Text, row))
     out.print(grid)
+
+
+def listing(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table of text: everything left-aligned, long cells wrapped."""
+    grid = Table(title=Text(title), title_justify="left", header_style="bold")
+    for column in columns:
+        grid.add_column(Text(column), overflow="fold")
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    out.print(grid, soft_wrap=False)

@@ -7,6 +7,7 @@ ARTIFACTS = Path("artifacts")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 RUNS = Path("runs")
+RESUME = RUNS / "resume"  # finished batches of evaluations that are still running, or were killed
 PROFILES = Path("profiles")
 
 DATASET = ARTIFACTS / "prepare" / "dataset.safetensors"
@@ -14,6 +15,7 @@ MIXTURE = ARTIFACTS / "train" / "mixture.safetensors"
 ADVERSARIAL = ARTIFACTS / "evaluate" / "adversarial.safetensors"
 SUMMARY = METRICS / "evaluate.json"
 EVALUATION = METRICS / "evaluate"
+VERDICT = METRICS / "verdict.json"
 
 
 def artifact(stage: str, name: str) -> Path:

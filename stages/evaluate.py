@@ -1,34 +1,64 @@
-"""evaluate: how the mixture, its parts and the plain networks do on the test split, clean and attacked.
+"""evaluate: how the mixture, its parts and the plain networks do on the test split, clean and attacked, and whether
+these numbers may be believed.
 
 Reads `seed`, `epsilon`, `evaluate`, the data set, the mixture, the pre-trained experts and the baselines. Writes
-metrics/evaluate.json (the headline), metrics/evaluate/ (one file per model), plots/evaluate/ and, with the adversarial
-examples, artifacts/evaluate/adversarial.safetensors.
+metrics/evaluate.json (the headline), metrics/verdict.json (the checks), metrics/evaluate/ (one file per model),
+plots/evaluate/ and, with the adversarial images, artifacts/evaluate/adversarial.safetensors.
 
 Shapes: N images, E experts.
 """
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from advmoe import artifacts, classifiers, console, files, paths
 from advmoe.attacks.ball import LInf
+from advmoe.attacks.catalogue import AnyAttack
 from advmoe.classifiers import Classifier, Mixture
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset, Split
 from advmoe.errors import UserError
-from advmoe.evaluation import results
-from advmoe.evaluation.intervals import Share
-from advmoe.evaluation.suite import Evaluate, Measured, measure, robustness_curve
-from advmoe.machine import derive_seed
+from advmoe.evaluation import gate, plots, record, results, verdict
+from advmoe.evaluation.checks.case import Case
+from advmoe.evaluation.checks.plumbing import content_hashes
+from advmoe.evaluation.harness import WORST, Measured, Target, Terms, fixed_seed, forget, measure
+from advmoe.evaluation.minimal import minimal_epsilons
+from advmoe.evaluation.paired import compare
+from advmoe.evaluation.results import Result
+from advmoe.evaluation.suite import Evaluate, fitting, robustness_curve
+from advmoe.machine import device
 from advmoe.models.moe import MixtureOfExperts
-from advmoe.params import Epsilon, Seed, format_epsilon, load_section
-from advmoe.training.joint import entropy, gate_weights, shift
+from advmoe.params import Epsilon, Seed, load_section
 
-Curve = dict[float, Share]
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of the pipeline. `full`: it meets every attack and is judged; the others meet the experts' attacks."""
+
+    name: str
+    model: nn.Module
+    full: bool = False
+
+
+@dataclass
+class Evaluation:
+    """One run of this stage."""
+
+    settings: Evaluate
+    terms: Terms
+    data: Dataset
+    split: Split
+    sources: dict[str, nn.Module]
+    experts: tuple[str, ...]
+    training: frozenset[str]
+    results: dict[str, Result] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    done: list[tuple[Target, dict[str, AnyAttack]]] = field(default_factory=list)
 
 
 def run() -> None:
@@ -37,69 +67,49 @@ def run() -> None:
     seed, epsilon = load_section("seed", Seed), load_section("epsilon", Epsilon)
     settings = load_section("evaluate", Evaluate)
     data = dataset.load(paths.DATASET)
-    split = data["test"].first(settings.limit)
     mixture = classifiers.load(paths.MIXTURE)
-    assert isinstance(mixture.model, MixtureOfExperts)
-    stream = derive_seed(seed, "evaluate")
-    measured: dict[str, Measured] = {}
-    curves: dict[str, Curve] = {}
-    inputs = {"dataset": data.sha256}
-    for name, model, source in _subjects(mixture, settings.baselines):
-        if source is not None:
-            inputs[name] = _trained_on(source, data, name)
-        outcome = measure(
-            name,
-            model,
-            split,
-            settings.attacks,
-            ball=LInf(epsilon),
-            batch_size=settings.batch_size,
-            precision=settings.precision,
-            seed=stream,
-        )
-        # the images of eighteen experts would fill the memory, and nobody asks for them
-        measured[name] = replace(outcome, images={}) if results.is_expert(name) else outcome
-        if source is not None and not results.is_expert(name):
-            curve = robustness_curve(
-                name,
-                model,
-                split,
-                settings.grid,
-                batch_size=settings.batch_size,
-                precision=settings.precision,
-                seed=stream,
-            )
-            curves[name] = dict(curve)
-        console.say(f"{name}: " + ", ".join(f"{kind} {share}" for kind, share in measured[name].shares().items()))
-    gate = _gate(mixture.model, split, measured["mixture"], _expert_names(mixture))
-    _write(measured, curves, gate, epsilon, split, data)
-    _write_examples(measured, split, settings, inputs, seed, epsilon, time.monotonic() - started)
+    baselines = {name: classifiers.load(paths.artifact("baseline", name)) for name in settings.baselines}
+    inputs = {"dataset": data.sha256, results.MIXTURE: _trained_on(mixture, data, results.MIXTURE)}
+    inputs |= {results.BASELINE + name: _trained_on(model, data, name) for name, model in baselines.items()}
+    evaluation = Evaluation(
+        settings=settings,
+        terms=settings.terms(LInf(epsilon), fixed_seed(seed)),
+        data=data,
+        split=data["test"].first(settings.limit),
+        sources={results.BASELINE + name: baseline.model.to(device()) for name, baseline in baselines.items()},
+        experts=_architecture(mixture).experts,
+        training=frozenset(content_hashes(data["train"].images)),
+    )
+    for subject in _subjects(mixture, baselines):
+        _evaluate(subject, evaluation)
+    _compare(evaluation, seed)
+    _write(evaluation, epsilon)
+    _write_examples(evaluation, inputs, seed, epsilon, time.monotonic() - started)
+    for target, attacks in evaluation.done:
+        forget(target, attacks, evaluation.terms)
     console.say("`advmoe results` shows all results")
 
 
-def _subjects(mixture: Classifier, baselines: tuple[str, ...]) -> Iterator[tuple[str, nn.Module, Classifier | None]]:
-    """Every model to evaluate: its name, itself, and the artifact it came from (None where it is derived)."""
-    architecture, joint = mixture.about.architecture, mixture.model
-    assert isinstance(architecture, Mixture)
+def _subjects(mixture: Classifier, baselines: dict[str, Classifier]) -> Iterator[Subject]:
+    """Every model to evaluate."""
+    architecture, joint = _architecture(mixture), mixture.model
     assert isinstance(joint, MixtureOfExperts)
-    yield results.MIXTURE, joint, mixture
-    yield results.UNIFORM, classifiers.uniform_average(joint), None
-    experts = {name: classifiers.load(paths.artifact("pretrain", name)) for name in architecture.experts}
-    models = [expert.model for expert in experts.values()]
-    yield results.BEFORE, classifiers.assemble(architecture, mixture.about.facts, models, 0), None
-    for name in baselines:
-        baseline = classifiers.load(paths.artifact("baseline", name))
-        yield results.BASELINE + name, baseline.model, baseline
+    yield Subject(results.MIXTURE, joint, full=True)
+    yield Subject(results.UNIFORM, classifiers.uniform_average(joint))
+    experts = {name: classifiers.load(paths.artifact("pretrain", name)).model for name in architecture.experts}
+    before = classifiers.assemble(architecture, mixture.about.facts, list(experts.values()), 0)
+    yield Subject(results.BEFORE, before)
+    for name, baseline in baselines.items():
+        yield Subject(results.BASELINE + name, baseline.model, full=True)
     for name, expert in experts.items():
-        yield results.PRETRAINED + name, expert.model, expert
-    for name, model in zip(architecture.experts, joint.experts, strict=True):
-        yield results.JOINT + name, model, None
+        yield Subject(results.PRETRAINED + name, expert)
+    for name, expert in zip(architecture.experts, joint.experts, strict=True):
+        yield Subject(results.JOINT + name, expert)
 
 
-def _expert_names(mixture: Classifier) -> tuple[str, ...]:
-    architecture = mixture.about.architecture
-    assert isinstance(architecture, Mixture)
-    return architecture.experts
+def _architecture(mixture: Classifier) -> Mixture:
+    assert isinstance(mixture.about.architecture, Mixture)
+    return mixture.about.architecture
 
 
 def _trained_on(source: Classifier, data: Dataset, name: str) -> str:
@@ -108,86 +118,82 @@ def _trained_on(source: Classifier, data: Dataset, name: str) -> str:
     return source.header.sha256
 
 
-def _gate(model: MixtureOfExperts, split: Split, measured: Measured, experts: tuple[str, ...]) -> dict[str, Any]:
-    """Gate weights on clean images and under each attack: mean per expert, entropy, shift away from clean."""
-    place = next(model.parameters()).device
-    clean_NE = gate_weights(model, split.pixels().to(place))
-    report: dict[str, Any] = {"clean": _weights(clean_NE, clean_NE, experts)}
-    for name, images in measured.images.items():
-        report[name] = _weights(gate_weights(model, images.to(place)), clean_NE, experts)
-    return report
+def _evaluate(subject: Subject, evaluation: Evaluation) -> None:
+    place, settings = device(), evaluation.settings
+    target = Target(
+        name=subject.name,
+        model=subject.model.to(place),
+        images=evaluation.split.pixels().to(place),
+        labels=evaluation.split.labels.to(place),
+        sources={name: model for name, model in evaluation.sources.items() if name != subject.name},
+    )
+    wanted = settings.full() if subject.full else {name: settings.attacks[name] for name in settings.experts}
+    attacks = fitting(wanted, target.has_gate, target.sources)
+    measured = measure(target, attacks, evaluation.terms)
+    evaluation.done.append((target, attacks))
+    result = _judged(target, attacks, measured, evaluation) if subject.full else Result(target, measured)
+    result.numbers = record.numbers(
+        measured, attacks, evaluation.terms, evaluation.data.facts.class_names, result.verdict
+    )
+    evaluation.results[subject.name] = result
+    # the images of eighteen experts would fill the disk, and nobody asks for them
+    evaluation.tensors |= record.decisions(subject.name, measured, with_images=subject.full)
+    evaluation.timings |= record.timings(subject.name, measured)
+    console.say(f"{subject.name}: " + ", ".join(f"{kind} {share}" for kind, share in measured.shares().items()))
 
 
-def _weights(weights_NE: Tensor, clean_NE: Tensor, experts: tuple[str, ...]) -> dict[str, Any]:
-    means = weights_NE.mean(dim=0).tolist()
-    return {
-        "mean_weight": {name: round(mean, 6) for name, mean in zip(experts, means, strict=True)},
-        "entropy": round(float(entropy(weights_NE)), 6),
-        "shift": round(float(shift(weights_NE, clean_NE)), 6),
-    }
+def _judged(target: Target, attacks: dict[str, AnyAttack], measured: Measured, evaluation: Evaluation) -> Result:
+    settings, terms = evaluation.settings, evaluation.terms
+    return Result(
+        target,
+        measured,
+        verdict.judge(Case(target, attacks, measured, terms, settings.checks, evaluation.training)),
+        dict(robustness_curve(target, settings.grid, terms)),
+        minimal_epsilons(target, settings.minimal, measured, terms),
+    )
 
 
-def _write(
-    measured: dict[str, Measured],
-    curves: dict[str, Curve],
-    gate: dict[str, Any],
-    epsilon: float,
-    split: Split,
-    data: Dataset,
-) -> None:
-    for name, outcome in measured.items():
-        report: dict[str, Any] = {"schema_version": results.SCHEMA, "model": name, "epsilon": epsilon}
-        report["accuracy"] = {key: share.as_dict() for key, share in outcome.shares().items()}
-        if name in curves:
-            report["grid"] = {format_epsilon(radius): share.as_dict() for radius, share in curves[name].items()}
-        if name == results.MIXTURE:
-            report["gate"] = gate
-        files.write_json(paths.EVALUATION / f"{name.replace('/', '-')}.json", report)
-    files.write_json(paths.SUMMARY, results.summary(measured, curves, epsilon))
-    _write_plots(measured[results.MIXTURE], curves, gate, split, data)
+def _compare(evaluation: Evaluation, seed: int) -> None:
+    """The mixture against every other model, on the same images.
+
+    Judged models are compared in the worst case of all that each met: to leave gate-aware attacks out against a plain
+    network would flatter the mixture. The others are compared over the attacks that both met.
+    """
+    mixture = evaluation.results[results.MIXTURE]
+    for name, other in evaluation.results.items():
+        if other is mixture:
+            continue
+        met = [attack for attack in other.measured.outcomes if attack in mixture.measured.outcomes]
+        left = mixture.measured.correct[WORST] if other.verdict else mixture.measured.over(met)
+        mixture.against[name] = compare(left, other.measured.correct[WORST], seed).as_dict()
 
 
-def _write_plots(
-    mixture: Measured, curves: dict[str, Curve], gate: dict[str, Any], split: Split, data: Dataset
-) -> None:
-    radii = next(iter(curves.values()))
-    rows = [{"epsilon": radius, **{name: curve[radius].accuracy for name, curve in curves.items()}} for radius in radii]
-    files.write_csv(paths.plots("evaluate", "robustness"), rows)
-    kinds = list(gate)
-    experts = gate["clean"]["mean_weight"]
-    weights = [{"expert": name, **{kind: gate[kind]["mean_weight"][name] for kind in kinds}} for name in experts]
-    files.write_csv(paths.plots("evaluate", "gate"), weights)
-    names = data.facts.class_names
-    for kind, predicted in mixture.predicted.items():
-        pairs = zip(split.labels.tolist(), predicted.tolist(), strict=True)
-        table = [{"actual": names[actual], "predicted": names[guess]} for actual, guess in pairs]
-        files.write_csv(paths.plots("evaluate", f"confusion-{kind}"), table)
+def _write(evaluation: Evaluation, epsilon: float) -> None:
+    mixture = evaluation.results[results.MIXTURE]
+    weights = gate.weights(mixture.target, mixture.measured, evaluation.experts)
+    mixture.extra = {"gate": weights, "oracle_routing": gate.oracle_routing(mixture.target, mixture.measured)}
+    for name, result in evaluation.results.items():
+        files.write_json(results.report_path(name), results.report(name, result, epsilon))
+    files.write_json(paths.SUMMARY, results.summary(evaluation.results, epsilon))
+    judged = {name: result.verdict for name, result in evaluation.results.items()}
+    files.write_json(paths.VERDICT, {name: judgement.as_dict() for name, judgement in judged.items() if judgement})
+    plots.write(evaluation.results, weights, evaluation.data.facts.class_names)
 
 
-def _write_examples(
-    measured: dict[str, Measured],
-    split: Split,
-    settings: Evaluate,
-    inputs: dict[str, str],
-    seed: int,
-    epsilon: float,
-    seconds: float,
-) -> None:
-    tensors = {"images": split.images, "labels": split.labels, "index": split.index}
-    for name, outcome in measured.items():
-        for kind, correct in outcome.correct.items():
-            tensors[f"{name}.{kind}.correct"] = correct
-        for kind, images in outcome.images.items():
-            tensors[f"{name}.{kind}.images"] = images
+def _write_examples(evaluation: Evaluation, inputs: dict[str, str], seed: int, epsilon: float, seconds: float) -> None:
+    split = evaluation.split
+    tensors = {"images": split.images, "labels": split.labels, "index": split.index, **evaluation.tensors}
+    about: dict[str, Any] = {"epsilon": epsilon, "norm": "linf"}
     artifacts.save(
         paths.ADVERSARIAL,
         "adversarial-examples",
         tensors,
-        about={"epsilon": epsilon, "norm": "linf"},
-        params=settings.model_dump(mode="json"),
+        about=about,
+        params=evaluation.settings.model_dump(mode="json"),
         inputs=inputs,
         seed=seed,
         metrics={},
         seconds=seconds,
+        timings=evaluation.timings,
     )
-    console.say(f"adversarial examples written to {paths.ADVERSARIAL}")
+    console.say(f"adversarial images written to {paths.ADVERSARIAL}")

@@ -30,10 +30,15 @@ SMALL: dict[str, Any] = {  # what makes a run of seconds out of params.yaml, wha
     "evaluate.limit": 24,
     "evaluate.batch_size": 24,
     "evaluate.precision": "float32",
+    "evaluate.presets": [],
     "evaluate.attacks": {
         "fgsm": {"kind": "fgsm"},
-        "pgd": {"kind": "pgd", "steps": 2, "step_size": 0.5, "restarts": 1, "loss": "ce"},
+        "pgd": {"kind": "pgd", "steps": 2, "step_size": 0.5, "restarts": 1, "loss": "ce", "targets": 0},
     },
+    "evaluate.limits": {},
+    "evaluate.experts": ["pgd"],
+    "evaluate.checks": {"images": 6, "steps": 2, "samples": 20},
+    "evaluate.minimal": {"kind": "fab-t", "steps": 2, "targets": 1, "restarts": 1},
 }
 
 Edit = Callable[[dict[str, Any]], None]

@@ -16,9 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from advmoe import checking, classifiers, cli, engine, files, paths
+from advmoe import artifacts, checking, classifiers, cli, engine, files, paths
+from advmoe.attacks import presets
 from advmoe.data import dataset
 from advmoe.errors import UserError
+from advmoe.evaluation import verdict
 from advmoe.evaluation.intervals import Share
 from advmoe.params import read_yaml
 
@@ -29,6 +31,7 @@ COMMANDS = (
     "train",
     "baseline",
     "evaluate",
+    "attacks",
     "results",
     "use",
     "check",
@@ -174,7 +177,7 @@ def test_a_typo_stops_a_stage_in_its_own_process(project: Path) -> None:
     params.write_text(params.read_text().replace("batch_size:", "batchsize:", 1))
     before = tree(project)
     ran = in_a_process("prepare", cwd=project)
-    assert sentence(ran).startswith("params.yaml: pretrain.batch_size: is missing")
+    assert sentence(ran).startswith("params.yaml: pretrain.batchsize: is not a known key")
     assert ran.out == ""
     assert tree(project) == before
 
@@ -276,7 +279,7 @@ def test_an_unknown_name_lists_the_known(advmoe: Advmoe, project: Path, command:
         (["pretrain", "clean"], "artifacts/prepare/dataset.safetensors"),
         (["baseline", "standard"], "artifacts/prepare/dataset.safetensors"),
         (["train"], "artifacts/pretrain/clean.safetensors"),
-        (["evaluate"], "artifacts/pretrain/clean.safetensors"),
+        (["evaluate"], "artifacts/baseline/standard.safetensors"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -293,28 +296,33 @@ def test_a_stage_without_its_inputs_names_what_is_missing(
 
 def answer(project: Path) -> dict[str, Any]:
     """The only report in runs/."""
-    (report,) = (project / "runs").iterdir()
+    (report,) = (
+        path for path in (project / "runs").glob("*.json") if not path.name.endswith(("verdict.json", "run.json"))
+    )
     content: dict[str, Any] = json.loads(report.read_text())
     return content
 
 
 def test_a_question_is_answered_beside_the_tracked_results(advmoe: Advmoe, project: Path) -> None:
     before = tree(project)
-    ran = advmoe("evaluate", "--attack", "pgd", "--epsilon", "4/255", "--steps", "3", "--limit", "30")
-    assert (ran.code, ran.err) == (0, "")
+    ran = advmoe("evaluate", "--attack", "pgd", "--epsilon", "4/255", "--steps", "3", "--limit", "30", "--no-checks")
+    assert (ran.code, ran.err) == (
+        0,
+        "warning: no checks were asked for: nothing says that these numbers can be believed\n",
+    )
     report = answer(project)
     assert (report["model"], report["epsilon"]) == (str(paths.MIXTURE), 4 / 255)
     assert list(report["attacks"]) == ["pgd"]
-    assert report["attacks"]["pgd"]["steps"] == 3
-    assert report["sha256"] == classifiers.load(paths.MIXTURE).header.sha256
+    assert report["attacks"]["pgd"]["settings"]["steps"] == 3
+    assert report["identity"] == classifiers.load(paths.MIXTURE).header.sha256
     after = tree(project)
     assert {name: content for name, content in after.items() if not name.startswith("runs/")} == before
-    assert "accuracy on 30 test images, L-inf epsilon 4/255" in flat(ran.out)
+    assert "accuracy on 30 images, L-inf epsilon 4/255" in flat(ran.out)
     assert "written to runs/evaluate-" in ran.out
 
 
 def test_the_answer_is_the_accuracy_of_the_model(advmoe: Advmoe, project: Path) -> None:
-    advmoe("evaluate", "--limit", "30")
+    advmoe("evaluate", "--limit", "30", "--no-checks")
     accuracy = answer(project)["accuracy"]
     split = dataset.load(paths.DATASET)["test"].first(30)
     right = engine.predict(classifiers.load(paths.MIXTURE).model, split.pixels(), 30).argmax(1) == split.labels
@@ -324,21 +332,69 @@ def test_the_answer_is_the_accuracy_of_the_model(advmoe: Advmoe, project: Path) 
 
 
 def test_a_question_without_an_epsilon_takes_the_threat_model(advmoe: Advmoe, project: Path) -> None:
-    advmoe("evaluate", "--attack", "fgsm")
+    advmoe("evaluate", "--attack", "fgsm", "--no-checks")
     assert answer(project)["epsilon"] == 0.1
     assert answer(project)["accuracy"]["clean"]["total"] == 24  # and evaluate.limit
 
 
-def test_epsilon_zero_changes_nothing(advmoe: Advmoe, project: Path) -> None:
-    assert advmoe("evaluate", "--epsilon", "0").code == 0  # an option of 0 is an option too
-    accuracy = answer(project)["accuracy"]
-    assert accuracy["worst"] == accuracy["clean"]
+def test_the_adversarial_images_of_an_answer_replay(advmoe: Advmoe, project: Path) -> None:
+    advmoe("evaluate", "--attack", "pgd", "--limit", "20", "--no-checks")
+    (file,) = (project / "runs").glob("*.safetensors")
+    kept = artifacts.load(file).tensors
+    images, labels = kept["mixture.pgd.images"], kept["labels"]
+    assert float((images - kept["images"].float() / 255).abs().max()) <= 0.1 + 1e-6
+    again = engine.predict(classifiers.load(paths.MIXTURE).model, images, 7).argmax(1)
+    assert torch.equal(again, kept["mixture.pgd.predicted"])
+    assert torch.equal((again == labels) & kept["mixture.clean.correct"], kept["mixture.pgd.correct"])
+    assert not (project / paths.RESUME).exists() or not list(
+        (project / paths.RESUME).iterdir()
+    )  # answered: nothing to resume
+
+
+def test_a_question_with_checks_writes_its_verdict(advmoe: Advmoe, project: Path) -> None:
+    ran = advmoe("evaluate", "--attack", "pgd", "--limit", "24")
+    assert ran.code == 0  # whatever the verdict
+    (file,) = (project / "runs").glob("*.verdict.json")
+    judged = json.loads(file.read_text())["mixture"]
+    assert [check["check"] for check in judged["checks"]] == [
+        check.__name__.replace("_", " ") for check in verdict.CHECKS
+    ]
+    report = answer(project)
+    assert report["verdict"] == judged["verdict"]
+    assert (report["accuracy"]["worst"] is None) == (judged["verdict"] == "fail")
+    assert report["accuracy"]["clean"] is not None
+
+
+def test_presets_take_part_and_a_single_expert_can_be_asked(advmoe: Advmoe, project: Path) -> None:
+    options = ("--limit", "4", "--steps", "1", "--no-checks")
+    assert advmoe("evaluate", "--attack", "adaptive", *options).code == 0
+    assert {"gate-frozen", "misrouting", "experts"} <= set(answer(project)["attacks"])
+    shutil.rmtree(project / "runs")
+    assert advmoe("evaluate", "--attack", "adaptive", "--expert", "pgd-1", *options).code == 0
+    report = answer(project)
+    assert report["expert"] == "pgd-1"
+    assert "gate-frozen" not in report["attacks"]  # an expert has no gate
 
 
 def test_steps_spare_the_attacks_without_steps_when_none_was_asked_for(advmoe: Advmoe, project: Path) -> None:
-    assert advmoe("evaluate", "--steps", "1").code == 0
+    assert advmoe("evaluate", "--attack", "pgd", "--attack", "fgsm", "--steps", "1", "--no-checks").code == 0
     attacks = answer(project)["attacks"]
-    assert (attacks["fgsm"], attacks["pgd"]["steps"]) == ({"kind": "fgsm"}, 1)
+    assert (attacks["fgsm"]["settings"], attacks["pgd"]["settings"]["steps"]) == ({"kind": "fgsm"}, 1)
+
+
+OWN_ATTACK = """
+def attack(model, images, labels, *, ball, draws, fooled):
+    return ball.project(images + ball.epsilon * draws.uniform(images).sign(), images)
+
+def broken(model, images, labels, **_):
+    raise RuntimeError("out of ideas")
+"""
+
+
+def test_a_users_own_attack_is_one_among_others(advmoe: Advmoe, project: Path) -> None:
+    (project / "mine.py").write_text(OWN_ATTACK)
+    assert advmoe("evaluate", "--attack", "mine.py:attack", "--limit", "100", "--no-checks").code == 0
+    assert answer(project)["attacks"]["mine.py:attack"]["attacked"] > 0
 
 
 @pytest.mark.parametrize(
@@ -349,18 +405,37 @@ def test_steps_spare_the_attacks_without_steps_when_none_was_asked_for(advmoe: A
         (["--epsilon", "1/0"], "--epsilon: epsilon '1/0' divides by zero"),
         (["--epsilon", "-0.1"], "--epsilon: epsilon is a distance and cannot be negative, but is -0.1"),
         (["--epsilon", ""], "--epsilon: epsilon must be a number or a fraction such as 8/255, not ''"),
-        (["--attack", "fgsm", "--steps", "3"], "--steps: fgsm takes one step, it has no number of steps"),
-        (["--attack", "pgd", "--attack", "fgsm", "--steps", "3"], "--steps: fgsm takes one step"),
-        (["--attack", "carlini"], "--attack carlini: params.yaml has no evaluate.attacks.carlini; it has fgsm, pgd"),
+        (["--epsilon", "0"], "epsilon 0 leaves an attack nothing to change"),
+        (["--attack", "fgsm", "--steps", "3"], "--steps: fgsm takes no number of steps"),
+        (["--attack", "carlini"], "--attack carlini: not known; attacks are fgsm, pgd, pgd-margin"),
+        (["--attack", "none.py:attack"], "none.py:attack: no such file none.py"),
+        (["--attack", "mine.py:missing"], "mine.py:missing: mine.py has no function 'missing'"),
+        (["--attack", "mine.py:broken", "--limit", "100"], "mine.py:broken raised RuntimeError: out of ideas"),
         (["--model", "none.safetensors"], "none.safetensors: no such file"),
-        (["--model", "params.yaml"], "params.yaml: not a safetensors file"),
+        (
+            ["--model", "params.yaml"],
+            "--model params.yaml: must be an artifact (.safetensors) or path/to/model.py:factory",
+        ),
         (["--model", str(paths.DATASET)], f"{paths.DATASET}: holds a dataset, but a classifier is needed here"),
+        (
+            ["--expert", "fgsm-9"],
+            "--expert fgsm-9: artifacts/train/mixture.safetensors has no such expert; it has clean, pgd-1",
+        ),
+        (["--weights", "w.pt"], "--weights: artifacts/train/mixture.safetensors brings its own"),
+        (["--data", "none.npz"], "none.npz: no such file"),
     ],
 )
 def test_an_impossible_question_is_refused(advmoe: Advmoe, project: Path, options: list[str], expected: str) -> None:
-    before = tree(project)
+    (project / "mine.py").write_text(OWN_ATTACK)
+    before = {name: content for name, content in tree(project).items() if "__pycache__" not in name}
     assert sentence(advmoe("evaluate", *options)).startswith(expected)
-    assert tree(project) == before
+    assert {name: content for name, content in tree(project).items() if "__pycache__" not in name} == before
+
+
+def test_attacks_lists_what_there_is(advmoe: Advmoe) -> None:
+    said = advmoe("attacks").out
+    for name in (*presets.STANDARD, "transfer", "autoattack", "adaptive", "path/to/file.py:function"):
+        assert name in said
 
 
 def test_a_model_for_other_images_is_refused(advmoe: Advmoe, project: Path) -> None:
@@ -548,7 +623,15 @@ def test_check_finds_an_expert_that_dvc_does_not_watch(advmoe: Advmoe, inputs_on
 def test_check_finds_a_baseline_that_dvc_does_not_watch(advmoe: Advmoe, inputs_only: Path, edit: Edit) -> None:
     del inputs_only
     extra = {"seed": 90, "reads": "seed", "adversary": {"kind": "clean"}}
-    edit({"baseline.extra": extra, "evaluate.baselines": ["extra"]})
+    edit(
+        {
+            "baseline.extra": extra,
+            "evaluate.baselines": ["extra"],
+            "evaluate.attacks": {"fgsm": {"kind": "fgsm"}},
+            "evaluate.experts": ["fgsm"],
+            "evaluate.limits": {},
+        }
+    )
     assert sentence(advmoe("check")).startswith("dvc.yaml: stages.evaluate.deps must list artifacts/baseline/extra.")
 
 
@@ -586,9 +669,10 @@ def evaluated(project: Path) -> Path:
     """Results as `evaluate` writes them, for two models."""
     accuracies = {"mixture": (180, 120), "baseline/standard": (190, 10)}
     for name, (clean, attacked) in accuracies.items():
-        report = {"schema_version": 1, "model": name, "accuracy": {"clean": share(clean), "worst": share(attacked)}}
+        report = {"schema_version": 2, "model": name, "verdict": "pass", "withheld": []}
+        report["accuracy"] = {"clean": share(clean), "pgd": share(attacked), "worst": share(attacked)}
         files.write_json(paths.EVALUATION / f"{name.replace('/', '-')}.json", report)
-    files.write_json(paths.SUMMARY, {"schema_version": 1, "epsilon": 0.1, "images": 200} | dict.fromkeys(accuracies))
+    files.write_json(paths.SUMMARY, {"schema_version": 2, "epsilon": 0.1, "images": 200} | dict.fromkeys(accuracies))
     return project
 
 
@@ -602,6 +686,18 @@ def test_results_shows_all_models_in_the_order_of_the_summary(advmoe: Advmoe, ev
         assert percent in said
     assert said.index("mixture") < said.index("baseline/standard")
     assert tree(evaluated) == before
+
+
+def test_results_withhold_what_a_check_forbids(advmoe: Advmoe, evaluated: Path) -> None:
+    path = evaluated / paths.EVALUATION / "mixture.json"
+    report = json.loads(path.read_text()) | {"verdict": "fail", "withheld": ["gradients: softmax output"]}
+    report["accuracy"] |= {"pgd": None, "worst": None}
+    files.write_json(path, report)
+    ran = advmoe("results")
+    assert ran.code == 0
+    assert ran.err == "warning: mixture: withheld, gradients: softmax output\n"
+    assert "withheld" in ran.out
+    assert "60.0 [53.1," not in flat(ran.out)
 
 
 def test_results_repeats_the_alarms_of_training(advmoe: Advmoe, evaluated: Path) -> None:

@@ -110,9 +110,18 @@ def test_every_stage_leaves_its_files(built: Project) -> None:
 
 def test_numbers_are_complete_and_plausible(built: Project) -> None:
     head = json.loads((built.root / "metrics/evaluate.json").read_text())
-    assert head["images"] == 60
+    assert head["images"] == 40
     for name in ("mixture", "uniform-average", "before-joint", "baseline/standard", "baseline/adversarial"):
-        assert 0 <= head[name]["worst"] <= head[name]["pgd"] <= head[name]["clean"] <= 1
+        if head["verdict"].get(name) == "fail":  # networks that learned almost nothing may well be doubted
+            assert head[name]["worst"] is None
+        else:
+            assert 0 <= head[name]["worst"] <= head[name]["pgd"] <= head[name]["clean"] <= 1
+    judged = json.loads((built.root / "metrics/verdict.json").read_text())
+    assert sorted(judged) == ["baseline/adversarial", "baseline/standard", "mixture"]
+    assert all(len(model["checks"]) == 10 for model in judged.values())
+    mixture = json.loads((built.root / "metrics/evaluate/mixture.json").read_text())
+    assert {"gate", "oracle_routing", "against", "per_class"} <= mixture.keys()
+    assert {"gate-frozen", "misrouting", "experts", "transfer"} <= mixture["attacks"].keys()
     assert len(list((built.root / "metrics/evaluate").glob("*.json"))) == 5 + 2 * len(EXPERTS)
 
 
@@ -123,7 +132,7 @@ def test_a_second_repro_does_nothing(built: Project) -> None:
 
 def test_results_are_shown_and_questions_answered_without_touching_what_is_tracked(built: Project) -> None:
     assert "mixture" in built.advmoe("results")
-    answer = built.advmoe("evaluate", "--attack", "pgd", "--limit", "20", "--steps", "2")
+    answer = built.advmoe("evaluate", "--attack", "pgd", "--limit", "20", "--steps", "2", "--no-checks")
     assert "runs/evaluate-" in answer
     assert built.run("git", "status", "--porcelain") == ""
 
@@ -163,4 +172,4 @@ def test_an_experiment_at_another_epsilon_reruns_exactly_what_meets_it(built: Pr
     assert "epsilon: 8/255 " in (built.root / "params.yaml").read_text()
     table = built.dvc("exp", "show", "--csv", "--no-pager")
     assert "smaller" in table
-    assert "grid.mixture.25.5/255" in table.partition("\n")[0]
+    assert "grid.baseline/standard.25.5/255" in table.partition("\n")[0]

@@ -1,107 +1,192 @@
-"""The quick question: one model, a few attacks, any epsilon; the answer goes to `runs/`, never over tracked results."""
+"""The quick question: one model, some attacks, any epsilon. Here what it leaves open is decided; `answer.py` answers.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+The model is an artifact of this project, one of its experts, or anybody's PyTorch classifier.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
-from advmoe import classifiers, console, files, paths
+from torch import nn
+
+from advmoe import classifiers, console, files, paths, user_code
+from advmoe.attacks import presets
 from advmoe.attacks.ball import L2, Ball, LInf
-from advmoe.attacks.catalogue import NAMES, Attack
+from advmoe.attacks.catalogue import AnyAttack
+from advmoe.attacks.gated import Transfer
+from advmoe.attacks.own import Own
+from advmoe.attacks.presets import Preset
 from advmoe.classifiers import Classifier
 from advmoe.data import dataset
-from advmoe.data.dataset import Facts
+from advmoe.data.dataset import Facts, Split
+from advmoe.engine import Precision
 from advmoe.errors import UserError
-from advmoe.evaluation.suite import Evaluate, measure
-from advmoe.machine import derive_seed
-from advmoe.params import Epsilon, Seed, format_epsilon, load_section, validate
+from advmoe.evaluation import subjects
+from advmoe.evaluation.checks.case import Probes
+from advmoe.evaluation.checks.plumbing import content_hashes
+from advmoe.evaluation.harness import Terms, fixed_seed
+from advmoe.evaluation.subjects import Subject
+from advmoe.evaluation.suite import Evaluate, fitting
+from advmoe.models.moe import MixtureOfExperts
+from advmoe.params import Epsilon, Seed, load_section, validate
 
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 Norm = Literal["linf", "l2"]
 NORMS: dict[Norm, Callable[[float], Ball]] = {"linf": LInf, "l2": L2}
-TITLES: dict[Norm, str] = {"linf": "L-inf", "l2": "L2"}
+# for strangers, who have no params.yaml: what the checks of the default pipeline spend
+PROBES = Probes(images=50, steps=20, samples=200)
 
 
 @dataclass(frozen=True)
 class Question:
-    """What was asked for; None means: as params.yaml says."""
+    """What was asked for; None means: as params.yaml says, or the standard where there is none."""
 
-    attacks: Sequence[str]
-    epsilon: str | None
-    steps: int | None
-    limit: int | None
-    model: Path
+    model: str
+    attacks: Sequence[str] = ()
+    epsilon: str | None = None
     norm: Norm = "linf"
+    steps: int | None = None
+    limit: int | None = None
+    weights: Path | None = None
+    expert: str | None = None
+    data: Path | None = None
+    training_data: Path | None = None
+    batch_size: int | None = None
+    checks: bool = True
 
 
-def answer(question: Question) -> Path:
-    """Evaluate, print the table, write the numbers; returns the file written. Raises UserError for what cannot be."""
+@dataclass(frozen=True)
+class Setting:
+    """All that a question leaves open, decided."""
+
+    images: Split
+    class_names: Sequence[str]
+    training: frozenset[str] | None
+    attacks: dict[str, AnyAttack]
+    terms: Terms
+    probes: Probes
+    sources: Mapping[str, nn.Module]
+
+
+def resolve(question: Question, subject: Subject) -> Setting:
+    """Decide what is open. Raises UserError for what is missing or does not fit the subject."""
+    setting = _at_home(question, subject, subject.artifact) if subject.artifact else _abroad(question, subject)
+    if not len(setting.images):
+        raise UserError(f"{question.data}: holds no images")
+    return setting
+
+
+def _at_home(question: Question, subject: Subject, artifact: Classifier) -> Setting:
+    """An artifact of this project: the numbers of params.yaml, and by default the prepared test split."""
     settings, seed = load_section("evaluate", Evaluate), load_section("seed", Seed)
-    epsilon = (
-        load_section("epsilon", Epsilon)
-        if question.epsilon is None
-        else validate(question.epsilon, Epsilon, "--epsilon")
+    facts, training = artifact.about.facts, None
+    limit = question.limit if question.limit is not None else settings.limit
+    if question.data is None:
+        data = dataset.load(paths.DATASET)
+        _check_fit(question.model, artifact, data.facts, data.sha256)
+        images, training = data["test"].first(limit), frozenset(content_hashes(data["train"].images))
+    else:
+        images = subjects.load_images(question.data, limit)
+        subjects.try_on(subject, images)
+    epsilon = load_section("epsilon", Epsilon) if question.epsilon is None else _epsilon(question.epsilon)
+    terms = settings.terms(NORMS[question.norm](epsilon), fixed_seed(seed))
+    sources = _sources(settings.baselines, artifact)
+    known = {**presets.STANDARD, **settings.attacks}
+    has_gate = isinstance(subject.model, MixtureOfExperts)
+    return Setting(
+        images=images,
+        class_names=facts.class_names,
+        training=_training(question, training),
+        attacks=_wanted(question, known, tuple(sources), has_gate) or fitting(settings.full(), has_gate, sources),
+        terms=_with_batch(terms, question),
+        probes=settings.checks,
+        sources=sources,
     )
-    attacks = _attacks(question, settings)
-    data = dataset.load(paths.DATASET)
-    classifier = classifiers.load(question.model)
-    _check_fit(question.model, classifier, data.facts, data.sha256)
-    split = data["test"].first(question.limit if question.limit is not None else settings.limit)
-    measured = measure(
-        question.model.stem,
-        classifier.model,
-        split,
-        attacks,
-        ball=NORMS[question.norm](epsilon),
-        batch_size=settings.batch_size,
-        precision=settings.precision,
-        seed=derive_seed(seed, "evaluate"),
+
+
+def _abroad(question: Question, subject: Subject) -> Setting:
+    """A stranger: everything comes from the command line or is standard; params.yaml has no say."""
+    for option, value in (("--data", question.data), ("--epsilon", question.epsilon)):
+        if value is None:
+            raise UserError(f"{option} is missing: {question.model} is not of this project, so params.yaml has no say")
+    assert question.data is not None
+    assert question.epsilon is not None
+    images = subjects.load_images(question.data, question.limit)
+    classes = subjects.try_on(subject, images)
+    precision: Precision = "float32"  # nobody knows how a stranger takes autocast
+    ball = NORMS[question.norm](_epsilon(question.epsilon))
+    terms = Terms(ball=ball, seed=fixed_seed(0), precision=precision, batch_size=None, drop_fallen=True)
+    return Setting(
+        images=images,
+        class_names=[str(label) for label in range(classes)],
+        training=_training(question, None),
+        attacks=_wanted(question, presets.STANDARD, (), False) or presets.preset("autoattack", (), False),
+        terms=_with_batch(terms, question),
+        probes=PROBES,
+        sources={},
     )
-    shares = measured.shares()
-    radius = f"{TITLES[question.norm]} epsilon {format_epsilon(epsilon)}"
-    title = f"{question.model}: accuracy on {len(split)} test images, {radius}"
-    console.table(
-        title,
-        ["", "% [95 % Wilson interval]", "images"],
-        [[name, str(share), f"{share.correct}/{share.total}"] for name, share in shares.items()],
-    )
-    report: dict[str, Any] = {
-        "model": str(question.model),
-        "sha256": classifier.header.sha256,
-        "norm": question.norm,
-        "epsilon": epsilon,
-        "attacks": {name: attack.model_dump(mode="json") for name, attack in attacks.items()},
-        "accuracy": {name: share.as_dict() for name, share in shares.items()},
-    }
-    path = paths.RUNS / f"evaluate-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.json"
-    files.write_json(path, report)
-    console.say(f"written to {path}")
-    return path
 
 
-def _attacks(question: Question, settings: Evaluate) -> dict[str, Attack]:
-    """The attacks asked for, with their settings from params.yaml and the steps from the command line."""
-    wanted = question.attacks or list(settings.attacks)
-    unknown = [name for name in wanted if name not in settings.attacks]
-    if unknown:
-        raise UserError(
-            f"--attack {unknown[0]}: params.yaml has no evaluate.attacks.{unknown[0]}; it has "
-            f"{files.names(settings.attacks)}, kinds are {files.names(NAMES)}"
-        )
-    return {name: _with_steps(name, settings.attacks[name], question) for name in wanted}
+def _epsilon(text: str) -> float:
+    return validate(text, Epsilon, "--epsilon")
 
 
-def _with_steps(name: str, attack: Attack, question: Question) -> Attack:
-    if question.steps is None:
-        return attack
-    if not hasattr(attack, "steps"):
-        if question.attacks:
-            raise UserError(f"--steps: {name} takes one step, it has no number of steps")
-        return attack
-    return attack.model_copy(update={"steps": question.steps})
+def _with_batch(terms: Terms, question: Question) -> Terms:
+    return terms if question.batch_size is None else replace(terms, batch_size=question.batch_size)
 
 
-def _check_fit(path: Path, classifier: Classifier, facts: Facts, sha256: str) -> None:
+def _training(question: Question, known: frozenset[str] | None) -> frozenset[str] | None:
+    if question.training_data is None:
+        return known
+    return frozenset(content_hashes(subjects.load_images(question.training_data, None).images))
+
+
+def _sources(names: Sequence[str], target: Classifier) -> dict[str, nn.Module]:
+    """The baselines that have been built, to transfer from: other networks for images of the same kind."""
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        path = paths.artifact("baseline", name)
+        if path.exists():
+            other = classifiers.load(path)
+            if other.header.sha256 != target.header.sha256 and other.about.facts == target.about.facts:
+                found[f"baseline/{name}"] = other.model
+    return found
+
+
+def _wanted(
+    question: Question, known: Mapping[str, AnyAttack], sources: tuple[str, ...], has_gate: bool
+) -> dict[str, AnyAttack]:
+    """The attacks asked for by name, preset or file, with the steps from the command line."""
+    wanted: dict[str, AnyAttack] = {}
+    for name in question.attacks:
+        if name in known:
+            wanted[name] = known[name]
+        elif name in PRESETS:
+            wanted |= presets.preset(name, sources, has_gate)
+        elif name == "transfer" and sources:
+            wanted[name] = Transfer(kind="transfer", **presets.CLIMB, sources=sources)
+        elif user_code.names_code(name):
+            user_code.load_function(name)  # a mistake in the file should be known before an hour is spent
+            wanted[Path(name).name] = Own(kind="own", function=name)
+        else:
+            raise UserError(
+                f"--attack {name}: not known; attacks are {files.names(known)}, presets are {files.names(PRESETS)}, "
+                "and path/to/file.py:function is your own"
+            )
+    return _with_steps(wanted, question.steps)
+
+
+def _with_steps(attacks: dict[str, AnyAttack], steps: int | None) -> dict[str, AnyAttack]:
+    stepping = [name for name, attack in attacks.items() if hasattr(attack, "steps")]
+    if steps is None:
+        return attacks
+    if attacks and not stepping:
+        raise UserError(f"--steps: {files.names(attacks)} takes no number of steps")
+    return attacks | {name: attacks[name].model_copy(update={"steps": steps}) for name in stepping}
+
+
+def _check_fit(path: str, classifier: Classifier, facts: Facts, sha256: str) -> None:
     own = classifier.about.facts
     shape, own_shape = ((each.channels, each.height, each.width) for each in (facts, own))
     if shape != own_shape or facts.class_names != own.class_names:

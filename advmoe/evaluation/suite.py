@@ -1,27 +1,24 @@
-"""The suite: which attacks a model meets, and what is kept of each meeting.
+"""The suite: which attacks a model meets, on which terms.
 
 Shapes: N images, C channel, H/W pixels.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Container, Iterator, Mapping
+from typing import Annotated, Literal
 
-import torch
-from pydantic import Field, field_validator
-from torch import Tensor, nn
+from pydantic import Field, field_validator, model_validator
 
-from advmoe import console, engine
+from advmoe.attacks import catalogue, presets
 from advmoe.attacks.ball import Ball, LInf
-from advmoe.attacks.catalogue import Attack
-from advmoe.data.dataset import Split
+from advmoe.attacks.catalogue import AnyAttack, Attack
+from advmoe.attacks.fab import FabT
+from advmoe.attacks.gated import Transfer
+from advmoe.attacks.presets import Preset
 from advmoe.engine import Precision
+from advmoe.evaluation.checks.case import Probes
+from advmoe.evaluation.harness import CLEAN, WORST, Target, Terms, forget, measure
 from advmoe.evaluation.intervals import Share
-from advmoe.machine import device
 from advmoe.params import Epsilon, PositiveInt, Settings
-
-CLEAN = "clean"
-WORST = "worst"
 
 
 class Grid(Settings):
@@ -32,14 +29,24 @@ class Grid(Settings):
 
 
 class Evaluate(Settings):
-    """`limit`: only the first so many images of the test split (it is shuffled), None for all."""
+    """`limit`: only the first so many images of the test split (it is shuffled), None for all; `limits`: fewer for
+    single attacks, by name. `drop_fallen`: spare fallen images the later attacks. `presets`: sets of attacks beside
+    `attacks`. `experts`: names of those attacks that experts and ensembles without a verdict meet. `minimal`: what
+    looks for the smallest epsilon.
+    """
 
     limit: PositiveInt | None
-    batch_size: PositiveInt
+    batch_size: PositiveInt | Literal["auto"]
     precision: Precision
+    drop_fallen: bool
     baselines: tuple[str, ...]
+    presets: tuple[Preset, ...]
     attacks: Annotated[dict[str, Attack], Field(min_length=1)]
+    limits: dict[str, PositiveInt]
+    experts: Annotated[tuple[str, ...], Field(min_length=1)]
+    checks: Probes
     grid: Grid
+    minimal: FabT
 
     @field_validator("attacks")
     @classmethod
@@ -49,66 +56,59 @@ class Evaluate(Settings):
             raise ValueError(f"'{taken.pop()}' is the name of a result, call the attack something else")
         return attacks
 
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "Evaluate":
+        for key, names in (("experts", self.experts), ("limits", tuple(self.limits))):
+            strangers = [name for name in names if name not in self.attacks]
+            if strangers:
+                raise ValueError(f"{key} names '{strangers[0]}', but attacks has only {', '.join(self.attacks)}")
+        known = [f"baseline/{name}" for name in self.baselines]
+        for name, attack in self.attacks.items():
+            lost = [source for source in catalogue.sources_of(attack) if source not in known]
+            if lost:
+                raise ValueError(f"attacks.{name} transfers from '{lost[0]}', but there is only {', '.join(known)}")
+        return self
 
-@dataclass(frozen=True)
-class Measured:
-    """What a model did: `correct` (N,) bool for `clean`, each attack and `worst` (all attacks, image by image);
-    `predicted` (N,) labels and `images` (N, C, H, W) for each attack, on the CPU.
-    """
+    def terms(self, ball: Ball, seed: int) -> Terms:
+        """The terms these settings make; `seed` is the evaluations' stream."""
+        return Terms(
+            ball=ball,
+            seed=seed,
+            precision=self.precision,
+            batch_size=None if self.batch_size == "auto" else self.batch_size,
+            drop_fallen=self.drop_fallen,
+            limits=self.limits,
+        )
 
-    correct: dict[str, Tensor]
-    predicted: dict[str, Tensor]
-    images: dict[str, Tensor]
-
-    def shares(self) -> dict[str, Share]:
-        """Accuracies with intervals."""
-        return {name: Share.of(correct) for name, correct in self.correct.items()}
-
-
-def measure(
-    name: str,
-    model: nn.Module,
-    split: Split,
-    attacks: Mapping[str, Attack],
-    *,
-    ball: Ball,
-    batch_size: int,
-    precision: Precision,
-    seed: int,
-) -> Measured:
-    """Run every attack inside `ball` on all images of `split`; decisions are float32, in eval mode."""
-    place = device()
-    model = model.to(place)
-    images, labels = split.pixels().to(place), split.labels.to(place)
-    correct: dict[str, Tensor] = {}
-    predicted: dict[str, Tensor] = {}
-    found: dict[str, Tensor] = {}
-    for attack_name, attack in attacks.items():
-        runs = engine.attack(model, images, labels, attack, ball, seed=seed, batch_size=batch_size, precision=precision)
-        parts = list(console.track(runs, f"{name}: {attack_name}", -(-len(labels) // batch_size)))
-        logits, clean_logits = (torch.cat([getattr(part, key) for part in parts]) for key in ("logits", "clean_logits"))
-        predicted[CLEAN], predicted[attack_name] = clean_logits.argmax(1).cpu(), logits.argmax(1).cpu()
-        correct[CLEAN] = predicted[CLEAN] == split.labels
-        correct[attack_name] = correct[CLEAN] & (predicted[attack_name] == split.labels)
-        found[attack_name] = torch.cat([part.images for part in parts]).cpu()
-    correct[WORST] = torch.stack(list(correct.values())).all(dim=0)
-    return Measured(correct, predicted, found)
+    def full(self) -> dict[str, AnyAttack]:
+        """All attacks: those listed, then those of the presets that are not there yet."""
+        wanted: dict[str, AnyAttack] = dict(self.attacks)
+        sources = tuple(f"baseline/{name}" for name in self.baselines)
+        for name in self.presets:
+            for member, attack in presets.preset(name, sources, has_gate=True).items():
+                # the standard numbers under a name of their own, where the list has others under the plain one
+                wanted[member if wanted.get(member, attack) == attack else f"{name}.{member}"] = attack
+        return wanted
 
 
-def robustness_curve(
-    name: str, model: nn.Module, split: Split, grid: Grid, *, batch_size: int, precision: Precision, seed: int
-) -> Iterator[tuple[float, Share]]:
+def fitting(attacks: Mapping[str, AnyAttack], has_gate: bool, known: Container[str]) -> dict[str, AnyAttack]:
+    """Those attacks that find in a model what they attack; a transfer keeps those of its sources that are `known`."""
+    fit: dict[str, AnyAttack] = {}
+    for name, attack in attacks.items():
+        if catalogue.ENTRIES[type(attack)].needs_gate and not has_gate:
+            continue
+        if not isinstance(attack, Transfer):
+            fit[name] = attack
+        elif sources := tuple(source for source in attack.sources if source in known):
+            fit[name] = attack.model_copy(update={"sources": sources})
+    return fit
+
+
+def robustness_curve(target: Target, grid: Grid, terms: Terms) -> Iterator[tuple[float, Share]]:
     """Yield (L-inf epsilon, accuracy) over the grid."""
     for epsilon in grid.epsilons:
-        label = f"{name} at {epsilon:g}"
-        measured = measure(
-            label,
-            model,
-            split,
-            {grid.attack.kind: grid.attack},
-            ball=LInf(epsilon),
-            batch_size=batch_size,
-            precision=precision,
-            seed=seed,
-        )
+        at = Terms(LInf(epsilon), terms.seed, terms.precision, terms.batch_size, terms.drop_fallen, {})
+        attacks: dict[str, AnyAttack] = {grid.attack.kind: grid.attack}
+        measured = measure(target, attacks, at)
         yield epsilon, measured.shares()[WORST]
+        forget(target, attacks, at)

@@ -1,0 +1,77 @@
+"""A plain ascent that looks at everything on its way: the model as it is, in float32, not folded, nothing caught.
+
+Shapes: B batch, C channel, H/W pixels, K classes.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.attacks.ball import Ball
+from advmoe.attacks.draws import ImageDraws
+from advmoe.attacks.model import cross_entropy
+from advmoe.evaluation.checks.case import Case
+from advmoe.evaluation.checks.probing import Stage
+
+STEP = 0.25  # of epsilon
+
+
+class Look(NamedTuple):
+    """Where the ascent is (B, C, H, W), what the model says there (B, K), and the gradient of the cross-entropy."""
+
+    points: Tensor
+    logits: Tensor
+    gradient: Tensor
+
+
+def ascend(case: Case, probe: Stage, purpose: str) -> Iterator[Look]:
+    """The clean images, then a random point of each ball and all steps of a probe from there.
+
+    The caller freezes the model.
+    """
+    model, ball = case.target.model, case.terms.ball
+    yield look(model, probe.images, probe.labels)
+    points = ball.start(probe.images, ImageDraws(case.terms.seed, f"check-{purpose}", probe.rows))
+    for _ in range(case.probes.steps):
+        seen = look(model, points, probe.labels)
+        yield seen
+        points = step(ball, seen, probe.images)
+
+
+def step(ball: Ball, seen: Look, images: Tensor) -> Tensor:
+    """Onward from there; a gradient that is no number leads nowhere."""
+    direction = ball.steepest(seen.gradient.nan_to_num(0.0, 0.0, 0.0))
+    return ball.project(seen.points + STEP * ball.epsilon * direction, images)
+
+
+def look(model: nn.Module, points: Tensor, labels: Tensor) -> Look:
+    """What the model says at the points and the gradient of its cross-entropy there."""
+    gradient, logits = gradient_of(model, points, lambda logits: cross_entropy(logits.float(), labels))
+    return Look(points, logits, gradient)
+
+
+def gradient_of(
+    model: Callable[[Tensor], Tensor], points: Tensor, loss: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The gradient of a loss (B,) of the output in the pixels, 0 where none arrives; and the output, as it came."""
+    with torch.enable_grad():
+        pixels = points.detach().clone().requires_grad_(True)
+        output = model(pixels)
+        lost = loss(output).sum()
+        if not lost.requires_grad:
+            return torch.zeros_like(points), output.detach()
+        (gradient,) = torch.autograd.grad(lost, pixels, allow_unused=True)
+    return torch.zeros_like(points) if gradient is None else gradient, output.detach()
+
+
+def vanished(gradient_BCHW: Tensor) -> Tensor:
+    """Where every pixel's gradient is exactly 0 (B,)."""
+    return (gradient_BCHW == 0).flatten(1).all(dim=1)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, short enough for a sentence."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

@@ -1,0 +1,281 @@
+"""The harness: every attack on every image, and nobody's word taken for a success.
+
+Whatever an attack returns is projected into the ball and the box and classified again in float32 and eval mode, in
+padded batches of one fixed size. Random draws are seeded by the image's position, so a decision depends neither on the
+batch size nor on which other images are left. Finished batches are kept on disk: a killed run goes on where it was.
+
+Shapes: N images, b images of one batch, C channel, H/W pixels, K classes.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from advmoe import console, engine
+from advmoe.artifacts import hash_tensors
+from advmoe.attacks import catalogue
+from advmoe.attacks.ball import Ball, LInf
+from advmoe.attacks.catalogue import AnyAttack
+from advmoe.attacks.draws import ImageDraws
+from advmoe.attacks.own import Own
+from advmoe.engine import Passes, Precision
+from advmoe.errors import UserError
+from advmoe.evaluation.intervals import Share
+from advmoe.evaluation.memory import fitting_batch, is_out_of_memory
+from advmoe.evaluation.resume import Part, Store
+from advmoe.machine import derive_seed
+from advmoe.models.moe import MixtureOfExperts
+from advmoe.user_code import digest
+
+CLEAN = "clean"
+WORST = "worst"
+DECISION_BATCH = 120  # images of every deciding forward pass; a constant, because kernels round by batch size
+OUTSIDE = 1e-4  # of the pixel range: further outside the ball than this is no rounding; an 8-bit level is 4e-3
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is attacked: a model in eval mode and its images (N, C, H, W) and labels (N,), all on one device.
+
+    `sources`: other networks for transfer attacks, by name. `identity`: what besides weights and class name tells this
+    model from others (a file's hash), for the resuming of killed runs.
+    """
+
+    name: str
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    sources: Mapping[str, nn.Module] = field(default_factory=dict)
+    identity: str = ""
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether gate-aware attacks find what they attack."""
+        return isinstance(self.model, MixtureOfExperts)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms an evaluation is made on.
+
+    `batch_size`: images an attack takes at once, None for what fits the memory. `drop_fallen`: images that fell to an
+    earlier attack are spared the later ones, which then report what is left after them. `limits`: attacks, by name,
+    that meet only the first so many images.
+    """
+
+    ball: Ball
+    seed: int
+    precision: Precision
+    batch_size: int | None
+    drop_fallen: bool
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One attack on N images, on the CPU.
+
+    `attacked`: who met it (right when clean, not dropped). `correct`: who is right after it; an image that was dropped
+    is not. `predicted`: classes on `images` (N, C, H, W), which are the clean ones where nothing was attacked.
+    `overshoot`: share of the attacked images for which the attack itself left the ball or the box. `limit`: only so
+    many images were to meet it, the rest count neither for nor against it.
+    """
+
+    attacked: Tensor
+    correct: Tensor
+    predicted: Tensor
+    images: Tensor
+    overshoot: float
+    forward: int
+    backward: int
+    seconds: float
+    limit: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model did: float32 logits (N, K) on the clean images, labels, and the outcome of each attack in order."""
+
+    clean_logits: Tensor
+    labels: Tensor
+    outcomes: dict[str, Outcome]
+
+    @property
+    def correct(self) -> dict[str, Tensor]:
+        """Per image (N,) bool: `clean`, each attack, and `worst`, the worst case over all of them."""
+        clean = self.clean_logits.argmax(1) == self.labels
+        each = {CLEAN: clean, **{name: outcome.correct for name, outcome in self.outcomes.items()}}
+        return {**each, WORST: torch.stack(list(each.values())).all(dim=0)}
+
+    def over(self, attacks: Sequence[str]) -> Tensor:
+        """Per image (N,) bool: right when clean and under all of these attacks."""
+        correct = self.correct
+        return torch.stack([correct[CLEAN], *(correct[name] for name in attacks)]).all(dim=0)
+
+    def shares(self) -> dict[str, Share]:
+        """Accuracies with intervals, each over the images that were to meet the attack."""
+        limits = {name: outcome.limit for name, outcome in self.outcomes.items()}
+        return {name: Share.of(correct[: limits.get(name)]) for name, correct in self.correct.items()}
+
+
+def measure(target: Target, attacks: Mapping[str, AnyAttack], terms: Terms) -> Measured:
+    """Run the attacks in order.
+
+    Raises UserError for a model that cannot be evaluated (NaN, not one logit per class), an attack that does not fit
+    it, an epsilon of 0, and when an attack of the user's own raises.
+    """
+    if terms.ball.epsilon == 0:
+        raise UserError("epsilon 0 leaves an attack nothing to change; clean accuracy is reported beside every attack")
+    for name, attack in attacks.items():
+        check_fit(name, attack, target)
+    logits = engine.predict(target.model, target.images, DECISION_BATCH)
+    check_logits(target, logits)
+    standing = logits.argmax(1) == target.labels
+    outcomes: dict[str, Outcome] = {}
+    for name, attack in attacks.items():
+        outcomes[name] = outcome = _meet(target, name, attack, terms, standing)
+        if terms.drop_fallen:
+            standing = standing & outcome.correct.to(standing.device)
+    return Measured(logits.cpu(), target.labels.cpu(), outcomes)
+
+
+def forget(target: Target, attacks: Mapping[str, AnyAttack], terms: Terms) -> None:
+    """Drop what was kept for resuming: the results are on record."""
+    for name, attack in attacks.items():
+        _store(target, name, attack, terms).clear()
+
+
+def check_fit(name: str, attack: AnyAttack, target: Target) -> None:
+    """Raises UserError when the attack needs what the target has not."""
+    if catalogue.ENTRIES[type(attack)].needs_gate and not target.has_gate:
+        raise UserError(
+            f"attack {name}: {target.name} has no gate; {attack.kind} attacks mixtures of this project only"
+        )
+    missing = [source for source in catalogue.sources_of(attack) if source not in target.sources]
+    if missing:
+        raise UserError(f"attack {name}: {target.name} comes without a network '{missing[0]}' to transfer from")
+
+
+def check_logits(target: Target, logits: Tensor) -> None:
+    """Raises UserError for what is no classifier's output."""
+    if logits.ndim != 2 or len(logits) != len(target.images):
+        raise UserError(f"{target.name}: must map images to logits (B, K), but gave shape {tuple(logits.shape)}")
+    if not logits.isfinite().all():
+        bad = int((~logits.isfinite().all(dim=1)).sum())
+        raise UserError(f"{target.name}: NaN or infinite logits on {bad} of {len(logits)} clean images")
+    if logits.shape[1] < 2 or int(target.labels.max()) >= logits.shape[1]:
+        raise UserError(
+            f"{target.name}: outputs {logits.shape[1]} classes, but labels go up to {int(target.labels.max())}"
+        )
+
+
+def _meet(target: Target, name: str, attack: AnyAttack, terms: Terms, standing: Tensor) -> Outcome:
+    """One attack on the images still standing."""
+    limit = min(terms.limits.get(name, len(standing)), len(standing))
+    met = standing & (torch.arange(len(standing), device=standing.device) < limit)
+    images = target.images.clone()
+    outside = torch.zeros_like(standing)
+    forward, backward, seconds = 0, 0, 0.0
+    for part in _parts(target, name, attack, terms, met, _store(target, name, attack, terms)):
+        rows = part.rows.to(images.device)
+        images[rows], outside[rows] = part.images.to(images), part.overshoot.to(outside)
+        forward, backward, seconds = forward + part.forward, backward + part.backward, seconds + part.seconds
+    images = torch.where(met[:, None, None, None], images, target.images)
+    predicted = engine.predict(target.model, images, DECISION_BATCH).argmax(1)
+    return Outcome(
+        attacked=met.cpu(),
+        correct=(standing & (predicted == target.labels)).cpu(),
+        predicted=predicted.cpu(),
+        images=images.cpu(),
+        overshoot=round(float(outside[met].float().mean()), 6) if met.any() else 0.0,
+        forward=forward,
+        backward=backward,
+        seconds=round(seconds, 2),
+        limit=limit,
+    )
+
+
+def _parts(target: Target, name: str, attack: AnyAttack, terms: Terms, wanted: Tensor, store: Store) -> Iterator[Part]:
+    """What was finished before, then the rest of the `wanted` (N,), kept as it comes."""
+    done = torch.zeros_like(wanted)
+    for part in store.parts():
+        done[part.rows.to(done.device)] = True
+        yield part
+    rows = (wanted & ~done).nonzero().squeeze(1).cpu()
+    if not len(rows):
+        return
+    size = terms.batch_size or fitting_batch(target.model, target.images)
+    fallen = 0
+    with console.Progress(f"{target.name}: {name}", len(rows)) as progress:
+        while len(rows):
+            batch = rows[:size]
+            try:
+                part = _batch(target, name, attack, terms, batch)
+            except (RuntimeError, MemoryError, UserError) as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+                size = max(1, size // 2)
+                continue
+            store.add(part)
+            rows = rows[size:]
+            changed = engine.predict(target.model, part.images.to(target.images), DECISION_BATCH).argmax(1)
+            fallen += int((changed != target.labels[batch]).sum())
+            progress.advance(len(batch), f"{fallen} fallen")
+            yield part
+
+
+def _batch(target: Target, name: str, attack: AnyAttack, terms: Terms, rows: Tensor) -> Part:
+    started, passes = time.monotonic(), Passes()
+    images, labels = target.images[rows], target.labels[rows]
+    precision: Precision = "float32" if catalogue.ENTRIES[type(attack)].full_precision else terms.precision
+    with ExitStack() as stack:
+        sources = {
+            source: stack.enter_context(engine.crafting(target.sources[source], precision, passes))
+            for source in catalogue.sources_of(attack)
+        }
+        struck = engine.strike(
+            target.model,
+            images,
+            labels,
+            catalogue.bind(attack, sources),
+            ball=terms.ball,
+            draws=ImageDraws(terms.seed, name, rows),
+            precision=precision,
+            passes=passes,
+        )
+    return Part(
+        rows,
+        struck.images.cpu(),
+        (struck.overshoot > OUTSIDE).cpu(),
+        passes.forward,
+        passes.backward,
+        time.monotonic() - started,
+    )
+
+
+def _store(target: Target, name: str, attack: AnyAttack, terms: Terms) -> Store:
+    norm = "linf" if isinstance(terms.ball, LInf) else "l2"
+    sources = {source: hash_tensors(target.sources[source].state_dict()) for source in catalogue.sources_of(attack)}
+    return Store(
+        {
+            "model": [type(target.model).__qualname__, target.identity, hash_tensors(target.model.state_dict())],
+            "images": hash_tensors({"images": target.images, "labels": target.labels}),
+            "attack": [
+                name,
+                attack.model_dump(mode="json"),
+                digest(attack.function) if isinstance(attack, Own) else "",
+            ],
+            "ball": [norm, terms.ball.epsilon],
+            "terms": [terms.seed, terms.precision, target.images.device.type],
+            "sources": sources,
+        }
+    )
+
+
+def fixed_seed(seed: int) -> int:
+    """The stream of all evaluations under a project's seed."""
+    return derive_seed(seed, "evaluate")

@@ -1,0 +1,51 @@
+"""How many images an attack may take at once."""
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from advmoe import engine
+from advmoe.errors import UserError
+
+LARGEST = 360  # more brings nothing on a CPU, and progress should move
+SHARE = 0.25  # of the free memory: attacks keep several copies of their images beside the gradients' graph
+ASSUMED = 4 * 2**30  # bytes, where the system does not say
+
+
+def fitting_batch(model: nn.Module, images_NCHW: Tensor) -> int:
+    """A batch size whose backward pass fits the free memory of the images' device, at least 1 and at most LARGEST."""
+    return max(1, min(LARGEST, int(SHARE * _free(images_NCHW.device) / _bytes_per_image(model, images_NCHW))))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch has a class for it on CUDA; elsewhere only the text tells. A user's own attack has it wrapped."""
+    if isinstance(error, UserError) and error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).lower()
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def _bytes_per_image(model: nn.Module, images_NCHW: Tensor) -> float:
+    """What one image leaves behind for the backward pass, with twice its own size as a floor."""
+    sizes = {0: 2 * images_NCHW[0].numel() * images_NCHW.element_size()}
+
+    def pack(saved: Tensor) -> Tensor:
+        sizes[saved.data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    with engine.frozen(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        model(images_NCHW[:1].detach().requires_grad_(True))
+    return float(sum(size for pointer, size in sizes.items() if pointer not in weights))
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return ASSUMED
