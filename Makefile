@@ -1,18 +1,26 @@
 # make repro            build everything: nine experts, the mixture, two baselines, the evaluation; then show the results
+# make repro JOBS=1     one network after another, as `dvc repro` does; default: one to each core, on one thread
 # make repro PROFILE=x  the same after laying profiles/x.yaml over params.yaml (smoke, digits, cifar10-cpu, cifar10, svhn)
 # make test, make lint, make clean
+# make bench            our attacks against others', in .venv-bench: their libraries do not get along with DVC's
 PYTHON ?= python3
+# experts and baselines do not need each other; on a GPU (ADVMOE_DEVICE) choose what its memory holds
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 # DVC runs `python -m advmoe`: the environment's python must be the first on PATH
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := repro
-.PHONY: repro test lint clean
+.PHONY: repro test lint bench clean
 
 repro: $(VENV)/.installed
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local --quiet core.no_scm true
 	$(if $(PROFILE),python -m advmoe use $(PROFILE))
 	@python -m advmoe check
+	dvc repro prepare
+	@dvc stage list --name-only \
+		| grep -E '^(pretrain|baseline)@' \
+		| ADVMOE_THREADS=1 OMP_NUM_THREADS=1 xargs -P $(JOBS) -n 1 dvc --wait-for-lock repro --single-item
 	dvc repro
 	@python -m advmoe results
 
@@ -24,8 +32,11 @@ lint: $(VENV)/.installed-test
 	ruff check .
 	mypy
 
+bench: .venv-bench/.installed
+	.venv-bench/bin/python -m benchmarks.agreement
+
 clean:
-	rm -rf $(VENV) artifacts runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-bench artifacts runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find advmoe stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml
@@ -38,4 +49,9 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+.venv-bench/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --editable '.[bench]'
 	@touch $@
