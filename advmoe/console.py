@@ -22,6 +22,12 @@ PLAIN_SECONDS = 10.0
 T = TypeVar("T")
 
 
+def plain() -> None:
+    """From here on write as to a log: several processes cannot share a progress bar."""
+    out.no_color = True
+    out._force_terminal = False
+
+
 def say(text: str) -> None:
     """Print a line for the user, markup off: names and paths are data."""
     out.print(text, markup=False)

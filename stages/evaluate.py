@@ -9,15 +9,12 @@ Shapes: N images, E experts.
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from advmoe import artifacts, classifiers, console, files, paths
 from advmoe.attacks.ball import LInf
-from advmoe.attacks.catalogue import AnyAttack
 from advmoe.classifiers import Classifier, Mixture
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset, Split
@@ -25,7 +22,7 @@ from advmoe.errors import UserError
 from advmoe.evaluation import gate, plots, record, results, verdict
 from advmoe.evaluation.checks.case import Case
 from advmoe.evaluation.checks.plumbing import content_hashes
-from advmoe.evaluation.harness import WORST, Measured, Target, Terms, fixed_seed, forget, measure
+from advmoe.evaluation.harness import WORST, Target, Terms, fixed_seed, forget, measure
 from advmoe.evaluation.minimal import minimal_epsilons
 from advmoe.evaluation.paired import compare
 from advmoe.evaluation.results import Result
@@ -33,6 +30,7 @@ from advmoe.evaluation.suite import Evaluate, fitting, robustness_curve
 from advmoe.machine import device
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import Epsilon, Seed, load_section
+from advmoe.workers import spread
 
 
 @dataclass(frozen=True)
@@ -45,66 +43,82 @@ class Subject:
 
 
 @dataclass
-class Evaluation:
-    """One run of this stage."""
+class Inputs:
+    """What this stage reads."""
 
+    seed: int
+    epsilon: float
     settings: Evaluate
-    terms: Terms
     data: Dataset
-    split: Split
-    sources: dict[str, nn.Module]
-    experts: tuple[str, ...]
-    training: frozenset[str]
-    results: dict[str, Result] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
-    done: list[tuple[Target, dict[str, AnyAttack]]] = field(default_factory=list)
+    mixture: Classifier
+    baselines: dict[str, Classifier]
+    experts: dict[str, Classifier]
+
+    @classmethod
+    def read(cls) -> "Inputs":
+        """Raises UserError for what is missing or does not belong together."""
+        settings = load_section("evaluate", Evaluate)
+        data, mixture = dataset.load(paths.DATASET), classifiers.load(paths.MIXTURE)
+        names = _architecture(mixture).experts
+        inputs = cls(
+            seed=load_section("seed", Seed),
+            epsilon=load_section("epsilon", Epsilon),
+            settings=settings,
+            data=data,
+            mixture=mixture,
+            baselines={name: classifiers.load(paths.artifact("baseline", name)) for name in settings.baselines},
+            experts={name: classifiers.load(paths.artifact("pretrain", name)) for name in names},
+        )
+        for name, source in {results.MIXTURE: mixture, **inputs.baselines, **inputs.experts}.items():
+            if source.header.inputs.get("dataset") != data.sha256:
+                raise UserError(f"{name}: trained on other data than {paths.DATASET}; run `dvc repro`")
+        return inputs
+
+    @property
+    def split(self) -> Split:
+        """The images to evaluate on."""
+        return self.data["test"].first(self.settings.limit)
+
+    @property
+    def terms(self) -> Terms:
+        """The terms to evaluate on."""
+        return self.settings.terms(LInf(self.epsilon), fixed_seed(self.seed))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts, in the gate's order."""
+        return _architecture(self.mixture).experts
+
+    def subjects(self) -> dict[str, Subject]:
+        """Every model to evaluate, the dearest first."""
+        joint = self.mixture.model
+        assert isinstance(joint, MixtureOfExperts)
+        pretrained = [expert.model for expert in self.experts.values()]
+        before = classifiers.assemble(_architecture(self.mixture), self.mixture.about.facts, pretrained, 0)
+        plain = self.baselines.items()
+        found = [
+            Subject(results.MIXTURE, joint, full=True),
+            Subject(results.UNIFORM, classifiers.uniform_average(joint)),
+            Subject(results.BEFORE, before),
+            *(Subject(results.BASELINE + name, baseline.model, full=True) for name, baseline in plain),
+            *(Subject(results.PRETRAINED + name, expert.model) for name, expert in self.experts.items()),
+            *(Subject(results.JOINT + name, expert) for name, expert in zip(self.names, joint.experts, strict=True)),
+        ]
+        return {subject.name: subject for subject in found}
 
 
 def run() -> None:
     """Evaluate everything the pipeline trained."""
     started = time.monotonic()
-    seed, epsilon = load_section("seed", Seed), load_section("epsilon", Epsilon)
-    settings = load_section("evaluate", Evaluate)
-    data = dataset.load(paths.DATASET)
-    mixture = classifiers.load(paths.MIXTURE)
-    baselines = {name: classifiers.load(paths.artifact("baseline", name)) for name in settings.baselines}
-    inputs = {"dataset": data.sha256, results.MIXTURE: _trained_on(mixture, data, results.MIXTURE)}
-    inputs |= {results.BASELINE + name: _trained_on(model, data, name) for name, model in baselines.items()}
-    evaluation = Evaluation(
-        settings=settings,
-        terms=settings.terms(LInf(epsilon), fixed_seed(seed)),
-        data=data,
-        split=data["test"].first(settings.limit),
-        sources={results.BASELINE + name: baseline.model.to(device()) for name, baseline in baselines.items()},
-        experts=_architecture(mixture).experts,
-        training=frozenset(content_hashes(data["train"].images)),
-    )
-    for subject in _subjects(mixture, baselines):
-        _evaluate(subject, evaluation)
-    _compare(evaluation, seed)
-    _write(evaluation, epsilon)
-    _write_examples(evaluation, inputs, seed, epsilon, time.monotonic() - started)
-    for target, attacks in evaluation.done:
-        forget(target, attacks, evaluation.terms)
+    inputs = Inputs.read()
+    names = list(inputs.subjects())
+    found = dict(zip(names, spread(evaluate_one, names), strict=True))
+    _compare(found, inputs.seed)
+    _write(found, inputs)
+    _write_examples(found, inputs, time.monotonic() - started)
+    for result in found.values():
+        forget(result.target, result.attacks, inputs.terms)
     console.say("`advmoe results` shows all results")
-
-
-def _subjects(mixture: Classifier, baselines: dict[str, Classifier]) -> Iterator[Subject]:
-    """Every model to evaluate."""
-    architecture, joint = _architecture(mixture), mixture.model
-    assert isinstance(joint, MixtureOfExperts)
-    yield Subject(results.MIXTURE, joint, full=True)
-    yield Subject(results.UNIFORM, classifiers.uniform_average(joint))
-    experts = {name: classifiers.load(paths.artifact("pretrain", name)).model for name in architecture.experts}
-    before = classifiers.assemble(architecture, mixture.about.facts, list(experts.values()), 0)
-    yield Subject(results.BEFORE, before)
-    for name, baseline in baselines.items():
-        yield Subject(results.BASELINE + name, baseline.model, full=True)
-    for name, expert in experts.items():
-        yield Subject(results.PRETRAINED + name, expert)
-    for name, expert in zip(architecture.experts, joint.experts, strict=True):
-        yield Subject(results.JOINT + name, expert)
 
 
 def _architecture(mixture: Classifier) -> Mixture:
@@ -112,55 +126,46 @@ def _architecture(mixture: Classifier) -> Mixture:
     return mixture.about.architecture
 
 
-def _trained_on(source: Classifier, data: Dataset, name: str) -> str:
-    if source.header.inputs.get("dataset") != data.sha256:
-        raise UserError(f"{name}: trained on other data than {paths.DATASET}; run `dvc repro`")
-    return source.header.sha256
-
-
-def _evaluate(subject: Subject, evaluation: Evaluation) -> None:
-    place, settings = device(), evaluation.settings
+def evaluate_one(name: str) -> Result:
+    """Evaluate one model of the pipeline; in a process of its own, where there are cores for that."""
+    inputs, place = Inputs.read(), device()
+    settings, split, subject = inputs.settings, inputs.split, inputs.subjects()[name]
+    sources = {results.BASELINE + each: baseline.model.to(place) for each, baseline in inputs.baselines.items()}
     target = Target(
-        name=subject.name,
+        name=name,
         model=subject.model.to(place),
-        images=evaluation.split.pixels().to(place),
-        labels=evaluation.split.labels.to(place),
-        sources={name: model for name, model in evaluation.sources.items() if name != subject.name},
+        images=split.pixels().to(place),
+        labels=split.labels.to(place),
+        sources={each: model for each, model in sources.items() if each != name},
     )
-    wanted = settings.full() if subject.full else {name: settings.attacks[name] for name in settings.experts}
+    wanted = settings.full() if subject.full else {each: settings.attacks[each] for each in settings.experts}
     attacks = fitting(wanted, target.has_gate, target.sources)
-    measured = measure(target, attacks, evaluation.terms)
-    evaluation.done.append((target, attacks))
-    result = _judged(target, attacks, measured, evaluation) if subject.full else Result(target, measured)
-    result.numbers = record.numbers(
-        measured, attacks, evaluation.terms, evaluation.data.facts.class_names, result.verdict
-    )
-    evaluation.results[subject.name] = result
-    # the images of eighteen experts would fill the disk, and nobody asks for them
-    evaluation.tensors |= record.decisions(subject.name, measured, with_images=subject.full)
-    evaluation.timings |= record.timings(subject.name, measured)
-    console.say(f"{subject.name}: " + ", ".join(f"{kind} {share}" for kind, share in measured.shares().items()))
+    result = Result(target, attacks, measure(target, attacks, inputs.terms))
+    if subject.full:
+        _judge(result, inputs)
+    class_names = inputs.data.facts.class_names
+    result.numbers = record.numbers(result.measured, attacks, inputs.terms, class_names, result.verdict)
+    console.say(f"{name}: " + ", ".join(f"{kind} {share}" for kind, share in result.measured.shares().items()))
+    return result
 
 
-def _judged(target: Target, attacks: dict[str, AnyAttack], measured: Measured, evaluation: Evaluation) -> Result:
-    settings, terms = evaluation.settings, evaluation.terms
-    return Result(
-        target,
-        measured,
-        verdict.judge(Case(target, attacks, measured, terms, settings.checks, evaluation.training)),
-        dict(robustness_curve(target, settings.grid, terms)),
-        minimal_epsilons(target, settings.minimal, measured, terms),
-    )
+def _judge(result: Result, inputs: Inputs) -> None:
+    settings, terms, target = inputs.settings, inputs.terms, result.target
+    training = frozenset(content_hashes(inputs.data["train"].images))
+    case = Case(target, result.attacks, result.measured, terms, settings.checks, training)
+    result.verdict = verdict.judge(case)
+    result.curve = dict(robustness_curve(target, settings.grid, terms))
+    result.minimal = minimal_epsilons(target, settings.minimal, result.measured, terms)
 
 
-def _compare(evaluation: Evaluation, seed: int) -> None:
+def _compare(found: dict[str, Result], seed: int) -> None:
     """The mixture against every other model, on the same images.
 
     Judged models are compared in the worst case of all that each met: to leave gate-aware attacks out against a plain
     network would flatter the mixture. The others are compared over the attacks that both met.
     """
-    mixture = evaluation.results[results.MIXTURE]
-    for name, other in evaluation.results.items():
+    mixture = found[results.MIXTURE]
+    for name, other in found.items():
         if other is mixture:
             continue
         met = [attack for attack in other.measured.outcomes if attack in mixture.measured.outcomes]
@@ -168,32 +173,37 @@ def _compare(evaluation: Evaluation, seed: int) -> None:
         mixture.against[name] = compare(left, other.measured.correct[WORST], seed).as_dict()
 
 
-def _write(evaluation: Evaluation, epsilon: float) -> None:
-    mixture = evaluation.results[results.MIXTURE]
-    weights = gate.weights(mixture.target, mixture.measured, evaluation.experts)
+def _write(found: dict[str, Result], inputs: Inputs) -> None:
+    mixture = found[results.MIXTURE]
+    weights = gate.weights(mixture.target, mixture.measured, inputs.names)
     mixture.extra = {"gate": weights, "oracle_routing": gate.oracle_routing(mixture.target, mixture.measured)}
-    for name, result in evaluation.results.items():
-        files.write_json(results.report_path(name), results.report(name, result, epsilon))
-    files.write_json(paths.SUMMARY, results.summary(evaluation.results, epsilon))
-    judged = {name: result.verdict for name, result in evaluation.results.items()}
+    for name, result in found.items():
+        files.write_json(results.report_path(name), results.report(name, result, inputs.epsilon))
+    files.write_json(paths.SUMMARY, results.summary(found, inputs.epsilon))
+    judged = {name: result.verdict for name, result in found.items()}
     files.write_json(paths.VERDICT, {name: judgement.as_dict() for name, judgement in judged.items() if judgement})
-    plots.write(evaluation.results, weights, evaluation.data.facts.class_names)
+    plots.write(found, weights, inputs.data.facts.class_names)
 
 
-def _write_examples(evaluation: Evaluation, inputs: dict[str, str], seed: int, epsilon: float, seconds: float) -> None:
-    split = evaluation.split
-    tensors = {"images": split.images, "labels": split.labels, "index": split.index, **evaluation.tensors}
-    about: dict[str, Any] = {"epsilon": epsilon, "norm": "linf"}
+def _write_examples(found: dict[str, Result], inputs: Inputs, seconds: float) -> None:
+    split = inputs.split
+    tensors: dict[str, Tensor] = {"images": split.images, "labels": split.labels, "index": split.index}
+    timings: dict[str, float] = {}
+    for name, result in found.items():
+        # the images of eighteen experts would fill the disk, and nobody asks for them
+        tensors |= record.decisions(name, result.measured, with_images=result.verdict is not None)
+        timings |= record.timings(name, result.measured)
+    sources = {results.MIXTURE: inputs.mixture, **inputs.baselines}
     artifacts.save(
         paths.ADVERSARIAL,
         "adversarial-examples",
         tensors,
-        about=about,
-        params=evaluation.settings.model_dump(mode="json"),
-        inputs=inputs,
-        seed=seed,
+        about={"epsilon": inputs.epsilon, "norm": "linf"},
+        params=inputs.settings.model_dump(mode="json"),
+        inputs={"dataset": inputs.data.sha256} | {name: model.header.sha256 for name, model in sources.items()},
+        seed=inputs.seed,
         metrics={},
         seconds=seconds,
-        timings=evaluation.timings,
+        timings=timings,
     )
     console.say(f"adversarial images written to {paths.ADVERSARIAL}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from advmoe import console, files, paths
+from advmoe.attacks.catalogue import AnyAttack
 from advmoe.errors import UserError
 from advmoe.evaluation.harness import CLEAN, WORST, Measured, Target
 from advmoe.evaluation.intervals import Share
@@ -37,6 +38,7 @@ class Result:
     """All that is known of one model. Those that are judged have a verdict, a curve over epsilon and `minimal` (N,)."""
 
     target: Target
+    attacks: dict[str, AnyAttack]
     measured: Measured
     verdict: Verdict | None = None
     curve: dict[float, Share] = field(default_factory=dict)
