@@ -730,6 +730,12 @@ def test_steepest_of_no_gradient_is_no_direction(norm: Norm) -> None:
     assert torch.equal(make_ball(norm, 0.1).steepest(torch.zeros(2, 1, 3, 3)), torch.zeros(2, 1, 3, 3))
 
 
+def test_the_smallest_gradient_points_somewhere_too() -> None:
+    gradient = torch.randn(3, 1, 4, 4, generator=stream("tiny"))
+    direction = L2(0.1).steepest(gradient * 1e-25)
+    torch.testing.assert_close(direction, L2(0.1).steepest(gradient))
+
+
 def test_linf_start_fills_the_cube() -> None:
     images, epsilon = torch.full((200, 1, 8, 8), 0.5), 0.1
     change = LInf(epsilon).start(images, BatchDraws(stream("start"))) - images

@@ -250,6 +250,12 @@ def test_gradients_cut_off_by_rounding_are_named(plain: nn.Module) -> None:
     assert finding.evidence["zero_share"] == 1
 
 
+def test_a_gate_is_not_blamed_for_pixels_that_reach_nothing() -> None:
+    finding = gradients(case_of(Wrapped(honest("mixture"), quantised)))
+    assert says(finding, "fail", "rounding")
+    assert "gate" not in finding.sentence
+
+
 def test_a_model_without_any_gradient_is_named(plain: nn.Module) -> None:
     class Closed(Wrapped):
         def forward(self, images: Tensor) -> Tensor:
@@ -484,6 +490,10 @@ def test_images_that_depend_on_company_are_named(
     assert says(isolation(case_of(Wrapped(plain, fault), BLIND)), "fail", words)
 
 
+def test_a_randomised_model_is_not_accused_of_minding_its_company(plain: nn.Module) -> None:
+    assert says(isolation(case_of(Wrapped(plain, noisy), BLIND)), "not checked", "otherwise each time")
+
+
 def test_a_state_that_an_attack_changes_is_a_warning(plain: nn.Module) -> None:
     counter = Counting()
     case = case_of(nn.Sequential(counter, plain))
@@ -673,6 +683,11 @@ def test_an_idle_attack_is_named(plain: nn.Module) -> None:
     assert says(plumbing(case_of(plain, {"idle": own(IDLE)})), "fail", "idle changes nothing")
 
 
+def test_an_attack_of_ours_without_a_gradient_is_a_warning(plain: nn.Module) -> None:
+    case = case_of(Wrapped(plain, quantised), {"fgsm": SUITE["fgsm"]})
+    assert says(plumbing(case), "warn", "fgsm changes nothing: its gradient is zero")
+
+
 def test_a_faithful_attack_of_the_users_passes(plain: nn.Module) -> None:
     assert plumbing(case_of(plain, {"mine": own(FAITHFUL)})).status == "pass"
 
@@ -733,7 +748,7 @@ def test_saved_images_that_were_not_judged_are_named(plain: nn.Module) -> None:
     case = case_of(plain, ball=LInf(0.3))
     assert case.measured.outcomes["pgd"].correct.float().mean() < 0.5
     finding = plumbing(tampered(case, images=case.target.images))
-    assert "saved images of pgd get another decision on replay" in finding.sentence
+    assert "saved images get another decision on replay (pgd)" in finding.sentence
     assert finding.status == "fail"
 
 

@@ -500,7 +500,7 @@ def test_a_gap_of_five_points_is_allowed() -> None:
 
 def test_a_gap_is_that_of_the_images_pgd_was_to_meet() -> None:
     attacks: dict[str, AnyAttack] = {"pgd": pgd(), "square": SUITE["square"]}
-    case = told({"pgd": stands(60), "square": stands(60, *range(4))}, attacks)
+    case = told({"pgd": stands(60), "square": stands(60, *range(4), *range(30, 40))}, attacks)
     limited = {**case.measured.outcomes, "pgd": replace(case.measured.outcomes["pgd"], limit=10)}
     finding = pgd_gap(replace(case, measured=replace(case.measured, outcomes=limited)))
     assert finding.evidence["gap"] == 0.4

@@ -55,6 +55,16 @@ class Flat(nn.Module):
 
 def flat():
     return Flat()
+
+class Cut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = factory()
+    def forward(self, images):
+        return self.inner(images).detach()
+
+def cut():
+    return Cut()
 """
 NAMES = ("1.weight", "1.bias", "3.weight", "3.bias")
 
@@ -208,6 +218,15 @@ def test_a_stranger_is_judged_and_leaks_are_found(stranger: Path) -> None:
     plumbing = judged["checks"][9]
     assert plumbing["status"] in {"warn", "fail"}
     assert "training" in plumbing["sentence"]
+
+
+def test_a_model_without_gradients_gets_an_answer_and_no_headline(stranger: Path) -> None:
+    del stranger
+    question = Question(model="model.py:cut", attacks=("pgd", "apgd-t"), epsilon="8/255", data=Path("images.npz"))
+    report = json.loads(answer(question).read_text())
+    assert report["accuracy"]["worst"] is None
+    assert any(reason.startswith("gradients:") for reason in report["withheld"])
+    assert report["accuracy"]["clean"]["total"] == 24
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,10 @@ class L2:
         return (images + change * (self.epsilon / _norm(change).clamp_min(TINY)).clamp_max(1)).clamp(0, 1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        return gradient / _norm(gradient).clamp_min(TINY)
+        # largest component first: the square of a gradient of 1e-25, which points somewhere all the same, is 0
+        largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+        scaled = gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
+        return scaled / _norm(scaled).clamp_min(TINY)
 
     def start(self, images: Tensor, draws: Draws) -> Tensor:
         direction = draws.normal(images)

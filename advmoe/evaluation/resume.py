@@ -40,8 +40,8 @@ class Store:
     """The finished batches of one attack on one model."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
-        key = hashlib.sha256(canonical_json({**facts, "code": code_digest()}).encode()).hexdigest()
-        self.folder = paths.RESUME / key[:KEY_LENGTH]
+        key = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+        self.folder = paths.RESUME / code_digest()[:KEY_LENGTH] / key[:KEY_LENGTH]
 
     def parts(self) -> list[Part]:
         """Everything that was finished; a file that cannot be read is as good as none."""
@@ -55,8 +55,11 @@ class Store:
         write_bytes(self.folder / f"{int(part.rows[0]):08d}-{len(part.rows)}.safetensors", save(tensors))
 
     def clear(self) -> None:
-        """Forget it all: the results are on record elsewhere."""
+        """Forget it all: the results are on record elsewhere. What other versions left behind nobody can use."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        for other in paths.RESUME.glob("*"):
+            if other.name != self.folder.parent.name:
+                shutil.rmtree(other, ignore_errors=True)
 
     def _read(self, path: Path) -> Part | None:
         try:

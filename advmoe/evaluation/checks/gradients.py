@@ -193,7 +193,8 @@ def _blocks(model: nn.Module, gate: nn.Module, images_BCHW: Tensor) -> bool:
     pixels = images_BCHW.detach().clone().requires_grad_(True)
     with torch.enable_grad(), _outputs(gate) as heard:
         logits = model(pixels)
-    if not heard or not _moves(heard[0]):  # not called, or it weighs all alike: nothing to miss
+    # not called, or it weighs all alike: nothing to miss; no gradient at all: no fault of the gate's
+    if not heard or not _moves(heard[0]) or not _reaches(logits, pixels):
         return False
     weights = heard[0]
     return not (_reaches(weights, pixels) and (weights is logits or _reaches(logits, weights)))

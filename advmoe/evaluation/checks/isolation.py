@@ -117,6 +117,12 @@ def _some(names: list[str]) -> str:
 def _of_company(case: Case, images: Tensor, evidence: dict[str, Any]) -> Iterator[Remark]:
     model = case.target.model
     noise = torch.rand(images.shape, generator=generator(case.terms.seed, "check", CHECK)).to(images)
+    if _again(model, images).matters:
+        yield (
+            "not checked",
+            "the model answers otherwise each time it is asked, so its images' company cannot be judged",
+        )
+        return
     mixed, alone = _in_other_company(model, images, noise), _alone(model, images)
     evidence |= {
         "change_in_other_company": round(mixed.change, 6),
@@ -134,6 +140,12 @@ def _of_company(case: Case, images: Tensor, evidence: dict[str, Any]) -> Iterato
             "fail" if alone.flipped else "warn",
             f"an image's logits depend on how many images come along: alone they differ by {alone.change:.2g}",
         )
+
+
+def _again(model: nn.Module, images: Tensor) -> _Company:
+    """The same company twice."""
+    with torch.no_grad():
+        return _compare(model(images), model(images))
 
 
 def _in_other_company(model: nn.Module, images: Tensor, noise: Tensor) -> _Company:

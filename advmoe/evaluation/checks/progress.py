@@ -100,7 +100,7 @@ def _rise(case: Case, probe: Stage, rising: dict[Loss, float]) -> list[Remark]:
             continue
         alone = loss == "ce" and probing.rests_on_cross_entropy(case)
         sentence = f"PGD on the {NAMES[loss]} raises the loss on {percent(share)} of the probe images only"
-        cause = probing.gradient_fault(case, probe, loss) or "the gradient is masked and leads nowhere"
+        cause = probing.gradient_fault(case, probe, loss) or "the gradient is masked, or so flat that it leads nowhere"
         remarks.append(("fail" if fatal or (alone and share < HALF) else "warn", f"{sentence}: {cause}"))
     return remarks
 
