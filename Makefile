@@ -19,7 +19,7 @@ repro: $(VENV)/.installed
 	@python -m advmoe check
 	dvc repro prepare
 	@dvc stage list --name-only \
-		| grep -E '^(pretrain|baseline)@' \
+		| grep -E '^(pretrain|baseline)@' | sort \
 		| ADVMOE_THREADS=1 OMP_NUM_THREADS=1 xargs -P $(JOBS) -n 1 dvc --wait-for-lock repro --single-item
 	dvc repro
 	@python -m advmoe results

@@ -10,6 +10,7 @@ Shapes: N images, E experts.
 
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor, nn
 
@@ -55,6 +56,7 @@ class Inputs:
     experts: dict[str, Classifier]
 
     @classmethod
+    @lru_cache(maxsize=1)  # a worker evaluates many models
     def read(cls) -> "Inputs":
         """Raises UserError for what is missing or does not belong together."""
         settings = load_section("evaluate", Evaluate)
@@ -110,6 +112,7 @@ class Inputs:
 def run() -> None:
     """Evaluate everything the pipeline trained."""
     started = time.monotonic()
+    Inputs.read.cache_clear()
     inputs = Inputs.read()
     names = list(inputs.subjects())
     found = dict(zip(names, spread(evaluate_one, names), strict=True))
