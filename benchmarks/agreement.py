@@ -34,14 +34,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=None, help="only the first so many images of each network")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--network", choices=checkpoints.CHECKPOINTS, action="append", help="only this one; may be repeated"
+    )
     arguments = parser.parse_args()
     if not checkpoints.available():
         parser.exit(2, f"error: {checkpoints.FOLDER} is not there; BENCH_DATA=folder names another place\n")
     machine.prepare_torch()
+    names = arguments.network or list(checkpoints.CHECKPOINTS)
     console.table(
         "fgsm and pgd against others, equal starts",
         ["network", "attack", "peer", "largest pixel difference", "decisions alike", "ours %", "theirs %"],
-        [row for name in checkpoints.CHECKPOINTS for row in peers(name)],
+        [row for name in names for row in peers(name)],
     )
     console.table(
         f"autoattack against the reference implementation, seed {arguments.seed}",
@@ -57,7 +61,7 @@ def main() -> None:
             "McNemar p",
             "seconds",
         ],
-        [reference(name, arguments.images, arguments.seed) for name in checkpoints.CHECKPOINTS],
+        [reference(name, arguments.images, arguments.seed) for name in names],
     )
 
 

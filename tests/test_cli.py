@@ -356,9 +356,7 @@ def test_a_question_with_checks_writes_its_verdict(advmoe: Advmoe, project: Path
     assert ran.code == 0  # whatever the verdict
     (file,) = (project / "runs").glob("*.verdict.json")
     judged = json.loads(file.read_text())["mixture"]
-    assert [check["check"] for check in judged["checks"]] == [
-        check.__name__.replace("_", " ") for check in verdict.CHECKS
-    ]
+    assert [check["check"] for check in judged["checks"]] == [check.__name__ for check in verdict.CHECKS]
     report = answer(project)
     assert report["verdict"] == judged["verdict"]
     assert (report["accuracy"]["worst"] is None) == (judged["verdict"] == "fail")
