@@ -28,15 +28,22 @@ def check_dvc_file(params: Params) -> None:
     Raises UserError naming the stage and the line to add.
     """
     stages = read_yaml(DVC_FILE).get("stages") or {}
+    plain = set(params.baseline)
+    victims = {victim for study in params.poison.attacks.values() for victim in study.victims}
     needed = {
         "train": [paths.artifact("pretrain", name) for name in params.train.experts],
         "evaluate": [
             *(paths.artifact("pretrain", name) for name in params.train.experts),
             *(paths.artifact("baseline", name) for name in params.evaluate.baselines),
         ],
+        "poison": [
+            *(paths.artifact("pretrain", name) for name in params.train.experts),
+            *(paths.artifact("baseline", name) for name in sorted(victims & plain)),
+        ],
     }
     for stage, artifacts in needed.items():
-        listed = set(map(str, (stages.get(stage) or {}).get("deps") or []))
+        entry = stages.get(stage) or {}
+        listed = set(map(str, entry.get("do", entry).get("deps") or []))
         missing = [str(path) for path in artifacts if str(path) not in listed]
         if missing:
             raise UserError(f"{DVC_FILE}: stages.{stage}.deps must list {missing[0]}, or DVC will not see it change")

@@ -133,6 +133,31 @@ def evaluate(
     return None
 
 
+@app.command(rich_help_panel=STAGES)
+def poison(
+    name: Annotated[str, typer.Argument(help="An attack of params.yaml, poison.attacks, e.g. badnets.")],
+    rate: Annotated[list[float] | None, typer.Option(help="Share of poison, e.g. 0.1; may be repeated.")] = None,
+    target: Annotated[int | None, typer.Option(min=0, help="The class that the attacker wants.")] = None,
+    victim: Annotated[
+        list[str] | None,
+        typer.Option(help="mixture, mixture-joint (only the joint phase is poisoned), a baseline; may be repeated."),
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Added to the project's seed; may be repeated.")] = None,
+    defence: Annotated[list[str] | None, typer.Option(help="A detector of poison.defence; may be repeated.")] = None,
+) -> None:
+    """Without options the stage: one attack on the training data, for the record. With any option a quick question."""
+    if all(option is None or option == [] for option in (rate, target, victim, seed, defence)):
+        _stage()
+        from stages import poison as stage
+
+        return stage.run(name)
+    _stage()
+    from advmoe.threats.poisoning.question import Question, answer
+
+    answer(Question(name, rate or (), target, victim or (), seed or (), defence or ()))
+    return None
+
+
 @app.command(rich_help_panel=QUESTIONS)
 def attacks() -> None:
     """List the attacks: norms, access, cost, source."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from advmoe.attacks.ball import Ball, Draws
+from advmoe.attacks.draws import ImageDraws
 from advmoe.attacks.model import Craft, Model
 from advmoe.models.layers import folded
 from advmoe.models.moe import Mixing, MixtureOfExperts, Parts
@@ -158,3 +159,25 @@ def strike(
         found = craft(cheap, images_BCHW.clone(), labels_B.clone(), ball=ball, draws=draws, fooled=fooled).detach()
     inside = ball.project(found, images_BCHW)
     return Struck(inside, (found - inside).abs().amax(dim=(1, 2, 3)))
+
+
+def strike_all(
+    model: nn.Module,
+    images_NCHW: Tensor,
+    labels_N: Tensor,
+    standing_N: Tensor,
+    craft: Craft,
+    *,
+    ball: Ball,
+    seed: int,
+    purpose: str,
+    precision: Precision,
+    batch_size: int,
+) -> Tensor:
+    """The images (N, C, H, W), those still `standing` (N,) attacked in batches; every image has a stream of its own."""
+    result = images_NCHW.clone()
+    for rows in torch.split(standing_N.nonzero().squeeze(1), batch_size):
+        draws = ImageDraws(seed, purpose, rows)
+        struck = strike(model, images_NCHW[rows], labels_N[rows], craft, ball=ball, draws=draws, precision=precision)
+        result[rows] = struck.images
+    return result

@@ -16,6 +16,7 @@ from advmoe.schema import Params
 
 NULL_TAG = "tag:yaml.org,2002:null"
 BASE = "digits"  # what every profile is an overlay of
+WHOLE = {"poison.attacks"}  # lists by name that a profile gives as a whole, or those of another would stay behind
 LINE_WIDTH = 4096  # never fold a line: a comment belongs to its key
 
 
@@ -77,12 +78,13 @@ def _load(yaml: YAML, path: Path) -> CommentedMap:
     return content
 
 
-def _lay(base: CommentedMap, overlay: CommentedMap) -> None:
+def _lay(base: CommentedMap, overlay: CommentedMap, prefix: str = "") -> None:
     """Overlay `base` in place. A mapping of another `kind` is another thing and is replaced as a whole."""
     for key, value in overlay.items():
-        old = base.get(key)
-        if isinstance(value, CommentedMap) and isinstance(old, CommentedMap) and _same_thing(value, old):
-            _lay(old, value)
+        old, path = base.get(key), f"{prefix}{key}"
+        merge = isinstance(value, CommentedMap) and isinstance(old, CommentedMap) and path not in WHOLE
+        if merge and _same_thing(value, old):
+            _lay(old, value, f"{path}.")
         elif old != value or key not in base:
             base[key] = value
         _take_comment(base, overlay, key)

@@ -8,6 +8,8 @@ from advmoe.classifiers import Backbone
 from advmoe.data.catalogue import Prepare
 from advmoe.evaluation.suite import Evaluate
 from advmoe.params import PARAMS_FILE, Epsilon, Seed, Settings, read_yaml, validate
+from advmoe.threats.poisoning.catalogue import proxies
+from advmoe.threats.poisoning.settings import JOINT_ONLY, MIXTURE, PoisonSection
 from advmoe.training.joint import JointRecipe
 from advmoe.training.single import SingleRecipe, Student
 
@@ -27,20 +29,30 @@ class Params(Settings):
     train: JointRecipe
     baseline: Annotated[dict[Name, Student], Field(min_length=1)]
     evaluate: Evaluate
+    poison: PoisonSection
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Params":
         _subset("train.experts", self.train.experts, "experts", self.experts)
         _subset("evaluate.baselines", self.evaluate.baselines, "baseline", self.baseline)
+        plain = tuple(self.baseline)
+        for name, study in self.poison.attacks.items():
+            key = f"poison.attacks.{name}"
+            _known(f"{key}.victims", study.victims, "victims are", (MIXTURE, JOINT_ONLY, *plain))
+            _known(f"{key}.attack.proxy", proxies(study.attack), "baseline has only", plain)
         return self
 
 
 def _subset(key: str, names: tuple[str, ...], section: str, known: dict[str, Student]) -> None:
     if not names or len(set(names)) != len(names):
         raise ValueError(f"{key} must list at least one name, each once")
+    _known(key, names, f"{section} has only", tuple(known))
+
+
+def _known(key: str, names: tuple[str, ...], what: str, known: tuple[str, ...]) -> None:
     strangers = [name for name in names if name not in known]
     if strangers:
-        raise ValueError(f"{key} lists '{strangers[0]}', but {section} has only {', '.join(known)}")
+        raise ValueError(f"{key} lists '{strangers[0]}', but {what} {', '.join(known)}")
 
 
 def load_params() -> Params:

@@ -16,25 +16,26 @@ import torch
 
 from advmoe import console, machine
 
+A = TypeVar("A")
 T = TypeVar("T")
 WORKERS = 2
 
 
-def spread(work: Callable[[str], T], names: Sequence[str]) -> list[T]:
-    """`work(name)` for every name, in that order of results. `work` must be importable; its errors are raised here."""
+def spread(work: Callable[[A], T], items: Sequence[A]) -> list[T]:
+    """`work(item)` for every item, in that order of results. `work` must be importable; its errors are raised here."""
     threads = torch.get_num_threads()
-    if threads < WORKERS or machine.device().type != "cpu":
-        return [work(name) for name in names]
+    if threads < WORKERS or len(items) < WORKERS or machine.device().type != "cpu":
+        return [work(item) for item in items]
     # spawn: a forked copy of a process that has used OpenMP hangs
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, context, _begin, (threads // WORKERS,)) as pool:
-        packed = pool.map(partial(_packed, work), names)
+        packed = pool.map(partial(_packed, work), map(pickle.dumps, items))
         return [pickle.loads(result) for result in packed]  # noqa: S301  (our own child's)
 
 
-def _packed(work: Callable[[str], T], name: str) -> bytes:
-    """As bytes: PyTorch would otherwise share each tensor as an open file, and there are thousands."""
-    return pickle.dumps(work(name))
+def _packed(work: Callable[[A], T], item: bytes) -> bytes:
+    """As bytes, there and back: PyTorch would otherwise share each tensor as an open file, and there are thousands."""
+    return pickle.dumps(work(pickle.loads(item)))  # noqa: S301  (our own parent's)
 
 
 def _begin(threads: int) -> None:

@@ -1,6 +1,7 @@
 """Intervals for accuracies."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,9 +22,18 @@ class Share:
     @classmethod
     def of(cls, correct_N: torch.Tensor) -> "Share":
         """From a bool tensor (N,), N > 0."""
-        count, total = int(correct_N.sum()), len(correct_N)
-        low, high = wilson(count, total)
-        return cls(count, total, round(count / total, 6), round(low, 6), round(high, 6))
+        return cls.counted(int(correct_N.sum()), len(correct_N))
+
+    @classmethod
+    def pooled(cls, shares: Sequence["Share"]) -> "Share":
+        """Of disjoint sets of images together."""
+        return cls.counted(sum(share.correct for share in shares), sum(share.total for share in shares))
+
+    @classmethod
+    def counted(cls, correct: int, total: int) -> "Share":
+        """From counts."""
+        low, high = wilson(correct, total)
+        return cls(correct, total, round(correct / total, 6), round(low, 6), round(high, 6))
 
     def as_dict(self) -> dict[str, float]:
         """For JSON."""

@@ -25,6 +25,9 @@ class Paired:
     only_second: int
     p: float
 
+    def __str__(self) -> str:
+        return f"{100 * self.difference:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advmoe import console, engine
 from advmoe.attacks.ball import LInf
-from advmoe.attacks.draws import BatchDraws, ImageDraws
+from advmoe.attacks.draws import BatchDraws
 from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.pgd import Pgd
 from advmoe.data.batches import batches, batches_per_epoch
@@ -189,29 +189,21 @@ def validate(model: nn.Module, split: Split, course: Course) -> tuple[Row, Tenso
     row: Row = {"clean": _share(clean)}
     adversarial = images
     for attack in (Fgsm(kind="fgsm"), _validation_pgd(validation)):
-        adversarial = _attacked(model, images, labels, clean, attack, ball, course)
+        adversarial = engine.strike_all(
+            model,
+            images,
+            labels,
+            clean,
+            bind(attack),
+            ball=ball,
+            seed=derive_seed(course.seed, course.name, "validation"),
+            purpose=attack.kind,
+            precision=course.recipe.precision,
+            batch_size=VALIDATION_BATCH,
+        )
         robust = clean & (engine.predict(model, adversarial, VALIDATION_BATCH).argmax(1) == labels)
         row[attack.kind] = _share(robust)
     return row, images, adversarial
-
-
-def _attacked(
-    model: nn.Module, images: Tensor, labels: Tensor, standing: Tensor, attack: Fgsm | Pgd, ball: LInf, course: Course
-) -> Tensor:
-    """The images, those still `standing` (N,) under attack."""
-    result = images.clone()
-    for numbers in torch.split(standing.nonzero().squeeze(1), VALIDATION_BATCH):
-        draws = ImageDraws(derive_seed(course.seed, course.name, "validation"), attack.kind, numbers)
-        result[numbers] = engine.strike(
-            model,
-            images[numbers],
-            labels[numbers],
-            bind(attack),
-            ball=ball,
-            draws=draws,
-            precision=course.recipe.precision,
-        ).images
-    return result
 
 
 def _validation_pgd(validation: Validation) -> Pgd:

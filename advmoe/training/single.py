@@ -47,6 +47,11 @@ class SingleRecipe(Recipe):
     validation_epsilon: Epsilon
 
 
+def baseline_recipe(pretrain: SingleRecipe, joint_epochs: int) -> SingleRecipe:
+    """The recipe of plain networks that stand beside the mixture: the experts', for as many epochs in total."""
+    return pretrain.model_copy(update={"epochs": pretrain.epochs + joint_epochs})
+
+
 class PlainLearner:
     """Cross-entropy on whatever the batch was attacked with."""
 

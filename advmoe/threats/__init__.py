@@ -1,0 +1,1 @@
+"""What an attacker gets who writes the training data, or who can only ask."""

@@ -1,0 +1,1 @@
+"""Detectors of poisoned training images; victims are retrained without what they flag."""

@@ -1,0 +1,58 @@
+"""STRIP (Gao et al. 2019, arXiv 1902.06531): an image with a trigger keeps its class whatever is blended into it."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from advmoe.params import PositiveInt, Settings
+from advmoe.threats.poisoning.defences.evidence import Evidence, read_all
+
+
+class Strip(Settings):
+    """`blends` of every image with clean ones; an image is flagged if the mean entropy of the answers is lower than a
+    share `false_positives` of held-out clean images have.
+    """
+
+    kind: Literal["strip"]
+    blends: PositiveInt
+    false_positives: Annotated[float, Field(gt=0, lt=1)]
+
+
+def strip(evidence: Evidence, settings: Strip) -> Tensor:
+    """Flags (N,)."""
+    return Strainer(evidence, settings).flags(evidence.train.images)
+
+
+class Strainer:
+    """STRIP with its threshold set; it judges training images as well as inputs."""
+
+    def __init__(self, evidence: Evidence, settings: Strip) -> None:
+        self.evidence, self.settings = evidence, settings
+        # a half of the clean images is blended in, the other sets the threshold: none is blended with itself
+        half = len(evidence.clean) // 2
+        self.overlays = evidence.clean.pixels()[:half]
+        entropies = self._entropies(evidence.clean.pixels()[half:])
+        self.threshold = float(entropies.quantile(settings.false_positives))
+
+    def flags(self, images_NCHW: Tensor) -> Tensor:
+        """Which of the uint8 images (N,) answer too steadily."""
+        return self._entropies(images_NCHW.float() / 255) < self.threshold
+
+    def _entropies(self, pixels_NCHW: Tensor) -> Tensor:
+        """Mean entropy in nats (N,) of the answers to an image blended, half and half, with clean ones."""
+        victim = self.evidence.victim
+        picks = torch.randint(
+            len(self.overlays), (self.settings.blends, len(pixels_NCHW)), generator=self.evidence.stream
+        )
+        total = torch.zeros(len(pixels_NCHW))
+        for pick in picks:
+            total += read_all(victim, (pixels_NCHW + self.overlays[pick]) / 2, lambda batch: _entropy(victim, batch))
+        return total / self.settings.blends
+
+
+def _entropy(model: nn.Module, images_BCHW: Tensor) -> Tensor:
+    shares_BK = torch.softmax(model(images_BCHW), dim=1)
+    nats: Tensor = -torch.special.xlogy(shares_BK, shares_BK).sum(dim=1)
+    return nats

@@ -1,0 +1,193 @@
+"""A poisoned training set: the images and labels that victims learn from, and the record of what was changed.
+
+It is made once, as an array of bytes, before any augmentation: poison that is drawn afresh each epoch, or stamped after
+a crop, is another and stronger attack than the one whose rate is reported.
+
+Shapes: N training images, M poisoned ones, C channel, H/W pixels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advmoe import artifacts
+from advmoe.errors import UserError
+from advmoe.params import PIXEL_LEVELS, Seed, Settings, validate
+
+KIND = "poisoned-set"
+FIELDS = ("images", "labels", "rows", "true_labels")
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """What is laid over an image: `opacity` (C, H, W) in [0, 1] of the `pattern` (C, H, W) uint8."""
+
+    opacity: Tensor
+    pattern: Tensor
+
+    def stamp(self, images_NCHW: Tensor) -> Tensor:
+        """uint8 images with the trigger on them, (N, C, H, W)."""
+        mixed = (1 - self.opacity) * images_NCHW.float() + self.opacity * self.pattern.float()
+        return mixed.round().to(torch.uint8)
+
+
+class Goal(Settings):
+    """What the attacker wants at test time. `target`: the class to be answered; `source`: only for images of this one.
+
+    Neither is set for attacks that merely want to do harm.
+    """
+
+    target: int | None = None
+    source: int | None = None
+
+
+@dataclass(frozen=True)
+class Poisoned:
+    """`images` (N, C, H, W) uint8 and `labels` (N,) to train on.
+
+    `rows` (M,): positions in this set of what was changed, in rising order; `true_labels` (M,): what those images show.
+    `of`: what the attack's rate is a share of, in words, and `available`: how many images that is. `trigger`: what
+    activates a backdoor; `wanted_image` (C, H, W) uint8: the one test image that is to be misclassified.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+    true_labels: Tensor
+    of: str
+    available: int
+    goal: Goal = field(default_factory=Goal)
+    trigger: Trigger | None = None
+    wanted_image: Tensor | None = None
+
+    @property
+    def is_poison(self) -> Tensor:
+        """Whether each image (N,) was changed, or its label."""
+        changed = torch.zeros(len(self.labels), dtype=torch.bool)
+        changed[self.rows] = True
+        return changed
+
+
+def change(
+    images_NCHW: Tensor,
+    labels_N: Tensor,
+    rows: Tensor,
+    *,
+    of: str,
+    available: int,
+    new_images: Tensor | None = None,
+    new_labels: Tensor | None = None,
+) -> Poisoned:
+    """The set with `new_images` (M, C, H, W) or `new_labels` (M,) at `rows` (M,); the rest stays, byte for byte."""
+    order = rows.argsort()
+    images, labels, sorted_rows = images_NCHW.clone(), labels_N.clone(), rows[order]
+    if new_images is not None:
+        images[sorted_rows] = new_images[order]
+    if new_labels is not None:
+        labels[sorted_rows] = new_labels[order]
+    return Poisoned(images, labels, sorted_rows, labels_N[sorted_rows], of, available)
+
+
+def count(rate: float, available: int, of: str) -> int:
+    """How many images a rate is. Raises UserError when it rounds to none."""
+    number = round(rate * available)
+    if not number:
+        raise UserError(f"rate {rate:g} of {available} images ({of}) is not even one image")
+    return number
+
+
+def choose(candidates: Tensor, number: int, of: str, stream: torch.Generator) -> Tensor:
+    """`number` of the candidate positions, at random; a higher number from an equal stream contains a lower one's.
+
+    Raises UserError when there are not so many.
+    """
+    if number > len(candidates):
+        raise UserError(f"{number} images should be poisoned, but {of} holds only {len(candidates)}")
+    return candidates[torch.randperm(len(candidates), generator=stream)[:number]]
+
+
+def members(labels_N: Tensor, label: int, classes: int) -> Tensor:
+    """Positions of a class. Raises UserError when there is no such class, or no image of it."""
+    if label >= classes:
+        raise UserError(f"class {label} does not exist; the classes are 0 to {classes - 1}")
+    found = (labels_N == label).nonzero().squeeze(1)
+    if not len(found):
+        raise UserError(f"class {label} has no training images")
+    return found
+
+
+def to_levels(points_NCHW: Tensor, images_NCHW: Tensor, epsilon: float) -> Tensor:
+    """Float points in the ball around uint8 images as uint8, not a level further from them than epsilon allows."""
+    levels = int(epsilon * PIXEL_LEVELS + 1e-6)  # floor, but 8/255 is eight levels
+    around = images_NCHW.int()
+    rounded = (points_NCHW * PIXEL_LEVELS).round().int()
+    return rounded.clamp(around - levels, around + levels).clamp(0, PIXEL_LEVELS).to(torch.uint8)
+
+
+class About(Settings):
+    """What a poisoned set says of itself, besides its tensors. `added`: to the project's seed."""
+
+    attack: str
+    rate: float
+    of: str
+    available: int
+    goal: Goal
+    added: Seed
+    trial: int
+
+
+def save(
+    path: Path,
+    poisoned: Poisoned,
+    about: About,
+    *,
+    params: Mapping[str, Any],
+    dataset: str,
+    seed: int,
+    seconds: float,
+) -> str:
+    """Write the set as an artifact; returns its content hash."""
+    trigger = poisoned.trigger
+    optional = {
+        "opacity": trigger.opacity if trigger else None,
+        "pattern": trigger.pattern if trigger else None,
+        "wanted_image": poisoned.wanted_image,
+    }
+    tensors = {name: getattr(poisoned, name) for name in FIELDS} | optional
+    written = artifacts.save(
+        path,
+        KIND,
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        about=about.model_dump(mode="json"),
+        params=params,
+        inputs={"dataset": dataset},
+        seed=seed,
+        metrics={},
+        seconds=seconds,
+    )
+    return written.sha256
+
+
+def load(path: Path) -> Poisoned:
+    """Read a poisoned set. Raises UserError if it is missing, damaged or not one."""
+    artifact = artifacts.load(path, KIND)
+    about = validate(artifact.header.about, About, f"{path}: header")
+    tensors = artifact.tensors
+    missing = [name for name in FIELDS if name not in tensors]
+    if missing:
+        raise UserError(f"{path}: has no tensor '{missing[0]}'; build it again")
+    return Poisoned(
+        images=tensors["images"],
+        labels=tensors["labels"],
+        rows=tensors["rows"],
+        true_labels=tensors["true_labels"],
+        of=about.of,
+        available=about.available,
+        goal=about.goal,
+        trigger=Trigger(tensors["opacity"], tensors["pattern"]) if "opacity" in tensors else None,
+        wanted_image=tensors.get("wanted_image"),
+    )

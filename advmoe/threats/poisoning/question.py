@@ -1,0 +1,49 @@
+"""The quick question: an attack of params.yaml with a few things changed on the command line, answered in `runs/`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from advmoe import paths
+from advmoe.data import dataset
+from advmoe.params import load_section, validate
+from advmoe.threats.poisoning import catalogue, study
+from advmoe.threats.poisoning.settings import PoisonSection, Study
+from advmoe.threats.poisoning.study import Case, Places
+from advmoe.threats.poisoning.victims import Recipes
+
+
+@dataclass(frozen=True)
+class Question:
+    """What was asked for; nothing means: as params.yaml says."""
+
+    name: str
+    rates: Sequence[float] = ()
+    target: int | None = None
+    victims: Sequence[str] = ()
+    seeds: Sequence[int] = ()
+    defences: Sequence[str] = ()
+
+
+def answer(question: Question) -> Places:
+    """Poison, train, measure, print; returns where all of it lies. Raises UserError for what cannot be."""
+    section = load_section("poison", PoisonSection)
+    changed = _changed(section.named(question.name), question)
+    section = section.model_copy(update={"attacks": {question.name: changed}})
+    case = Case(question.name, changed, section, Recipes.read(), dataset.load(paths.DATASET))
+    folder = paths.RUNS / f"poison-{question.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+    places = Places(folder / "models", folder / "metrics.json", folder / "runs.json", folder)
+    study.conduct(case, places)
+    return places
+
+
+def _changed(asked: Study, question: Question) -> Study:
+    attack = asked.attack if question.target is None else catalogue.aimed_at(asked.attack, question.target)
+    changes = {
+        "rates": question.rates,
+        "victims": question.victims,
+        "seeds": question.seeds,
+        "defences": question.defences,
+    }
+    content = asked.model_dump() | {name: tuple(value) for name, value in changes.items() if value}
+    return validate(content | {"attack": attack.model_dump()}, Study, f"poison {question.name}")

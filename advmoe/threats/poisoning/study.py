@@ -1,0 +1,331 @@
+"""One attack tried on its victims: poison, train, measure, defend, write everything down.
+
+Shapes: N images, E experts.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from advmoe import classifiers, console, files
+from advmoe.artifacts import hash_tensors
+from advmoe.classifiers import Plain
+from advmoe.data.batches import Augmentation
+from advmoe.data.dataset import Dataset, Split
+from advmoe.errors import UserError
+from advmoe.machine import device, generator
+from advmoe.threats.poisoning import catalogue, metrics, picture, poisoned, report
+from advmoe.threats.poisoning.defences.catalogue import AnyDefence, flag
+from advmoe.threats.poisoning.defences.evidence import Evidence
+from advmoe.threats.poisoning.metrics import Answers, Exam, Pair
+from advmoe.threats.poisoning.poisoned import About, Poisoned
+from advmoe.threats.poisoning.report import Row
+from advmoe.threats.poisoning.settings import JOINT_ONLY, MIXTURE, Common, Study
+from advmoe.threats.poisoning.victims import (
+    Order,
+    Recipes,
+    is_mixture,
+    pipeline_twin,
+    train_all,
+    train_proxy,
+)
+from advmoe.training.loop import Trained
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that a study starts from."""
+
+    name: str
+    study: Study
+    common: Common
+    recipes: Recipes
+    data: Dataset
+
+    @property
+    def exam(self) -> Exam:
+        """What every model is asked."""
+        recipes = self.recipes
+        test = self.data["test"].first(self.common.images)
+        return Exam(test, self.common.robust, recipes.epsilon, recipes.seed, recipes.pretrain.precision)
+
+
+@dataclass(frozen=True)
+class Dose:
+    """One poisoned set: its rate, what is added to the seed, the number of the trial, and where it lies."""
+
+    rate: float
+    added: int
+    trial: int
+    poisoned: Poisoned
+    sha256: str
+
+    @property
+    def title(self) -> str:
+        """A name for files: rate-0.1-seed-0-trial-0."""
+        return f"rate-{self.rate:g}-seed-{self.added}-trial-{self.trial}"
+
+
+@dataclass
+class Workshop:
+    """What the attacker has; networks are trained when first asked for. `origin` seeds untrained ones."""
+
+    case: Case
+    recipes: Recipes
+    trained: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> int:
+        """Of the data set."""
+        return self.case.data.facts.classes
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The victims'."""
+        return self.recipes.pretrain.augmentation
+
+    @property
+    def candidates(self) -> Split:
+        """Images whose misclassification may be wanted: the test images that victims will be asked about."""
+        return self.case.exam.split
+
+    def proxy(self, baseline: str) -> nn.Module:
+        """Raises UserError for a baseline that params.yaml has not."""
+        if baseline not in self.recipes.baselines:
+            raise UserError(
+                f"proxy: no baseline is called '{baseline}'; there are {files.names(self.recipes.baselines)}"
+            )
+        if baseline not in self.trained:
+            console.say(f"the attacker trains a network of its own, as {baseline} is trained")
+            proxy = train_proxy(baseline, self.recipes, self.case.common.proxy_seed)
+            twin = pipeline_twin(baseline, self.recipes)
+            assert twin is None or hash_tensors(proxy.state_dict()) != hash_tensors(twin.state_dict()), (
+                "the proxy is the victim"
+            )
+            self.trained[baseline] = proxy
+        return self.trained[baseline]
+
+    def fresh(self) -> nn.Module:
+        """Of the victims' kind, from a start of its own."""
+        plain = Plain(kind="plain", backbone=self.recipes.backbone)
+        seed = ("poison", self.case.common.proxy_seed, self.recipes.run_seed)
+        return classifiers.build(plain, self.case.data.facts, *seed).to(device())
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a study goes: poisoned sets and victims, the headline, every run, and plots with the picture."""
+
+    models: Path
+    metrics: Path
+    runs: Path
+    plots: Path
+
+
+def conduct(case: Case, places: Places) -> None:
+    """Run a study, write it down and show it. Raises UserError for what cannot be."""
+    rows = run(case, places.models)
+    about = {"attack": case.study.attack.kind, "epsilon": case.recipes.epsilon, "images": len(case.exam.split)}
+    report.write(rows, about, places.metrics, places.runs, places.plots / "curve.csv")
+    drawn = examples(case, places.models)
+    if drawn is not None:
+        files.write_bytes(places.plots / "examples.png", drawn)
+    report.show(case.name, rows, len(case.exam.split))
+    console.say(f"numbers: {places.metrics}, {places.runs}   pictures: {places.plots}/   models: {places.models}/")
+
+
+def run(case: Case, folder: Path) -> list[Row]:
+    """Poison, train, measure, defend; poisoned sets and victims are written to `folder`."""
+    _check(case)
+    doses = list(_poison(case, folder))
+    twins = _twins(case)
+    orders = [
+        (dose, Order(victim, case.recipes.under(dose.added), _split(case, dose.poisoned)))
+        for dose in doses
+        for victim in case.study.victims
+    ]
+    rows: list[Row] = []
+    trained = train_all([order for _, order in orders])
+    for (dose, order), made in zip(orders, trained, strict=True):
+        _save(case, folder, dose, order, made, "")
+        rows.append(_measure(case, dose, order, made.model, twins, ""))
+        console.say(report.sentence(rows[-1]))
+    rows += _defend(case, folder, orders, trained, twins)
+    return rows
+
+
+def _check(case: Case) -> None:
+    known = (MIXTURE, JOINT_ONLY, *case.recipes.baselines)
+    strangers = [victim for victim in case.study.victims if victim not in known]
+    if strangers:
+        raise UserError(f"victim '{strangers[0]}' is not known; there are {files.names(known)}")
+
+
+def _split(case: Case, changed: Poisoned) -> Split:
+    return Split(changed.images, changed.labels, case.data["train"].index)
+
+
+def _poison(case: Case, folder: Path) -> Iterable[Dose]:
+    """Every poisoned set, drawn once, written down, and only then learned from."""
+    study, recipes = case.study, case.recipes
+    for added in study.seeds:
+        workshop = Workshop(case, recipes.under(added))
+        for rate in study.rates:
+            for trial in range(catalogue.trials(study.attack)):
+                started = time.monotonic()
+                # no rate in the stream's name: the images of a lower rate are among those of a higher one
+                stream = generator(recipes.seed + added, "poison", study.attack.kind, trial)
+                changed = catalogue.poison(case.data["train"], stream, study.attack, rate, workshop)
+                dose = Dose(rate, added, trial, changed, "")
+                about = About(
+                    attack=study.attack.kind,
+                    rate=rate,
+                    of=changed.of,
+                    available=changed.available,
+                    goal=changed.goal,
+                    added=added,
+                    trial=trial,
+                )
+                sha256 = poisoned.save(
+                    folder / f"{dose.title}.safetensors",
+                    changed,
+                    about,
+                    params=study.model_dump(mode="json"),
+                    dataset=case.data.sha256,
+                    seed=recipes.seed + added,
+                    seconds=time.monotonic() - started,
+                )
+                yield Dose(rate, added, trial, changed, sha256)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A clean model with its answers to the exam."""
+
+    model: nn.Module
+    answers: Answers
+
+
+def _twins(case: Case) -> dict[tuple[str, int], Twin]:
+    """The clean twin of every victim and seed: the pipeline's own model, or one trained here."""
+    names = dict.fromkeys(_twin_of(victim) for victim in case.study.victims)
+    wanted = [(name, added) for added in case.study.seeds for name in names]
+    found = {key: pipeline_twin(key[0], case.recipes.under(key[1])) for key in wanted}
+    missing = [key for key in wanted if found[key] is None]
+    if missing:
+        console.say(f"clean twins to train: {files.names(f'{name} (seed + {added})' for name, added in missing)}")
+    for key, made in zip(missing, train_all([Order(n, case.recipes.under(a), None) for n, a in missing]), strict=True):
+        found[key] = made.model
+    exam, place, twins = case.exam, device(), dict[tuple[str, int], Twin]()
+    for key, model in found.items():
+        assert model is not None
+        twins[key] = Twin(model.to(place), metrics.examine(model.to(place), exam))
+    return twins
+
+
+def _twin_of(victim: str) -> str:
+    """Without poison there is no difference between the two ways to poison a mixture."""
+    return MIXTURE if victim == JOINT_ONLY else victim
+
+
+def _measure(
+    case: Case, dose: Dose, order: Order, model: nn.Module, twins: Mapping[tuple[str, int], Twin], defence: str
+) -> Row:
+    exam, twin = case.exam, twins[_twin_of(order.victim), dose.added]
+    victim = model.to(device())
+    answers = metrics.examine(victim, exam)
+    experts: Sequence[str] = case.recipes.joint.experts if is_mixture(order.victim) else ()
+    found = metrics.numbers(Pair(victim, twin.model, answers, twin.answers), dose.poisoned, exam, experts)
+    return Row(order.victim, dose.rate, dose.added, dose.trial, defence, found, _amounts(dose))
+
+
+def _amounts(dose: Dose) -> dict[str, Any]:
+    """How much was poisoned, with every denominator named."""
+    changed = dose.poisoned
+    total, target = len(changed.labels), changed.goal.target
+    amounts: dict[str, Any] = {
+        "n_poison": len(changed.rows),
+        "rate_of": changed.of,
+        "share_of_set": round(len(changed.rows) / total, 6),
+        "sha256": dose.sha256,
+    }
+    if target is not None:
+        of_class = int((changed.labels == target).sum())
+        poisoned_there = int((changed.labels[changed.rows] == target).sum())
+        amounts["share_of_target_class"] = round(poisoned_there / of_class, 6)
+    return amounts
+
+
+def _defend(
+    case: Case,
+    folder: Path,
+    orders: Sequence[tuple[Dose, Order]],
+    trained: Sequence[Trained],
+    twins: Mapping[tuple[str, int], Twin],
+) -> list[Row]:
+    """For every victim and defence: what is flagged, and the victim that learns from the rest."""
+    again, flags = [], []
+    for (dose, order), made in zip(orders, trained, strict=True):
+        for name in case.study.defences:
+            flagged = _flagged(case, dose, made.model, name, case.common.defence[name])
+            kept = _without(_split(case, dose.poisoned), flagged, name)
+            again.append((dose, Order(order.victim, order.recipes, kept), name))
+            flags.append(metrics.detected(flagged, dose.poisoned.is_poison))
+    rows = []
+    retrained = train_all([order for _, order, _ in again])
+    for (dose, order, name), found, made in zip(again, flags, retrained, strict=True):
+        _save(case, folder, dose, order, made, name)
+        row = _measure(case, dose, order, made.model, twins, name)
+        row.found.update(found)
+        rows.append(row)
+        console.say(report.sentence(row))
+    return rows
+
+
+def _flagged(case: Case, dose: Dose, victim: nn.Module, name: str, settings: AnyDefence) -> torch.Tensor:
+    stream = generator(case.recipes.seed + dose.added, "defence", name, dose.title)
+    evidence = Evidence(victim.to(device()), _split(case, dose.poisoned), case.data["validation"], stream)
+    return flag(evidence, settings, dose.poisoned.is_poison)
+
+
+def _without(train: Split, flagged_N: torch.Tensor, name: str) -> Split:
+    """The training split without the flagged images. Raises UserError when a whole class would be gone."""
+    kept = ~flagged_N
+    gone = sorted(set(train.labels.tolist()) - set(train.labels[kept].tolist()))
+    if gone:
+        raise UserError(f"defence '{name}' removes all training images of class {gone[0]}; let it remove fewer")
+    return Split(train.images[kept], train.labels[kept], train.index[kept])
+
+
+def _save(case: Case, folder: Path, dose: Dose, order: Order, made: Trained, defence: str) -> None:
+    recipes = order.recipes
+    classifiers.save(
+        folder / dose.title / f"{order.victim}{'-' + defence if defence else ''}.safetensors",
+        made.model,
+        recipes.architecture(order.victim),
+        case.data.facts,
+        params={"study": case.study.model_dump(mode="json"), "defence": defence, "epsilon": recipes.epsilon},
+        inputs={"dataset": case.data.sha256, "poisoned set": dose.sha256},
+        seed=recipes.run_seed,
+        metrics={"validation": made.kept, "alarms": made.alarms},
+        seconds=made.seconds,
+    )
+    for alarm in made.alarms:
+        console.warn(alarm)
+
+
+def examples(case: Case, folder: Path) -> bytes | None:
+    """A picture of the strongest poison, None for attacks that change labels only."""
+    path = sorted(folder.glob(f"rate-{max(case.study.rates):g}-seed-*.safetensors"))[0]
+    changed = poisoned.load(path)
+    if changed.trigger is not None:
+        clean = case.exam.split.images
+        return picture.examples(clean, changed.trigger.stamp(clean))
+    clean = case.data["train"].images[changed.rows]
+    now = changed.images[changed.rows]
+    return None if torch.equal(clean, now) else picture.examples(clean, now)

@@ -1,0 +1,232 @@
+"""Victims: the pipeline's own networks, trained on a poisoned set by the pipeline's own code.
+
+A victim and its clean twin differ in the training images and labels and in nothing else: recipe, seed, order of batches
+and validation images are the same. Validation stays clean: the defender is granted a small trusted set. So do the
+channel statistics inside the networks, which a poisoned corner would hardly move.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from torch import nn
+
+from advmoe import classifiers, paths
+from advmoe.artifacts import Header
+from advmoe.classifiers import Backbone, Mixture, Plain
+from advmoe.data import dataset
+from advmoe.data.dataset import Dataset, Split
+from advmoe.params import Epsilon, Seed, Settings, load_section
+from advmoe.threats.poisoning.settings import JOINT_ONLY, MIXTURE
+from advmoe.training.joint import JointRecipe, train_mixture
+from advmoe.training.loop import Trained
+from advmoe.training.single import SingleRecipe, Student, baseline_recipe, train_single
+from advmoe.workers import spread
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """All that the pipeline's training stages read from params.yaml; `added` to the seed, 0 is the pipeline's own."""
+
+    seed: int
+    epsilon: float
+    backbone: Backbone
+    pretrain: SingleRecipe
+    experts: dict[str, Student]
+    joint: JointRecipe
+    baselines: dict[str, Student]
+    added: int = 0
+
+    @classmethod
+    def read(cls) -> "Recipes":
+        """Raises UserError for what is missing or wrong."""
+        return cls(
+            seed=load_section("seed", Seed),
+            epsilon=load_section("epsilon", Epsilon),
+            backbone=load_section("model", Backbone),
+            pretrain=load_section("pretrain", SingleRecipe),
+            experts=load_section("experts", dict[str, Student]),
+            joint=load_section("train", JointRecipe),
+            baselines=load_section("baseline", dict[str, Student]),
+        )
+
+    def under(self, added: int) -> "Recipes":
+        """The same recipes under another seed."""
+        return replace(self, added=added)
+
+    @property
+    def run_seed(self) -> int:
+        """The seed that takes the place of the project's."""
+        return self.seed + self.added
+
+    @property
+    def for_baselines(self) -> SingleRecipe:
+        """The recipe of plain networks."""
+        return baseline_recipe(self.pretrain, self.joint.epochs)
+
+    def met_by(self, student: Student) -> float | None:
+        """The threat model's epsilon, for a student that meets it."""
+        return self.epsilon if student.meets_threat_model else None
+
+    def architecture(self, victim: str) -> Plain | Mixture:
+        """What kind of network a victim is."""
+        if not is_mixture(victim):
+            return Plain(kind="plain", backbone=self.backbone)
+        joint = self.joint
+        return Mixture(
+            kind="mixture", backbone=self.backbone, experts=joint.experts, gate=joint.gate, mixing=joint.mixing
+        )
+
+
+@dataclass(frozen=True)
+class Order:
+    """One victim to train: whose name, under which recipes, on which training images (None: the clean ones)."""
+
+    victim: str
+    recipes: Recipes
+    train: Split | None
+
+
+def is_mixture(victim: str) -> bool:
+    """Whether a victim has experts and a gate."""
+    return victim in {MIXTURE, JOINT_ONLY}
+
+
+def train_all(orders: Sequence[Order]) -> list[Trained]:
+    """Every ordered victim, in that order; two networks at a time where there are cores for it."""
+    singles = {position: _singles(order) for position, order in enumerate(orders)}
+    trained = iter(spread(_train_single, [single for parts in singles.values() for single in parts]))
+    found = {position: [next(trained) for _ in parts] for position, parts in singles.items()}
+    mixtures = [position for position, order in enumerate(orders) if is_mixture(order.victim)]
+    joint = [_Joint(orders[position], [part.model for part in found[position]]) for position in mixtures]
+    for position, mixture in zip(mixtures, spread(_train_joint, joint), strict=True):
+        found[position] = [mixture]
+    return [parts[0] for parts in found.values()]
+
+
+@dataclass(frozen=True)
+class _Single:
+    """One plain network to train: a baseline, or an expert of a mixture."""
+
+    name: str
+    is_expert: bool
+    recipes: Recipes
+    train: Split | None
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """Trained experts that wait for their joint phase; none: the pipeline's own."""
+
+    order: Order
+    experts: Sequence[nn.Module]
+
+
+def _singles(order: Order) -> list[_Single]:
+    recipes = order.recipes
+    if not is_mixture(order.victim):
+        return [_Single(order.victim, False, recipes, order.train)]
+    if order.victim == MIXTURE:
+        return [_Single(name, True, recipes, order.train) for name in recipes.joint.experts]
+    if _pipeline_experts(recipes) is not None:
+        return []
+    return [_Single(name, True, recipes, None) for name in recipes.joint.experts]
+
+
+def _train_single(single: _Single) -> Trained:
+    recipes = single.recipes
+    student = (recipes.experts if single.is_expert else recipes.baselines)[single.name]
+    return train_single(
+        single.name if single.is_expert else f"baseline-{single.name}",
+        student,
+        recipes.backbone,
+        _data(single.train),
+        recipes.pretrain if single.is_expert else recipes.for_baselines,
+        seed=recipes.run_seed,
+        epsilon=recipes.met_by(student),
+    )
+
+
+def _train_joint(joint: _Joint) -> Trained:
+    recipes = joint.order.recipes
+    experts = list(joint.experts) or _pipeline_experts(recipes)
+    assert experts is not None
+    trained, _ = train_mixture(
+        experts,
+        recipes.backbone,
+        _data(joint.order.train),
+        recipes.joint,
+        seed=recipes.run_seed,
+        epsilon=recipes.epsilon,
+    )
+    return trained
+
+
+@lru_cache(maxsize=1)
+def _clean() -> Dataset:
+    return dataset.load(paths.DATASET)
+
+
+def _data(train: Split | None) -> Dataset:
+    clean = _clean()
+    return clean if train is None else replace(clean, splits={**clean.splits, "train": train})
+
+
+def train_proxy(baseline: str, recipes: Recipes, proxy_seed: int) -> nn.Module:
+    """The attacker's own network: that baseline's recipe on the clean set, but no victim's name, seed or start."""
+    student = recipes.baselines[baseline]
+    trained = train_single(
+        f"proxy-{baseline}",
+        student.model_copy(update={"seed": proxy_seed}),
+        recipes.backbone,
+        _clean(),
+        recipes.for_baselines,
+        seed=proxy_seed,
+        epsilon=recipes.met_by(student),
+    )
+    return trained.model
+
+
+# ---- the pipeline's own networks
+
+
+def pipeline_twin(victim: str, recipes: Recipes) -> nn.Module | None:
+    """The pipeline's own model as a victim's clean twin; None unless it was made with this seed, recipe and data."""
+    if not is_mixture(victim):
+        return _made_as(paths.artifact("baseline", victim), _single_params(victim, recipes, is_expert=False), recipes)
+    if _pipeline_experts(recipes) is None:
+        return None
+    wanted: dict[str, object] = {"recipe": recipes.joint.model_dump(mode="json"), "epsilon": recipes.epsilon}
+    return _made_as(paths.MIXTURE, wanted, recipes)
+
+
+def _pipeline_experts(recipes: Recipes) -> list[nn.Module] | None:
+    """The pre-trained experts in the gate's order, None unless all were made with this seed, recipe and data."""
+    found = []
+    for name in recipes.joint.experts:
+        wanted = _single_params(name, recipes, is_expert=True)
+        expert = _made_as(paths.artifact("pretrain", name), wanted, recipes)
+        if expert is None:
+            return None
+        found.append(expert)
+    return found
+
+
+def _single_params(name: str, recipes: Recipes, *, is_expert: bool) -> dict[str, object]:
+    recipe: Settings = recipes.pretrain if is_expert else recipes.for_baselines
+    student = (recipes.experts if is_expert else recipes.baselines)[name]
+    made = {"recipe": recipe, "student": student}
+    return {key: value.model_dump(mode="json") for key, value in made.items()} | {"epsilon": recipes.met_by(student)}
+
+
+def _made_as(path: Path, params: dict[str, object], recipes: Recipes) -> nn.Module | None:
+    if not path.exists():
+        return None
+    found = classifiers.load(path)
+    same = found.header.params == params and _same_origin(found.header, recipes)
+    return found.model if same and found.about.architecture.backbone == recipes.backbone else None
+
+
+def _same_origin(header: Header, recipes: Recipes) -> bool:
+    return header.seed == recipes.run_seed and header.inputs.get("dataset") == _clean().sha256
