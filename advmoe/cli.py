@@ -171,7 +171,9 @@ def attacks() -> None:
 def results() -> None:
     """Show the results of the last `dvc repro` and where they lie."""
     from advmoe.evaluation import results as shown
+    from advmoe.threats.poisoning import report as poisoning
 
+    poisoning.show_record()
     shown.show()
 
 

@@ -9,7 +9,7 @@ plots/poison/NAME/.
 from advmoe import paths
 from advmoe.data import dataset
 from advmoe.params import load_section
-from advmoe.threats.poisoning import study
+from advmoe.threats.poisoning import report, study
 from advmoe.threats.poisoning.settings import PoisonSection
 from advmoe.threats.poisoning.study import Case, Places
 from advmoe.threats.poisoning.victims import Recipes
@@ -24,7 +24,7 @@ def run(name: str) -> None:
     places = Places(
         models=paths.ARTIFACTS / STAGE / name,
         metrics=paths.metrics(STAGE, name),
-        runs=paths.metrics(f"{STAGE}-runs", name),
+        runs=paths.metrics(report.RUNS, name),
         plots=paths.PLOTS / STAGE / name,
     )
     study.conduct(case, places)

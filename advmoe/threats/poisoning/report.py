@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from advmoe import console, files
+from advmoe import console, files, paths
+from advmoe.errors import UserError
 from advmoe.evaluation.intervals import Share
+from advmoe.evaluation.paired import Paired
 from advmoe.threats.poisoning.metrics import as_json, value
 
 SCHEMA = 1
+RUNS = "poison-runs"  # the folder of metrics/ with every single run
 DIGITS = 6
 COLUMNS = {  # of the table, those that a study has; with their intervals
     "clean_acc": "clean",
@@ -28,6 +31,7 @@ BESIDE = {  # what stands beside a column, in brackets, without its interval
     "source_to_target": "source_to_target_clean_twin",
     "success": "success_clean_twin",
 }
+AMOUNTS = ("n_poison", "rate_of", "share_of_set", "share_of_target_class", "sha256")
 MEANING = {"mixture-joint": "mixture, joint phase only (weaker threat)"}
 
 
@@ -49,6 +53,27 @@ def sentence(row: Row) -> str:
     parts = [f"{title} {row.found[name]}" for name, title in COLUMNS.items() if name in row.found]
     after = f" after {row.defence}" if row.defence else ""
     return f"{row.victim}{after}, rate {row.rate:g}, seed + {row.added}: {', '.join(parts)}"
+
+
+def read(path: Path) -> tuple[str, list[Row], int]:
+    """Attack, rows and number of test images of a study on record. Raises UserError when the file is not one."""
+    content = files.read_json(path)
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA or "runs" not in content:
+        raise UserError(f"{path}: not a result of this version of advmoe; run `dvc repro`")
+    return content["attack"], [_row(run) for run in content["runs"]], content["images"]
+
+
+def _row(run: Mapping[str, Any]) -> Row:
+    who = {name: run[name] for name in ("victim", "rate", "trial", "defence")}
+    amounts = {name: run[name] for name in AMOUNTS if name in run}
+    found = {name: _number(number) for name, number in run.items() if name not in {*who, *amounts, "seed"}}
+    return Row(**who, added=run["seed"], found=found, amounts=amounts)
+
+
+def _number(content: Any) -> Any:
+    if not isinstance(content, dict):
+        return content
+    return Share(**content) if "accuracy" in content else Paired(**content)
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, float, str], list[Row]]:
@@ -148,6 +173,13 @@ def show(name: str, rows: Sequence[Row], images: int) -> None:
     titles = ["victim", "rate", *(["defence"] if defended else []), *(_title(key) for key in columns)]
     of = rows[0].amounts["rate_of"]
     console.table(f"{name}: % on {images} test images; rates are shares of {of}; {what}", titles, lines)
+
+
+def show_record() -> None:
+    """Print the tables of all studies on record; nothing where there are none."""
+    for path in sorted((paths.METRICS / RUNS).glob("*.json")):
+        _, rows, images = read(path)
+        show(f"poison@{path.stem}", rows, images)
 
 
 def _title(key: str) -> str:
