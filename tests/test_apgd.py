@@ -5,7 +5,6 @@ Shapes: B batch, C channel, H/W pixels, K classes, D pixels of an image in one r
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,13 +13,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from advmoe.attacks.apgd import ApgdCe, ApgdT, apgd_ce, apgd_t, checkpoints, dlr, start, targeted_dlr
-from advmoe.attacks.ball import L2, Ball, LInf
+from advmoe.attacks.ball import L2, Ball, LInf, Norm
 from advmoe.attacks.draws import ImageDraws
 from advmoe.attacks.model import Fooled, Model
 from advmoe.machine import generator
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-Norm = Literal["linf", "l2"]
 SHAPE = (1, 4, 4)
 EPSILONS: dict[Norm, float] = {"linf": 0.05, "l2": 0.2}
 every_norm = pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -8,7 +8,7 @@ Shapes: B batch, C channel, H/W pixels, K classes, D pixels of an image in one r
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypedDict
+from typing import Protocol, TypedDict
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from advmoe.attacks import catalogue, presets
 from advmoe.attacks.apgd import ApgdCe, ApgdT
-from advmoe.attacks.ball import L2, Ball, Draws, LInf
+from advmoe.attacks.ball import L2, Ball, Draws, LInf, Norm, length
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.draws import BatchDraws, ImageDraws
 from advmoe.attacks.fab import FabT
@@ -33,7 +33,6 @@ from advmoe.engine import Cheap, Passes
 from advmoe.machine import generator
 from advmoe.models.moe import MixtureOfExperts, UniformGate
 
-Norm = Literal["linf", "l2"]
 SHAPES = [(1, 1, 8, 8), (5, 3, 4, 6), (16, 2, 3, 1)]
 TOLERANCE = 1e-6
 # strong enough that a random linear model loses most images, small enough that images of `inner` stay off the walls
@@ -690,6 +689,19 @@ def test_targeted_pgd_spends_its_steps_on_every_target_and_restart() -> None:
 
 
 # ---- balls
+
+
+def test_length_is_the_norm_of_each_images_change() -> None:
+    changes = torch.tensor([[0.3, 0.4], [-0.5, 0.0]]).view(2, 1, 1, 2)
+    torch.testing.assert_close(length(changes, "linf"), torch.tensor([0.4, 0.5]))
+    torch.testing.assert_close(length(changes, "l2"), torch.tensor([0.5, 0.5]))
+    assert length(changes.double(), "l2").dtype == torch.double
+
+
+@every_norm
+def test_a_ball_knows_its_norm_and_its_like_of_another_size(norm: Norm) -> None:
+    ball = make_ball(norm, 0.1)
+    assert (ball.norm, ball.resized(0.4)) == (norm, make_ball(norm, 0.4))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -14,9 +14,9 @@ import torch
 from scipy import optimize
 from torch import Tensor, nn
 
-from advmoe.attacks.ball import L2, Ball, Draws, LInf
+from advmoe.attacks.ball import L2, Ball, Draws, LInf, Norm
 from advmoe.attacks.draws import ImageDraws
-from advmoe.attacks.fab import FabT, Norm, closest, fab_t, to_plane
+from advmoe.attacks.fab import FabT, closest, fab_t, to_plane
 from advmoe.attacks.model import Fooled, Model, margin
 from advmoe.machine import generator
 

@@ -4,23 +4,21 @@ Shapes: N images, C channel, H/W pixels, K classes.
 """
 
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from advmoe.attacks.ball import L2, Ball, LInf
+from advmoe.attacks.ball import L2, Ball, LInf, Norm, length
 from advmoe.attacks.fab import FabT
 from advmoe.attacks.pgd import Pgd
 from advmoe.evaluation.harness import CLEAN, Measured, Target, Terms, measure
-from advmoe.evaluation.minimal import distance, minimal_epsilons
+from advmoe.evaluation.minimal import minimal_epsilons
 from advmoe.machine import generator
 
 COUNT = 12
 FAB = FabT(kind="fab-t", steps=10, targets=2, restarts=1)
 PGD = Pgd(kind="pgd", steps=5, step_size=0.5, restarts=1, loss="ce", targets=0)
-Norm = Literal["linf", "l2"]
 BALLS: dict[Norm, Ball] = {"linf": LInf(0.01), "l2": L2(0.08)}
 every_norm = pytest.mark.parametrize("norm", ["linf", "l2"])
 
@@ -121,7 +119,7 @@ def test_what_other_attacks_found_counts_where_it_is_closer(norm: Norm) -> None:
     fell = ~measured.correct["pgd"]
     assert 0 < fell.sum() < COUNT
     together = minimal_epsilons(target, weak, measured, terms)
-    theirs = distance(measured.outcomes["pgd"].images, target.images, norm)
+    theirs = length(measured.outcomes["pgd"].images - target.images, norm)
     assert torch.equal(together, torch.where(fell, torch.minimum(alone, theirs), alone))
     assert (together[fell] <= terms.ball.epsilon + 1e-6).all()
 
@@ -149,10 +147,3 @@ def test_a_bound_is_judged_in_float32() -> None:
     terms = Terms(LInf(0.05), 0, "bfloat16", None, drop_fallen=False)
     measured: Measured = measure(target, {}, terms)
     assert minimal_epsilons(target, FAB, measured, terms).isinf().all()
-
-
-def test_distance_is_the_norm_of_each_images_change() -> None:
-    images = torch.zeros(2, 1, 1, 2)
-    points = torch.tensor([[0.3, 0.4], [-0.5, 0.0]]).view(2, 1, 1, 2)
-    torch.testing.assert_close(distance(points, images, "linf"), torch.tensor([0.4, 0.5]))
-    torch.testing.assert_close(distance(points, images, "l2"), torch.tensor([0.5, 0.5]))

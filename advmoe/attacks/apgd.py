@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from advmoe.attacks.ball import TINY, Ball, Draws, LInf
+from advmoe.attacks.ball import TINY, Ball, Draws
 from advmoe.attacks.model import Fooled, Model, cross_entropy, margin, pixel_gradient
 from advmoe.attacks.pgd import likeliest
 from advmoe.params import PositiveInt, Settings
@@ -264,7 +264,7 @@ class _Search:
 
 def start(ball: Ball, images_BCHW: Tensor, draws: Draws) -> Tensor:
     """A random point on the surface of the ball, cut to the box: noise scaled to norm epsilon, as the authors start."""
-    if isinstance(ball, LInf):
+    if ball.norm == "linf":
         noise = draws.uniform(images_BCHW)
         direction = noise / noise.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(TINY)
     else:

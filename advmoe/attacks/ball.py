@@ -4,11 +4,13 @@ Shapes: B batch, C channel, H/W pixels.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+Norm = Literal["linf", "l2"]
+ORDER: dict[Norm, float] = {"linf": torch.inf, "l2": 2.0}  # of the norm, as PyTorch wants it
 TINY = 1e-12  # keeps divisions by a norm finite; far below one pixel level
 
 
@@ -29,11 +31,20 @@ class Draws(Protocol):
 
 
 class Ball(Protocol):
-    """What an iterative attack needs of a norm; every method takes and returns (B, C, H, W)."""
+    """What an iterative attack needs of a norm; images, points and directions are (B, C, H, W)."""
+
+    @property
+    def norm(self) -> Norm:
+        """Its name."""
+        ...
 
     @property
     def epsilon(self) -> float:
         """The radius, in units of the pixel range [0, 1]."""
+        ...
+
+    def resized(self, epsilon: float) -> "Ball":
+        """The ball of the same norm with another radius."""
         ...
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:
@@ -53,7 +64,11 @@ class Ball(Protocol):
 class LInf:
     """Every pixel may change by at most epsilon."""
 
+    norm: ClassVar[Norm] = "linf"
     epsilon: float
+
+    def resized(self, epsilon: float) -> "LInf":
+        return LInf(epsilon)
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:
         # two clamps: first the ball, then the box; the image itself lies in both, so the second keeps the first
@@ -70,26 +85,36 @@ class LInf:
 class L2:
     """The Euclidean norm of the change, over all pixels and channels of an image, is at most epsilon."""
 
+    norm: ClassVar[Norm] = "l2"
     epsilon: float
+
+    def resized(self, epsilon: float) -> "L2":
+        return L2(epsilon)
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:
         # the ball first: clamping to the box afterwards only shortens the change, pixel by pixel, so both hold
         change = points - images
-        return (images + change * (self.epsilon / _norm(change).clamp_min(TINY)).clamp_max(1)).clamp(0, 1)
+        return (images + change * (self.epsilon / _euclidean(change).clamp_min(TINY)).clamp_max(1)).clamp(0, 1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
         # largest component first: the square of a gradient of 1e-25, which points somewhere all the same, is 0
         largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
         scaled = gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
-        return scaled / _norm(scaled).clamp_min(TINY)
+        return scaled / _euclidean(scaled).clamp_min(TINY)
 
     def start(self, images: Tensor, draws: Draws) -> Tensor:
         direction = draws.normal(images)
         dimensions = images[0].numel()
         radius = ((draws.uniform(images[:, :1, :1, :1]) + 1) / 2) ** (1 / dimensions)
-        return self.project(images + self.epsilon * radius * direction / _norm(direction).clamp_min(TINY), images)
+        return self.project(images + self.epsilon * radius * direction / _euclidean(direction).clamp_min(TINY), images)
 
 
-def _norm(points_BCHW: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(points_BCHW, dim=(1, 2, 3), keepdim=True)
-    return length
+def length(change_BCHW: Tensor, norm: Norm) -> Tensor:
+    """The norm of each image's change (B,), in the precision that the change comes in."""
+    length_B: Tensor = torch.linalg.vector_norm(change_BCHW.flatten(1), ORDER[norm], dim=1)
+    return length_B
+
+
+def _euclidean(points_BCHW: Tensor) -> Tensor:
+    length_B111: Tensor = torch.linalg.vector_norm(points_BCHW, dim=(1, 2, 3), keepdim=True)
+    return length_B111

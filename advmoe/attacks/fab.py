@@ -15,11 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from advmoe.attacks.ball import TINY, Ball, Draws, LInf
+from advmoe.attacks.ball import TINY, Ball, Draws, Norm, length
 from advmoe.attacks.model import Fooled, Model, margin, pixel_gradient
 from advmoe.params import PIXEL_LEVELS, PositiveInt, Settings
-
-Norm = Literal["linf", "l2"]
 
 # the method's constants: arXiv 1907.02044 and the authors' code in AutoAttack
 ALPHA_MAX = 0.1  # the most that a step leans towards the image's own projection
@@ -55,10 +53,9 @@ def fab_t(
 
     With `fooled`, an image leaves at its first confirmed point inside the ball, however close others might be.
     """
-    norm: Norm = "linf" if isinstance(ball, LInf) else "l2"
     enough = 0.0 if fooled is None else ball.epsilon
     points_BCHW, _ = closest(
-        model, images_BCHW, labels_B, norm=norm, settings=settings, draws=draws, fooled=fooled, enough=enough
+        model, images_BCHW, labels_B, norm=ball.norm, settings=settings, draws=draws, fooled=fooled, enough=enough
     )
     return ball.project(points_BCHW, images_BCHW)
 
@@ -154,7 +151,7 @@ class _Search:
         `fooled` costs a forward pass, so it is asked only about points that would be the closest.
         """
         labels = self.labels[rows]
-        distances, margins = _length(points - self.images[rows], self.norm), margin(logits, labels)
+        distances, margins = length(points - self.images[rows], self.norm), margin(logits, labels)
         wrong = logits.argmax(1) != labels
         closer = wrong & (distances < self.distances[rows])
         denied = torch.zeros_like(wrong)
@@ -172,7 +169,7 @@ class _Search:
         images = self.images[rows]
         noise = draws.uniform(images) if self.norm == "linf" else draws.normal(images)
         radius = self.distances[rows].clamp_max(START[self.norm]) / 2
-        return (images + _wide(radius / _length(noise, self.norm).clamp_min(TINY)) * noise).clamp(0, 1)
+        return (images + _wide(radius / length(noise, self.norm).clamp_min(TINY)) * noise).clamp(0, 1)
 
     def tighten(self) -> None:
         """The paper's final search, for points not close enough yet, on the line from the image to its closest point.
@@ -225,8 +222,8 @@ def _step(images: Tensor, points: Tensor, crossed: Tensor, value: Tensor, gradie
     least = NUDGE * torch.maximum(whole.abs(), gradient.flatten(1).abs().sum(1) / PIXEL_LEVELS)
     direct = change(origins, torch.where(~crossed & (ahead.abs() < least), least, ahead))
     biased = change(images, whole)
-    length = _length(direct, norm)
-    lean = _wide((length / (length + _length(biased, norm)).clamp_min(TINY)).clamp_max(ALPHA_MAX))
+    direct_B, biased_B = length(direct, norm), length(biased, norm)
+    lean = _wide((direct_B / (direct_B + biased_B).clamp_min(TINY)).clamp_max(ALPHA_MAX))
     return ((1 - lean) * (origins + ETA * direct) + lean * (images + ETA * biased)).clamp(0, 1)
 
 
@@ -240,11 +237,6 @@ def _targets(logits_BK: Tensor, labels_B: Tensor, targets: int) -> Tensor:
     others_BK = logits_BK.scatter(1, labels_B[:, None], -torch.inf)
     order_BK = others_BK.argsort(dim=1, descending=True, stable=True)
     return order_BK[:, : min(targets, logits_BK.shape[1] - 1)].T
-
-
-def _length(changes: Tensor, norm: Norm) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(changes.flatten(1), torch.inf if norm == "linf" else 2, dim=1)
-    return length
 
 
 def _wide(numbers_B: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from advmoe.attacks.ball import TINY, Ball, Draws, LInf
+from advmoe.attacks.ball import TINY, Ball, Draws
 from advmoe.attacks.blind import Best
 from advmoe.attacks.model import Fooled, Model
 from advmoe.params import PositiveInt, Settings
@@ -51,7 +51,7 @@ def square(
     fooled: Fooled | None = None,
 ) -> Tensor:
     """The first point found that fools the model, else the one of highest margin; inside the ball and [0, 1]."""
-    start, change = (stripes, recolour) if isinstance(ball, LInf) else (tiles, shift)
+    start, change = (stripes, recolour) if ball.norm == "linf" else (tiles, shift)
     best = Best(model, images_BCHW, labels_B, fooled)
     best.offer(start(images_BCHW, ball, draws))
     batch, channels, height, width = images_BCHW.shape

@@ -7,11 +7,12 @@ from typing import Any
 
 from advmoe import artifacts, console, files, paths
 from advmoe.artifacts import hash_tensors
+from advmoe.attacks.ball import Norm
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.evaluation import record, verdict
 from advmoe.evaluation.checks.case import Case
 from advmoe.evaluation.harness import CLEAN, Measured, Target, forget, measure
-from advmoe.evaluation.question import Norm, Question, Setting, resolve
+from advmoe.evaluation.question import Question, Setting, resolve
 from advmoe.evaluation.subjects import Subject, load_subject
 from advmoe.evaluation.verdict import Verdict
 from advmoe.machine import device

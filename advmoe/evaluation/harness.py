@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from advmoe import console, engine
 from advmoe.artifacts import hash_tensors
 from advmoe.attacks import catalogue
-from advmoe.attacks.ball import Ball, LInf
+from advmoe.attacks.ball import Ball
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.draws import ImageDraws
 from advmoe.attacks.own import Own
@@ -258,7 +258,6 @@ def _batch(target: Target, name: str, attack: AnyAttack, terms: Terms, rows: Ten
 
 
 def _store(target: Target, name: str, attack: AnyAttack, terms: Terms) -> Store:
-    norm = "linf" if isinstance(terms.ball, LInf) else "l2"
     sources = {source: hash_tensors(target.sources[source].state_dict()) for source in catalogue.sources_of(attack)}
     return Store(
         {
@@ -269,7 +268,7 @@ def _store(target: Target, name: str, attack: AnyAttack, terms: Terms) -> Store:
                 attack.model_dump(mode="json"),
                 digest(attack.function) if isinstance(attack, Own) else "",
             ],
-            "ball": [norm, terms.ball.epsilon],
+            "ball": [terms.ball.norm, terms.ball.epsilon],
             "terms": [terms.seed, terms.precision, target.images.device.type],
             "sources": sources,
         }

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from advmoe import console, engine
-from advmoe.attacks.ball import L2
+from advmoe.attacks.ball import length
 from advmoe.attacks.draws import ImageDraws
-from advmoe.attacks.fab import FabT, Norm, closest
+from advmoe.attacks.fab import FabT, closest
 from advmoe.evaluation.harness import CLEAN, DECISION_BATCH, Measured, Target, Terms
 from advmoe.evaluation.memory import fitting_batch
 
@@ -20,28 +20,28 @@ def minimal_epsilons(target: Target, settings: FabT, measured: Measured, terms: 
     From FAB and from whatever the evaluation's other attacks found; 0 where the clean image is wrong, inf where nothing
     was found. Every point was classified in float32.
     """
-    norm: Norm = "l2" if isinstance(terms.ball, L2) else "linf"
+    norm = terms.ball.norm
     bounds = torch.full((len(target.labels),), torch.inf)
     bounds[~measured.correct[CLEAN]] = 0
     clean = target.images.cpu()
     for outcome in measured.outcomes.values():
         fell = outcome.attacked & ~outcome.correct
-        bounds[fell] = torch.minimum(bounds[fell], distance(outcome.images[fell], clean[fell], norm))
+        bounds[fell] = torch.minimum(bounds[fell], length(outcome.images[fell] - clean[fell], norm))
     rows = measured.correct[CLEAN].nonzero().squeeze(1)
     if not len(rows):
         return bounds
     size = terms.batch_size or fitting_batch(target.model, target.images)
     with console.Progress(f"{target.name}: minimal epsilon", len(rows)) as progress:
         for batch in torch.split(rows, size):
-            points = _closest(target, settings, batch, norm, terms)
+            points = _closest(target, settings, batch, terms)
             wrong = engine.predict(target.model, points, DECISION_BATCH).argmax(1) != target.labels[batch]
-            found = torch.where(wrong.cpu(), distance(points.cpu(), clean[batch], norm), torch.inf)
+            found = torch.where(wrong.cpu(), length(points.cpu() - clean[batch], norm), torch.inf)
             bounds[batch] = torch.minimum(bounds[batch], found)
             progress.advance(len(batch), f"{int(wrong.sum())} found")
     return bounds
 
 
-def _closest(target: Target, settings: FabT, rows: Tensor, norm: Norm, terms: Terms) -> Tensor:
+def _closest(target: Target, settings: FabT, rows: Tensor, terms: Terms) -> Tensor:
     draws = ImageDraws(terms.seed, "minimal-epsilon", rows)
     # bfloat16 logits are too coarse to tell how far a boundary is
     with engine.crafting(target.model, "float32") as cheap:
@@ -50,12 +50,5 @@ def _closest(target: Target, settings: FabT, rows: Tensor, norm: Norm, terms: Te
             return engine.predict(target.model, points, DECISION_BATCH).argmax(1) != labels
 
         images, labels = target.images[rows], target.labels[rows]
-        points, _ = closest(cheap, images, labels, norm=norm, settings=settings, draws=draws, fooled=fooled)
+        points, _ = closest(cheap, images, labels, norm=terms.ball.norm, settings=settings, draws=draws, fooled=fooled)
     return points.clamp(0, 1)
-
-
-def distance(points_NCHW: Tensor, images_NCHW: Tensor, norm: Norm) -> Tensor:
-    """The norm (N,) of each image's change."""
-    order = 2.0 if norm == "l2" else torch.inf
-    length: Tensor = torch.linalg.vector_norm((points_NCHW - images_NCHW).flatten(1), order, dim=1)
-    return length

@@ -6,13 +6,13 @@ The model is an artifact of this project, one of its experts, or anybody's PyTor
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import nn
 
 from advmoe import classifiers, console, files, paths, user_code
 from advmoe.attacks import presets
-from advmoe.attacks.ball import L2, Ball, LInf
+from advmoe.attacks.ball import L2, Ball, LInf, Norm
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.gated import Transfer
 from advmoe.attacks.own import Own
@@ -32,7 +32,6 @@ from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import Epsilon, Seed, load_section, validate
 
 PRESETS: tuple[Preset, ...] = get_args(Preset)
-Norm = Literal["linf", "l2"]
 NORMS: dict[Norm, Callable[[float], Ball]] = {"linf": LInf, "l2": L2}
 # for strangers, who have no params.yaml: what the checks of the default pipeline spend
 PROBES = Probes(images=50, steps=20, samples=200)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from advmoe import engine
 from advmoe.attacks import catalogue
-from advmoe.attacks.ball import L2, TINY, Ball, LInf
+from advmoe.attacks.ball import ORDER, TINY, Ball, Norm
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.draws import BatchDraws, ImageDraws
 from advmoe.evaluation.checks.case import Case, Finding
@@ -109,15 +109,15 @@ class Binary(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, heads: list[nn.Linear], images_NCHW: Tensor, planes: ReadOut, order: float
+        self, model: nn.Module, heads: list[nn.Linear], images_NCHW: Tensor, planes: ReadOut, norm: Norm
     ) -> None:
         super().__init__()
-        self.reader, self.images, self.planes, self.order = Reader(model, heads), images_NCHW, planes, order
+        self.reader, self.images, self.planes, self.norm = Reader(model, heads), images_NCHW, planes, norm
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         features_BF = self.reader(images_BCHW)
         with torch.autocast(images_BCHW.device.type, enabled=False):
-            own_B = distances(images_BCHW.detach(), self.images, self.order).argmin(dim=1)
+            own_B = distances(images_BCHW.detach(), self.images, self.norm).argmin(dim=1)
             score_B = (features_BF * self.planes.weights[own_B]).sum(dim=1) + self.planes.offsets[own_B]
         return torch.stack([-score_B, score_B], dim=1) / 2
 
@@ -151,19 +151,15 @@ def _overheard(heads: list[nn.Linear]) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def distances(points_BCHW: Tensor, images_NCHW: Tensor, order: float) -> Tensor:
-    """Between every point and every image (B, N), in the norm of that order."""
-    apart: Tensor = torch.cdist(points_BCHW.flatten(1).float(), images_NCHW.flatten(1).float(), p=order)
+def distances(points_BCHW: Tensor, images_NCHW: Tensor, norm: Norm) -> Tensor:
+    """Between every point and every image (B, N)."""
+    apart: Tensor = torch.cdist(points_BCHW.flatten(1).float(), images_NCHW.flatten(1).float(), p=ORDER[norm])
     return apart
-
-
-def _order(ball: Ball) -> float:
-    return torch.inf if isinstance(ball, LInf) else 2.0
 
 
 def _apart(images_NCHW: Tensor, ball: Ball) -> Tensor:
     """The images (n,) whose balls do not touch, so that a point tells whose it is."""
-    apart = distances(images_NCHW, images_NCHW, _order(ball)) > 2 * ball.epsilon
+    apart = distances(images_NCHW, images_NCHW, ball.norm) > 2 * ball.epsilon
     kept: list[int] = []
     for row in range(len(images_NCHW)):
         if apart[row, kept].all():
@@ -183,7 +179,7 @@ def _plant(case: Case, heads: list[nn.Linear], rows: Tensor) -> tuple[Binary, Te
             "not checked", f"what the last layer reads cannot be read ({first_line(error)})"
         ) from error
     planes = ReadOut(*(torch.stack(part) for part in zip(*fitted, strict=True)))
-    binary = Binary(model, heads, images, planes, _order(case.terms.ball))
+    binary = Binary(model, heads, images, planes, case.terms.ball.norm)
     points, scores = _move_on(case, binary)
     binary.planes = ReadOut(planes.weights, planes.offsets - CLOSENESS * scores, points)
     harmless, planted = (_scores(binary, points) for points in (images, points))
@@ -194,16 +190,12 @@ def _fit(case: Case, heads: list[nn.Linear], row: Tensor) -> tuple[Tensor, Tenso
     """Weights (F,), offset () and planted point (C, H, W) of one image."""
     image, ball = case.target.images[row][None], case.terms.ball
     draws = BatchDraws(generator(case.terms.seed, "check", CHECK, int(row)))
-    inner = _resized(ball, INNER).start(image.expand(case.probes.samples, -1, -1, -1), draws)
+    inner = ball.resized(INNER * ball.epsilon).start(image.expand(case.probes.samples, -1, -1, -1), draws)
     outer = _surface(ball, image.expand(CANDIDATES, -1, -1, -1), draws)
     points = torch.cat([image, inner, outer])
     read = engine.predict(Reader(case.target.model, heads), points, len(points)).double()
     weights, offset, best = separate(read[:-CANDIDATES], read[-CANDIDATES:])
     return weights.float(), offset.float(), outer[best]
-
-
-def _resized(ball: Ball, share: float) -> Ball:
-    return LInf(share * ball.epsilon) if isinstance(ball, LInf) else L2(share * ball.epsilon)
 
 
 def _surface(ball: Ball, images_BCHW: Tensor, draws: BatchDraws) -> Tensor:

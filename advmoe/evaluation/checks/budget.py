@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from advmoe.attacks.ball import L2, Ball, LInf
+from advmoe.attacks.ball import Ball, LInf
 from advmoe.attacks.pgd import Pgd
 from advmoe.evaluation.checks import probing
 from advmoe.evaluation.checks.case import Case, Finding
@@ -40,7 +40,7 @@ class _Level:
 
     @property
     def name(self) -> str:
-        return f"{'linf' if isinstance(self.ball, LInf) else 'l2'} {self.ball.epsilon:.4g}"
+        return f"{self.ball.norm} {self.ball.epsilon:.4g}"
 
     @property
     def share(self) -> float:
@@ -80,10 +80,12 @@ def _answer(case: Case) -> probing.Answer:
 
 def _balls(ball: Ball, images_nCHW: Tensor) -> list[Ball]:
     """Around the threat model's own, in its norm, the L-inf ones below half the pixel range."""
-    if isinstance(ball, L2):
-        diagonal = images_nCHW[0].numel() ** 0.5
-        return [L2(radius) for radius in sorted({min(factor * ball.epsilon, diagonal) for factor in FACTORS})]
-    return [LInf(radius) for radius in sorted({factor * ball.epsilon for factor in FACTORS}) if radius < HALF.epsilon]
+    radii = {factor * ball.epsilon for factor in FACTORS}
+    if ball.norm == "linf":
+        radii = {radius for radius in radii if radius < HALF.epsilon}
+    else:
+        radii = {min(radius, images_nCHW[0].numel() ** 0.5) for radius in radii}
+    return [ball.resized(radius) for radius in sorted(radii)]
 
 
 def _near(case: Case, probe: Stage, ball: Ball) -> _Level:

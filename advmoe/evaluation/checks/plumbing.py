@@ -17,7 +17,7 @@ from torch import Tensor
 from advmoe import engine
 from advmoe.attacks import catalogue
 from advmoe.attacks.apgd import ApgdCe, ApgdT
-from advmoe.attacks.ball import L2, Ball, LInf
+from advmoe.attacks.ball import Ball, Norm, length
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.draws import ImageDraws
 from advmoe.attacks.fgsm import Fgsm
@@ -34,8 +34,10 @@ PARTS = (1, 2, 5)  # sizes of the batches that a few images are attacked in, aft
 TOLERANCE = 1e-6  # of the pixel range: float32 cannot hold image + epsilon exactly
 ROUNDING = 1e-4  # of the largest logit: closer to a tie than this, a decision may turn with the kernel
 STRAYED = 0.1  # share of attacked images outside the ball that is no accident
-SPENT_LINF = 0.9  # of epsilon, that an attack along signs reaches in some pixel of some image
-SPENT_L2 = 0.6  # of epsilon: the box cuts single long steps, by 0.3 on black images, and nothing else
+SPENT: dict[Norm, float] = {  # of epsilon, that an attack reaches at some image
+    "linf": 0.9,  # along signs, in some pixel
+    "l2": 0.6,  # the box cuts single long steps, by 0.3 on black images, and nothing else
+}
 LEAKED = 0.01  # share of test images that were trained on; below it, duplicates that data sets hold themselves
 
 Part = Callable[[Case, dict[str, Any]], Iterator[Remark]]
@@ -81,9 +83,7 @@ def outside_by(points_NCHW: Tensor, images_NCHW: Tensor, ball: Ball) -> float:
 
 def _sizes(points_NCHW: Tensor, images_NCHW: Tensor, ball: Ball) -> Tensor:
     """How far each point is from its image (N,), in the ball's norm and in float64."""
-    change = (points_NCHW.double() - images_NCHW.double()).flatten(1)
-    sizes: Tensor = torch.linalg.vector_norm(change, torch.inf if isinstance(ball, LInf) else 2, dim=1)
-    return sizes
+    return length(points_NCHW.double() - images_NCHW.double(), ball.norm)
 
 
 def _overshoot(case: Case, evidence: dict[str, Any]) -> Iterator[Remark]:
@@ -139,7 +139,7 @@ def _use_of_epsilon(case: Case, evidence: dict[str, Any]) -> Iterator[Remark]:
         corners = 1 - clean[met].round()  # of the box, which may end before the ball does
         reachable = _sizes(corners, clean[met], ball).max().clamp_max(ball.epsilon)
         used[name] = round(float(_sizes(outcome.images[met], clean[met], ball).max() / reachable), 6)
-        if used[name] < (SPENT_LINF if isinstance(ball, LInf) else SPENT_L2):
+        if used[name] < SPENT[ball.norm]:
             # an idle attack of ours has found no gradient, which is the model's fault and another check's business
             idle = not used[name] and not isinstance(case.attacks[name], Own)
             yield "warn" if idle else "fail", _underused(name, used[name])
@@ -148,7 +148,7 @@ def _use_of_epsilon(case: Case, evidence: dict[str, Any]) -> Iterator[Remark]:
 
 def _goes_to_the_limit(attack: AnyAttack | None, ball: Ball) -> bool:
     if isinstance(attack, Fgsm):  # a single L2 step is cut by the box and never made up for
-        return isinstance(ball, LInf)
+        return ball.norm == "linf"
     return isinstance(attack, Pgd | ApgdCe | ApgdT | Own)
 
 
@@ -225,8 +225,7 @@ def _shortened(attack: AnyAttack, steps: int) -> AnyAttack:
 def _without_budget(
     case: Case, name: str, attack: AnyAttack, rows: Tensor, changed: dict[str, int]
 ) -> Iterator[Remark]:
-    nothing = LInf(0.0) if isinstance(case.terms.ball, LInf) else L2(0.0)
-    struck = _strike(case, name, attack, rows, nothing)
+    struck = _strike(case, name, attack, rows, case.terms.ball.resized(0.0))
     clean = case.measured.clean_logits[rows]
     decisions = engine.predict(case.target.model, struck.images, DECISION_BATCH).cpu().argmax(1)
     strays = int((struck.overshoot > OUTSIDE).sum())

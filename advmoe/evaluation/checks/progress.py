@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.apgd import ApgdT
-from advmoe.attacks.ball import L2, Ball, Draws, LInf
+from advmoe.attacks.ball import Ball, Draws
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.fab import FabT
 from advmoe.attacks.fgsm import Fgsm
@@ -151,7 +151,7 @@ def _lame(case: Case, probe: Stage, name: str) -> bool:
 
 
 def _limitless(ball: Ball, probe: Stage) -> Ball:
-    return LInf(1.0) if isinstance(ball, LInf) else L2(probe.images[0].numel() ** 0.5)
+    return ball.resized(1.0 if ball.norm == "linf" else probe.images[0].numel() ** 0.5)
 
 
 def _idle_remarks(case: Case, idle: list[str]) -> list[Remark]:
