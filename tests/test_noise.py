@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.ball import L2, Ball, LInf
-from advmoe.attacks.blind import confirmed
 from advmoe.attacks.draws import BatchDraws, ImageDraws
-from advmoe.attacks.model import Fooled, Model, margin
+from advmoe.attacks.model import Fooled, Model, confirmed, margin
 from advmoe.attacks.noise import Noise, noise
 from advmoe.machine import generator
 

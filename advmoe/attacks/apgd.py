@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.ball import TINY, Ball, Draws
-from advmoe.attacks.model import Fooled, Model, cross_entropy, margin, pixel_gradient
+from advmoe.attacks.model import Fooled, Model, confirmed, cross_entropy, margin, pixel_gradient
 from advmoe.attacks.pgd import likeliest
 from advmoe.params import PositiveInt, Settings
 
@@ -246,9 +246,7 @@ class _Search:
 
     def _retire(self, climb: _Climb, wrong: Tensor) -> _Climb:
         """Without the images that are verified to be adversarial where they are now."""
-        fallen = wrong.clone()
-        if self.fooled is not None and wrong.any():
-            fallen[wrong] = self.fooled(climb.points[wrong], climb.labels[wrong])
+        fallen = confirmed(wrong, climb.points, climb.labels, self.fooled)
         if not fallen.any():
             return climb
         self.result[climb.rows[fallen]] = climb.points[fallen]

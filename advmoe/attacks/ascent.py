@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.model import Fooled
+from advmoe.attacks.model import Fooled, confirmed
 
 # (points (b, C, H, W), rows (b,) of the batch they belong to) -> gradient to follow, and which points look adversarial
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -36,7 +36,7 @@ class Climb:
         for _ in range(steps):
             gradient, suspect = objective(points, rows)
             if self.fooled is not None:
-                fallen = self._confirmed(points, rows, suspect)
+                fallen = confirmed(suspect, points, self.labels[rows], self.fooled)
                 self.result[rows[fallen]] = points[fallen]
                 points, rows, gradient = points[~fallen], rows[~fallen], gradient[~fallen]
                 if not len(rows):
@@ -44,12 +44,6 @@ class Climb:
             points = ball.project(points + step_size * ball.epsilon * ball.steepest(gradient), self.images[rows])
         self.result[rows] = points
         if self.fooled is not None:
-            rows = rows[~self._confirmed(points, rows, torch.ones_like(rows, dtype=torch.bool))]
+            all_left = torch.ones_like(rows, dtype=torch.bool)
+            rows = rows[~confirmed(all_left, points, self.labels[rows], self.fooled)]
         self.open = rows
-
-    def _confirmed(self, points: Tensor, rows: Tensor, suspect: Tensor) -> Tensor:
-        assert self.fooled is not None
-        fallen = suspect.clone()
-        if suspect.any():
-            fallen[suspect] = self.fooled(points[suspect], self.labels[rows[suspect]])
-        return fallen

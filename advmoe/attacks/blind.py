@@ -6,16 +6,7 @@ Shapes: B batch, b images still open, C channel, H/W pixels, K classes.
 import torch
 from torch import Tensor
 
-from advmoe.attacks.model import Fooled, Model, margin
-
-
-def confirmed(suspect_b: Tensor, points_bCHW: Tensor, labels_b: Tensor, fooled: Fooled | None) -> Tensor:
-    """Which of the suspect points count as adversarial, (b,) bool: those that `fooled` confirms, all without it."""
-    if fooled is None or not suspect_b.any():
-        return suspect_b
-    fallen_b = suspect_b.clone()
-    fallen_b[suspect_b] = fooled(points_bCHW[suspect_b], labels_b[suspect_b])
-    return fallen_b
+from advmoe.attacks.model import Fooled, Model, confirmed, margin
 
 
 class Best:

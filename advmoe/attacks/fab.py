@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.ball import TINY, Ball, Draws, Norm, length
-from advmoe.attacks.model import Fooled, Model, margin, pixel_gradient
+from advmoe.attacks.model import Fooled, Model, confirmed, margin, pixel_gradient
 from advmoe.params import PIXEL_LEVELS, PositiveInt, Settings
 
 # the method's constants: arXiv 1907.02044 and the authors' code in AutoAttack
@@ -154,10 +154,8 @@ class _Search:
         distances, margins = length(points - self.images[rows], self.norm), margin(logits, labels)
         wrong = logits.argmax(1) != labels
         closer = wrong & (distances < self.distances[rows])
-        denied = torch.zeros_like(wrong)
-        if self.fooled is not None and closer.any():
-            denied[closer] = ~self.fooled(points[closer], labels[closer])
-        closer &= ~denied
+        fallen = confirmed(closer, points, labels, self.fooled)
+        denied, closer = closer & ~fallen, fallen
         likelier = ~closer & self.distances[rows].isinf() & (margins > self.margins[rows])
         self.margins[rows[likelier]] = margins[likelier]
         self.distances[rows[closer]] = distances[closer]

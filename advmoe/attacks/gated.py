@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from advmoe.attacks.ascent import Climb, Objective
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.model import Fooled, Model, cross_entropy
+from advmoe.attacks.model import Fooled, Model, confirmed, cross_entropy
 from advmoe.attacks.pgd import untargeted
 from advmoe.models.moe import Mixing, Parts, mix
 from advmoe.params import NonNegativeFloat, PositiveFloat, PositiveInt, Settings
@@ -209,9 +209,7 @@ def _first_asking(model: Model, fooled: Fooled) -> Fooled:
     def asked(points: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
             wrong = model(points).argmax(dim=1) != labels
-        if wrong.any():
-            wrong[wrong.clone()] = fooled(points[wrong], labels[wrong])
-        return wrong
+        return confirmed(wrong, points, labels, fooled)
 
     return asked
 

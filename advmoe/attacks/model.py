@@ -41,6 +41,15 @@ class Craft(Protocol):
         ...
 
 
+def confirmed(suspect_b: Tensor, points_bCHW: Tensor, labels_b: Tensor, fooled: Fooled | None) -> Tensor:
+    """Which of the suspect points count as adversarial, (b,) bool: those that `fooled` confirms, all without it."""
+    if fooled is None or not suspect_b.any():
+        return suspect_b
+    fallen_b = suspect_b.clone()
+    fallen_b[suspect_b] = fooled(points_bCHW[suspect_b], labels_b[suspect_b])
+    return fallen_b
+
+
 def cross_entropy(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
     """Cross-entropy of each image (B,)."""
     return functional.cross_entropy(logits_BK, labels_B, reduction="none")

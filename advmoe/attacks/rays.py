@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.blind import confirmed
-from advmoe.attacks.model import Fooled, Model
+from advmoe.attacks.model import Fooled, Model, confirmed
 from advmoe.params import PositiveInt, Settings
 
 CHECK, NEAR, BISECT = range(3)  # what the next query asks: better than the best? inside epsilon? where exactly?
