@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.ball import TINY, Ball, Draws
-from advmoe.attacks.model import Fooled, Model, confirmed, cross_entropy, margin, pixel_gradient
+from advmoe.attacks.model import Fooled, Model, confirmed, cross_entropy, lead, margin, pixel_gradient
 from advmoe.attacks.pgd import likeliest
 from advmoe.params import PositiveInt, Settings
 
@@ -91,7 +91,7 @@ def apgd_t(
 
 def _towards(labels_B: Tensor, targets_B: Tensor) -> Objective:
     def objective(logits: Tensor, rows: Tensor) -> Tensor:
-        loss = targeted_dlr if logits.shape[1] >= 4 else _lead
+        loss = targeted_dlr if logits.shape[1] >= 4 else lead
         return loss(logits, labels_B[rows], targets_B[rows])
 
     return objective
@@ -115,12 +115,7 @@ def targeted_dlr(logits_BK: Tensor, labels_B: Tensor, targets_B: Tensor) -> Tens
     """
     ranked = logits_BK.topk(4, dim=1).values
     spread = ranked[:, 0] - (ranked[:, 2] + ranked[:, 3]) / 2
-    return _lead(logits_BK, labels_B, targets_B) / spread.clamp_min(TINY)
-
-
-def _lead(logits_BK: Tensor, labels_B: Tensor, targets_B: Tensor) -> Tensor:
-    """Logit of the target minus the true one (B,)."""
-    return (logits_BK.gather(1, targets_B[:, None]) - logits_BK.gather(1, labels_B[:, None])).squeeze(1)
+    return lead(logits_BK, labels_B, targets_B) / spread.clamp_min(TINY)
 
 
 def checkpoints(steps: int) -> dict[int, int]:

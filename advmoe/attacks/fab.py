@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.ball import TINY, Ball, Draws, Norm, length
-from advmoe.attacks.model import Fooled, Model, confirmed, margin, pixel_gradient
+from advmoe.attacks.model import Fooled, Model, confirmed, lead, margin, pixel_gradient
 from advmoe.params import PIXEL_LEVELS, PositiveInt, Settings
 
 # the method's constants: arXiv 1907.02044 and the authors' code in AutoAttack
@@ -193,11 +193,11 @@ class _Search:
 def _walk(search: _Search, rows: Tensor, targets: Tensor, points: Tensor, steps: int) -> None:
     """`steps` steps towards the boundary between label and target class and along it, for the images `rows` (b,)."""
     for _ in range(steps):
-        lead = partial(_lead, labels_B=search.labels[rows], targets_B=targets)
-        gradient, logits = pixel_gradient(search.model, points, lead)
+        gain = partial(lead, labels_B=search.labels[rows], targets_B=targets)
+        gradient, logits = pixel_gradient(search.model, points, gain)
         crossed, denied = search.judge(rows, points, logits)
         # a point that only looks adversarial aims as far beyond the model's boundary as it is beyond it now
-        value = torch.where(denied, -lead(logits).abs(), lead(logits))
+        value = torch.where(denied, -gain(logits).abs(), gain(logits))
         points = _step(search.images[rows], points, crossed, value, gradient, search.norm)
         keep = search.distances[rows] > search.enough
         rows, targets, points = rows[keep], targets[keep], points[keep]
@@ -223,11 +223,6 @@ def _step(images: Tensor, points: Tensor, crossed: Tensor, value: Tensor, gradie
     direct_B, biased_B = length(direct, norm), length(biased, norm)
     lean = _wide((direct_B / (direct_B + biased_B).clamp_min(TINY)).clamp_max(ALPHA_MAX))
     return ((1 - lean) * (origins + ETA * direct) + lean * (images + ETA * biased)).clamp(0, 1)
-
-
-def _lead(logits_BK: Tensor, labels_B: Tensor, targets_B: Tensor) -> Tensor:
-    """The target's logit minus the label's (B,)."""
-    return (logits_BK.gather(1, targets_B[:, None]) - logits_BK.gather(1, labels_B[:, None])).squeeze(1)
 
 
 def _targets(logits_BK: Tensor, labels_B: Tensor, targets: int) -> Tensor:

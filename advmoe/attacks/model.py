@@ -62,6 +62,11 @@ def margin(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
     return others - true
 
 
+def lead(logits_BK: Tensor, labels_B: Tensor, targets_B: Tensor) -> Tensor:
+    """Logit of the target minus the true one (B,), Carlini-Wagner's 2017 difference of a targeted attack."""
+    return (logits_BK.gather(1, targets_B[:, None]) - logits_BK.gather(1, labels_B[:, None])).squeeze(1)
+
+
 LOSSES: dict[Loss, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "margin": margin}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from advmoe.attacks.ascent import Climb, Objective
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.model import Fooled, Loss, Model, cross_entropy, input_gradient, pixel_gradient
+from advmoe.attacks.model import Fooled, Loss, Model, cross_entropy, input_gradient, lead, pixel_gradient
 from advmoe.params import NonNegativeInt, PositiveFloat, PositiveInt, Settings
 
 
@@ -77,9 +77,7 @@ def towards(model: Model, labels_B: Tensor, goals_B: Tensor, loss: Loss) -> Obje
         labels, goals = labels_B[rows], goals_B[rows]
 
         def gain(logits: Tensor) -> Tensor:
-            if loss == "ce":
-                return -cross_entropy(logits, goals)
-            return (logits.gather(1, goals[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
+            return -cross_entropy(logits, goals) if loss == "ce" else lead(logits, labels, goals)
 
         gradient, logits = pixel_gradient(model, points, gain)
         return gradient, logits.argmax(dim=1) != labels
