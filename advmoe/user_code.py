@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from advmoe.errors import UserError
+from advmoe.errors import UserError, first_line
 
 
 def names_code(text: str) -> bool:
@@ -32,7 +32,7 @@ def load_function(reference: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{reference}: importing {path} raised {type(error).__name__}: {_line(error)}") from error
+        raise UserError(f"{reference}: importing {path} raised {first_line(error)}") from error
     found = getattr(module, function, None)
     if not callable(found):
         raise UserError(f"{reference}: {path} has no function '{function}'")
@@ -46,7 +46,7 @@ def call(reference: str, function: Callable[..., Any], *arguments: Any, **keywor
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{reference} raised {type(error).__name__}: {_line(error)}") from error
+        raise UserError(f"{reference} raised {first_line(error)}") from error
 
 
 def digest(reference: str) -> str:
@@ -63,8 +63,3 @@ def _split(reference: str) -> tuple[Path, str]:
         raise UserError(f"{reference}: must have the form path/to/file.py:function")
     path, _, function = reference.rpartition(":")
     return Path(path), function
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no reason given"

@@ -22,7 +22,7 @@ from advmoe import classifiers, console, user_code
 from advmoe.classifiers import Classifier, Mixture
 from advmoe.data.dataset import Split
 from advmoe.data.npz import read_npz
-from advmoe.errors import UserError
+from advmoe.errors import UserError, first_line
 from advmoe.models.moe import MixtureOfExperts
 
 
@@ -98,8 +98,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: cannot be read as weights without running code ({reason})") from error
+        raise UserError(f"{path}: cannot be read as weights without running code ({first_line(error)})") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -129,8 +128,7 @@ def try_on(subject: Subject, split: Split) -> int:
             logits = subject.model(split.pixels()[:1])
         except Exception as error:
             shape = tuple(split.images.shape[1:])
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{subject.name}: cannot take images of shape {shape} ({line})") from error
+            raise UserError(f"{subject.name}: cannot take images of shape {shape} ({first_line(error)})") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         gave = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"{subject.name}: must map images (B, C, H, W) to logits (B, K), but gave {gave}")

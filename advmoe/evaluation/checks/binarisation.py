@@ -25,9 +25,9 @@ from advmoe.attacks import catalogue
 from advmoe.attacks.ball import ORDER, TINY, Ball, Norm
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.draws import BatchDraws, ImageDraws
+from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding
 from advmoe.evaluation.checks.probing import Answer, Remark, UnaskableError, answered, percent
-from advmoe.evaluation.checks.watching import first_line
 from advmoe.evaluation.memory import is_out_of_memory
 from advmoe.machine import generator
 

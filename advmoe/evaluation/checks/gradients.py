@@ -19,9 +19,10 @@ from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.fab import FabT
 from advmoe.attacks.model import margin
 from advmoe.attacks.pgd import Pgd
+from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding
 from advmoe.evaluation.checks.probing import Answer, Remark, Stage, UnaskableError, answered, gravest, percent, stage
-from advmoe.evaluation.checks.watching import Look, ascend, first_line, gradient_of, vanished
+from advmoe.evaluation.checks.watching import Look, ascend, gradient_of, vanished
 from advmoe.evaluation.memory import is_out_of_memory
 
 CHECK = "gradients"

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from advmoe import engine
+from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding
 from advmoe.evaluation.checks.probing import Remark, gravest
-from advmoe.evaluation.checks.watching import first_line, look, step
+from advmoe.evaluation.checks.watching import look, step
 from advmoe.evaluation.memory import is_out_of_memory
 from advmoe.machine import generator
 

@@ -23,9 +23,9 @@ from advmoe.attacks.draws import ImageDraws
 from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.own import Own
 from advmoe.attacks.pgd import Pgd
+from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding
 from advmoe.evaluation.checks.probing import Remark, gravest, percent
-from advmoe.evaluation.checks.watching import first_line
 from advmoe.evaluation.harness import DECISION_BATCH, OUTSIDE, Outcome
 from advmoe.evaluation.memory import is_out_of_memory
 

@@ -21,6 +21,7 @@ from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.gated import Experts, GateFrozen, Misrouting
 from advmoe.attacks.model import Craft, Fooled, Loss, Model, input_gradient
 from advmoe.attacks.pgd import Pgd
+from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding, Status
 from advmoe.evaluation.harness import DECISION_BATCH
 from advmoe.evaluation.memory import fitting_batch
@@ -168,9 +169,7 @@ def struck(case: Case, probe: Stage, craft: Craft, ball: Ball, purpose: str | No
             raise UnaskableError(
                 "fail", "the model passes no gradient to its pixels: white-box attacks are blind to it"
             ) from error
-        raise UnaskableError(
-            "not checked", f"attacking the model raised {type(error).__name__}: {_line(error)}"
-        ) from error
+        raise UnaskableError("not checked", f"attacking the model raised {first_line(error)}") from error
 
 
 def _batch(case: Case, probe: Stage, rows: Tensor, craft: Craft, ball: Ball, purpose: str | None) -> Tensor:
@@ -185,10 +184,6 @@ def _batch(case: Case, probe: Stage, rows: Tensor, craft: Craft, ball: Ball, pur
         draws=draws,
         precision=case.terms.precision,
     ).images
-
-
-def _line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _passes_gradients(model: nn.Module, images: Tensor) -> bool:

@@ -69,9 +69,3 @@ def gradient_of(
 def vanished(gradient_BCHW: Tensor) -> Tensor:
     """Where every pixel's gradient is exactly 0 (B,)."""
     return (gradient_BCHW == 0).flatten(1).all(dim=1)
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, short enough for a sentence."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
