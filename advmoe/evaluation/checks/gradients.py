@@ -17,12 +17,12 @@ from advmoe import engine
 from advmoe.attacks.apgd import ApgdT
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.fab import FabT
-from advmoe.attacks.model import margin
+from advmoe.attacks.model import margin, pixel_gradient
 from advmoe.attacks.pgd import Pgd
 from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding
 from advmoe.evaluation.checks.probing import Answer, Remark, Stage, UnaskableError, answered, gravest, percent, stage
-from advmoe.evaluation.checks.watching import Look, ascend, gradient_of, vanished
+from advmoe.evaluation.checks.watching import Look, ascend, vanished
 from advmoe.evaluation.memory import is_out_of_memory
 
 CHECK = "gradients"
@@ -51,7 +51,7 @@ class _Seen:
         self.points, self.broken = self.points + len(finite), self.broken + int((~finite).sum())
         self.right, self.zero = self.right + int(right.sum()), self.zero + int(zero.sum())
         if zero.any():
-            gradient, logits = gradient_of(model, seen.points[zero], lambda logits: margin(logits, labels[zero]))
+            gradient, logits = pixel_gradient(model, seen.points[zero], lambda logits: margin(logits, labels[zero]))
             self.flat += int(vanished(gradient).sum())
             self.largest = max(self.largest, float(-margin(logits, labels[zero]).min()))
 

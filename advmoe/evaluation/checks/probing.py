@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from advmoe import engine
 from advmoe.attacks import catalogue
@@ -158,17 +158,11 @@ def struck(case: Case, probe: Stage, craft: Craft, ball: Ball, purpose: str | No
 
     `purpose` names the random streams; with None nothing is random. Stops when the model cannot be attacked.
     """
-    model, images = case.target.model, probe.images
     try:
-        with engine.frozen(model):
-            size = case.terms.batch_size or fitting_batch(model, images)
-        chunks = torch.split(torch.arange(len(images)), size)
+        size = case.terms.batch_size or fitting_batch(case.target.model, probe.images)
+        chunks = torch.split(torch.arange(len(probe.images)), size)
         return torch.cat([_batch(case, probe, rows, craft, ball, purpose) for rows in chunks])
     except Exception as error:  # anybody's model, which may raise anything
-        if not _passes_gradients(model, images[:1]):
-            raise UnaskableError(
-                "fail", "the model passes no gradient to its pixels: white-box attacks are blind to it"
-            ) from error
         raise UnaskableError("not checked", f"attacking the model raised {first_line(error)}") from error
 
 
@@ -184,14 +178,6 @@ def _batch(case: Case, probe: Stage, rows: Tensor, craft: Craft, ball: Ball, pur
         draws=draws,
         precision=case.terms.precision,
     ).images
-
-
-def _passes_gradients(model: nn.Module, images: Tensor) -> bool:
-    try:
-        with engine.frozen(model), torch.enable_grad():
-            return bool(model(images.detach().requires_grad_(True)).requires_grad)
-    except Exception:  # then it is not for want of gradients that it cannot be attacked
-        return True
 
 
 @contextmanager

@@ -3,15 +3,14 @@
 Shapes: B batch, C channel, H/W pixels, K classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.ball import Ball
 from advmoe.attacks.draws import ImageDraws
-from advmoe.attacks.model import cross_entropy
+from advmoe.attacks.model import cross_entropy, pixel_gradient
 from advmoe.evaluation.checks.case import Case
 from advmoe.evaluation.checks.probing import Stage
 
@@ -48,22 +47,8 @@ def step(ball: Ball, seen: Look, images: Tensor) -> Tensor:
 
 def look(model: nn.Module, points: Tensor, labels: Tensor) -> Look:
     """What the model says at the points and the gradient of its cross-entropy there."""
-    gradient, logits = gradient_of(model, points, lambda logits: cross_entropy(logits.float(), labels))
+    gradient, logits = pixel_gradient(model, points, lambda logits: cross_entropy(logits.float(), labels))
     return Look(points, logits, gradient)
-
-
-def gradient_of(
-    model: Callable[[Tensor], Tensor], points: Tensor, loss: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The gradient of a loss (B,) of the output in the pixels, 0 where none arrives; and the output, as it came."""
-    with torch.enable_grad():
-        pixels = points.detach().clone().requires_grad_(True)
-        output = model(pixels)
-        lost = loss(output).sum()
-        if not lost.requires_grad:
-            return torch.zeros_like(points), output.detach()
-        (gradient,) = torch.autograd.grad(lost, pixels, allow_unused=True)
-    return torch.zeros_like(points) if gradient is None else gradient, output.detach()
 
 
 def vanished(gradient_BCHW: Tensor) -> Tensor:
