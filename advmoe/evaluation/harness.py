@@ -9,7 +9,7 @@ Shapes: N images, b images of one batch, C channel, H/W pixels, K classes.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from advmoe.attacks import catalogue
 from advmoe.attacks.ball import Ball
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.draws import ImageDraws
+from advmoe.attacks.model import Craft
 from advmoe.attacks.own import Own
 from advmoe.engine import Passes, Precision
 from advmoe.errors import UserError
@@ -232,16 +233,12 @@ def _batch(target: Target, name: str, attack: AnyAttack, terms: Terms, rows: Ten
     started, passes = time.monotonic(), Passes()
     images, labels = target.images[rows], target.labels[rows]
     precision: Precision = "float32" if catalogue.ENTRIES[type(attack)].full_precision else terms.precision
-    with ExitStack() as stack:
-        sources = {
-            source: stack.enter_context(engine.crafting(target.sources[source], precision, passes))
-            for source in catalogue.sources_of(attack)
-        }
+    with bound(target, attack, precision, passes) as craft:
         struck = engine.strike(
             target.model,
             images,
             labels,
-            catalogue.bind(attack, sources),
+            craft,
             ball=terms.ball,
             draws=ImageDraws(terms.seed, name, rows),
             precision=precision,
@@ -255,6 +252,17 @@ def _batch(target: Target, name: str, attack: AnyAttack, terms: Terms, rows: Ten
         passes.backward,
         time.monotonic() - started,
     )
+
+
+@contextmanager
+def bound(target: Target, attack: AnyAttack, precision: Precision, passes: Passes | None = None) -> Iterator[Craft]:
+    """The attack as a function, its networks to transfer from made ready."""
+    with ExitStack() as stack:
+        sources = {
+            name: stack.enter_context(engine.crafting(target.sources[name], precision, passes))
+            for name in catalogue.sources_of(attack)
+        }
+        yield catalogue.bind(attack, sources)
 
 
 def _store(target: Target, name: str, attack: AnyAttack, terms: Terms) -> Store:

@@ -3,8 +3,7 @@
 Shapes: N images of the evaluation, n probe images, C channel, H/W pixels.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from advmoe.attacks.model import Craft, Fooled, Loss, Model, input_gradient
 from advmoe.attacks.pgd import Pgd
 from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding, Status
-from advmoe.evaluation.harness import DECISION_BATCH
+from advmoe.evaluation.harness import DECISION_BATCH, bound
 from advmoe.evaluation.memory import fitting_batch
 from advmoe.evaluation.paired import Paired, compare
 
@@ -139,7 +138,7 @@ def survivors(case: Case, probe: Stage, attack: AnyAttack, ball: Ball, purpose: 
     """Which probe images (n,) the model still gets right after the attack, on the CPU; see `struck` for the rest."""
     if not len(probe.rows):
         return torch.zeros(0, dtype=torch.bool)
-    with bound(case, attack) as craft:
+    with bound(case.target, attack, case.terms.precision) as craft:
         found = struck(case, probe, craft, ball, purpose)
     wrong_n = engine.predict(case.target.model, found, DECISION_BATCH).argmax(dim=1) != probe.labels
     # NaN is no image, though it is misclassified by every network
@@ -178,17 +177,6 @@ def _batch(case: Case, probe: Stage, rows: Tensor, craft: Craft, ball: Ball, pur
         draws=draws,
         precision=case.terms.precision,
     ).images
-
-
-@contextmanager
-def bound(case: Case, attack: AnyAttack) -> Iterator[Craft]:
-    """The attack as a function, its networks to transfer from made ready."""
-    with ExitStack() as stack:
-        sources = {
-            name: stack.enter_context(engine.crafting(case.target.sources[name], case.terms.precision))
-            for name in catalogue.sources_of(attack)
-        }
-        yield catalogue.bind(attack, sources)
 
 
 def gradient_fault(case: Case, probe: Stage, loss: Loss) -> str:

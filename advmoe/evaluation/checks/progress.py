@@ -20,6 +20,7 @@ from advmoe.attacks.pgd import Pgd, pgd
 from advmoe.evaluation.checks import probing
 from advmoe.evaluation.checks.case import Case, Finding
 from advmoe.evaluation.checks.probing import Remark, Stage, percent
+from advmoe.evaluation.harness import bound
 
 LOSSES: tuple[Loss, ...] = ("ce", "margin")
 NEARLY_ALL, HALF = 0.9, 0.5  # of the images, whose loss a sound ascent raises
@@ -146,7 +147,7 @@ def _moved_nothing(case: Case, name: str) -> bool:
 def _lame(case: Case, probe: Stage, name: str) -> bool:
     """Attacks that look for the nearest boundary may rightly give back an image whose boundary is out of reach."""
     easy, ball = probe.first(EASY), _limitless(case.terms.ball, probe)
-    with probing.bound(case, case.attacks[name]) as craft:
+    with bound(case.target, case.attacks[name], case.terms.precision) as craft:
         return torch.equal(probing.struck(case, easy, craft, ball, name), easy.images)
 
 
