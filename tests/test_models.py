@@ -382,13 +382,16 @@ def test_nested_folding_is_undone_once_and_at_the_end() -> None:
     assert not any(layer.is_folded for layer in layers)
 
 
-def test_folding_refuses_train_mode() -> None:
-    model = make_mixture()
-    lived_in(model)
-    model.experts[1].train()
-    with pytest.raises(AssertionError, match="eval mode"), folded(model, {torch.float32}):
-        pass
-    assert not any(layer.is_folded for layer in model.modules() if isinstance(layer, ConvNorm))
+@pytest.mark.parametrize("part", ["stem", "stem.norm"])
+def test_folding_leaves_layers_in_train_mode_as_they_are(part: str) -> None:
+    model = lived_in(make_resnet())
+    model.get_submodule(part).train()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, ConvNorm)}
+    with torch.no_grad():
+        plain = model(pixels(8))
+        with folded(model, {torch.float32}):
+            assert [name for name, layer in layers.items() if not layer.is_folded] == ["stem"]
+            torch.testing.assert_close(model(pixels(8)), plain, atol=1e-4, rtol=1e-4)
 
 
 def test_folding_is_undone_after_an_error() -> None:

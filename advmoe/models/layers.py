@@ -80,13 +80,14 @@ def linear_in_float32(layer: nn.Linear, features_BF: Tensor) -> Tensor:
 
 @contextmanager
 def folded(model: nn.Module, dtypes: set[torch.dtype]) -> Iterator[None]:
-    """Run every ConvNorm of an eval-mode `model` as one convolution, prepared in the given `dtypes`.
+    """Run every ConvNorm in eval mode as one convolution, prepared in the given `dtypes`.
 
-    Weights must not change inside. Forward passes run in the type that autocast asks for, float32 without autocast.
+    One that is in train mode stays as it is: batch statistics cannot be folded. Weights must not change inside. Forward
+    passes run in the type that autocast asks for, float32 without autocast.
     """
     # an enclosing `folded` has done it already and will undo it
-    layers = [layer for layer in model.modules() if isinstance(layer, ConvNorm) and not layer.is_folded]
-    assert not any(layer.training for layer in layers), "folding needs eval mode: batch statistics cannot be folded"
+    found = [layer for layer in model.modules() if isinstance(layer, ConvNorm) and not layer.is_folded]
+    layers = [layer for layer in found if not layer.training and not layer.norm.training]
     for layer in layers:
         layer.fold(dtypes)
     try:
