@@ -25,10 +25,8 @@ from advmoe.attacks import catalogue
 from advmoe.attacks.ball import ORDER, TINY, Ball, Norm
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.draws import BatchDraws, ImageDraws
-from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding
-from advmoe.evaluation.checks.probing import Answer, Remark, UnaskableError, answered, percent
-from advmoe.evaluation.memory import is_out_of_memory
+from advmoe.evaluation.checks.probing import Answer, Remark, UnaskableError, answered, blamed, percent
 from advmoe.machine import generator
 
 CHECK = "binarisation"
@@ -173,11 +171,7 @@ def _plant(case: Case, heads: list[nn.Linear], rows: Tensor) -> tuple[Binary, Te
     try:
         fitted = [_fit(case, heads, row) for row in rows]
     except Exception as error:  # anybody's model, which may raise anything
-        if is_out_of_memory(error):
-            raise
-        raise UnaskableError(
-            "not checked", f"what the last layer reads cannot be read ({first_line(error)})"
-        ) from error
+        raise UnaskableError("not checked", f"what the last layer reads cannot be read ({blamed(error)})") from error
     planes = ReadOut(*(torch.stack(part) for part in zip(*fitted, strict=True)))
     binary = Binary(model, heads, images, planes, case.terms.ball.norm)
     points, scores = _move_on(case, binary)
@@ -257,9 +251,7 @@ def _attack(case: Case, binary: Binary, rows: Tensor, suite: dict[str, AnyAttack
         try:
             found[left] = _strike(case, binary, rows[left], name, attack)
         except Exception as error:  # anybody's model or attack, which may raise anything
-            if is_out_of_memory(error):
-                raise
-            refused[name] = first_line(error)
+            refused[name] = blamed(error)
     return found, refused
 
 

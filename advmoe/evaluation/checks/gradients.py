@@ -19,11 +19,19 @@ from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.fab import FabT
 from advmoe.attacks.model import margin, pixel_gradient
 from advmoe.attacks.pgd import Pgd
-from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding
-from advmoe.evaluation.checks.probing import Answer, Remark, Stage, UnaskableError, answered, gravest, percent, stage
+from advmoe.evaluation.checks.probing import (
+    Answer,
+    Remark,
+    Stage,
+    UnaskableError,
+    answered,
+    blamed,
+    gravest,
+    percent,
+    stage,
+)
 from advmoe.evaluation.checks.watching import Look, ascend, vanished
-from advmoe.evaluation.memory import is_out_of_memory
 
 CHECK = "gradients"
 MANY = 0.1  # share of exactly zero gradients that is a failure; single ones are a reason to look
@@ -73,9 +81,7 @@ def _answer(case: Case) -> Answer:
             seen = _watch(case, probe)
             gates = _blocked_gates(model, case.target.images[: case.probes.images])
     except Exception as error:  # anybody's model, which may raise anything
-        if is_out_of_memory(error):
-            raise
-        raise UnaskableError("fail", f"the model's gradient cannot be computed ({first_line(error)})") from error
+        raise UnaskableError("fail", f"the model's gradient cannot be computed ({blamed(error)})") from error
     remarks = [*_of_output(seen.clean_logits), *_of_numbers(seen), *_of_gradient(seen, case), *_of_gates(gates)]
     evidence = {
         "images": len(probe.rows),

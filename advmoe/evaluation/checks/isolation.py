@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from advmoe import engine
-from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding
-from advmoe.evaluation.checks.probing import Remark, gravest
+from advmoe.evaluation.checks.probing import Remark, blamed, gravest
 from advmoe.evaluation.checks.watching import look, step
-from advmoe.evaluation.memory import is_out_of_memory
 from advmoe.machine import generator
 
 CHECK = "isolation"
@@ -56,9 +54,7 @@ def isolation(case: Case) -> Finding:
             remarks += _of_buffers(case, images, before, evidence)
             remarks += _of_company(case, images, evidence)
         except Exception as error:  # anybody's model, which may raise anything
-            if is_out_of_memory(error):
-                raise
-            remarks.append(("fail", f"the model fails on a batch that the checks make ({first_line(error)})"))
+            remarks.append(("fail", f"the model fails on a batch that the checks make ({blamed(error)})"))
         finally:
             _put_back(model, before)
     otherwise = "an attack moves no buffer, and no image's logits depend on its neighbours"

@@ -23,11 +23,9 @@ from advmoe.attacks.draws import ImageDraws
 from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.own import Own
 from advmoe.attacks.pgd import Pgd
-from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding
-from advmoe.evaluation.checks.probing import Remark, gravest, percent
+from advmoe.evaluation.checks.probing import Remark, blamed, gravest, percent
 from advmoe.evaluation.harness import DECISION_BATCH, OUTSIDE, Outcome
-from advmoe.evaluation.memory import is_out_of_memory
 
 CHECK = "plumbing"
 PARTS = (1, 2, 5)  # sizes of the batches that a few images are attacked in, after all of them together
@@ -112,8 +110,7 @@ def _heeds_the_ball(case: Case, name: str) -> bool:
         with engine.crafting(case.target.model, "float32") as cheap:
             found = catalogue.bind(attack, {})(cheap, images, labels, ball=ball, draws=draws).detach()
     except Exception as error:  # anybody's model or attack, which may raise anything
-        if is_out_of_memory(error):
-            raise
+        blamed(error)  # raises what is nobody's fault
         return False
     return bool((_sizes(found, images, ball) <= ball.epsilon + OUTSIDE).all())
 
@@ -202,9 +199,7 @@ def _attacked_again(case: Case, evidence: dict[str, Any]) -> Iterator[Remark]:
             yield from _without_budget(case, name, attack, rows, evidence["changed_without_epsilon"])
             yield from _in_parts(case, name, attack, rows, evidence["changed_in_parts"])
         except Exception as error:  # anybody's model or attack, which may raise anything
-            if is_out_of_memory(error):
-                raise
-            yield ("warn", f"{name} fails on a few images ({first_line(error)})")
+            yield ("warn", f"{name} fails on a few images ({blamed(error)})")
 
 
 def _repeatable(case: Case) -> dict[str, AnyAttack]:

@@ -23,7 +23,7 @@ from advmoe.attacks.pgd import Pgd
 from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding, Status
 from advmoe.evaluation.harness import DECISION_BATCH, bound
-from advmoe.evaluation.memory import fitting_batch
+from advmoe.evaluation.memory import fitting_batch, is_out_of_memory
 from advmoe.evaluation.paired import Paired, compare
 
 STEP_SIZE = 0.25  # of epsilon, customary for PGD; with 20 steps five times the radius
@@ -50,6 +50,13 @@ def answered(check: str, ask: Callable[[Case], Answer], case: Case) -> Finding:
     except UnaskableError as stop:
         status, sentence, evidence = stop.status, stop.sentence, {}
     return Finding(check, status, sentence, _rounded(evidence))
+
+
+def blamed(error: Exception) -> str:
+    """What somebody's model or attack raised, in words; raised again where it is that memory ran out."""
+    if is_out_of_memory(error):
+        raise error
+    return first_line(error)
 
 
 def gravest(remarks: Sequence[Remark], otherwise: str) -> Remark:
