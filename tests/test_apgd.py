@@ -4,21 +4,20 @@ Shapes: B batch, C channel, H/W pixels, K classes, D pixels of an image in one r
 """
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from advmoe.attacks.apgd import ApgdCe, ApgdT, apgd_ce, apgd_t, checkpoints, dlr, start, targeted_dlr
 from advmoe.attacks.ball import L2, Ball, LInf, Norm
 from advmoe.attacks.draws import ImageDraws
 from advmoe.attacks.model import Fooled, Model
 from advmoe.machine import generator
+from benchmarks import checkpoints as published
 
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 SHAPE = (1, 4, 4)
 EPSILONS: dict[Norm, float] = {"linf": 0.05, "l2": 0.2}
 every_norm = pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -589,33 +588,15 @@ def test_every_point_is_inside_ball_and_box(kind: str, norm: Norm) -> None:
 # ---- the authors' decisions on a real network
 
 
-def fashion_network() -> nn.Module:
-    layers = nn.Sequential(
-        nn.Conv2d(1, 16, 4, 2, 1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 4, 2, 1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(1568, 100),
-        nn.ReLU(),
-        nn.Linear(100, 10),
-    )
-    with np.load(SHARED / "checkpoints" / "wk_fmnist_eps0.1.npz", allow_pickle=False) as weights:
-        layers.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights})
-    return layers.eval().requires_grad_(False)
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data, real networks that are not part of the project")
+@pytest.mark.skipif(not published.available(), reason=f"needs {published.FOLDER}")
 def test_decisions_agree_with_the_reference() -> None:
-    model, count = fashion_network(), 30
-    with np.load(SHARED / "reference" / "ref_wk_fmnist.npz", allow_pickle=False) as reference:
-        stands, epsilon = torch.from_numpy(reference["autoattack_correct"][:count]), float(reference["epsilon"])
-    with np.load(SHARED / "fashion_mnist_test_first200.npz", allow_pickle=False) as file:
-        images = torch.from_numpy(file["images"][:count]).float()[:, None] / 255
-        labels = torch.from_numpy(file["labels"][:count])
+    model, theirs = published.model("wk-fmnist").requires_grad_(False), published.reference("wk-fmnist")
+    images, labels = published.images("wk-fmnist", 30)
     standing = labels_of(model, images) == labels
     for kind in ("ce", "t"):
         rows = standing.nonzero()[:, 0]
-        found = attack(kind, model, images[rows], labels[rows], LInf(epsilon), steps=100, numbers=rows)
+        found = attack(kind, model, images[rows], labels[rows], LInf(theirs.epsilon), steps=100, numbers=rows)
         standing[rows] = labels_of(model, found) == labels[rows]
-    assert (standing != stands).sum() <= 1  # the reference has two more attacks, which can find an image of their own
+    assert (
+        standing != theirs.autoattack[:30]
+    ).sum() <= 1  # the reference has two more attacks, which can find an image of their own

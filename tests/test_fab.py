@@ -5,22 +5,21 @@ Shapes: B batch, C channel, H/W pixels, D pixels of an image in one row, K class
 
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import optimize
-from torch import Tensor, nn
+from torch import Tensor
 
 from advmoe.attacks.ball import L2, Ball, Draws, LInf, Norm
 from advmoe.attacks.draws import ImageDraws
 from advmoe.attacks.fab import FabT, closest, fab_t, to_plane
 from advmoe.attacks.model import Fooled, Model, margin
 from advmoe.machine import generator
+from benchmarks import checkpoints
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 TOLERANCE = 1e-6
 every_norm = pytest.mark.parametrize("norm", ["linf", "l2"])
 
@@ -548,22 +547,12 @@ def test_walk_does_not_end_on_a_tie(norm: Norm) -> None:
 # ---- a network trained by others
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}")
+@pytest.mark.skipif(not checkpoints.available(), reason=f"needs {checkpoints.FOLDER}")
 def test_agrees_with_the_reference_on_a_trained_network() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU(), nn.Flatten(),
-        nn.Linear(1568, 100), nn.ReLU(), nn.Linear(100, 10),
-    )  # fmt: skip
-    with np.load(SHARED / "checkpoints" / "wk_fmnist_eps0.1.npz", allow_pickle=False) as weights:
-        model.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights})
-    model.requires_grad_(False)
-    with np.load(SHARED / "reference" / "ref_wk_fmnist.npz", allow_pickle=False) as reference:
-        right, robust = (torch.from_numpy(reference[key])[:100] for key in ("clean_correct", "autoattack_correct"))
-        epsilon, file = float(reference["epsilon"]), str(reference["images_file"])
-    with np.load(SHARED / file, allow_pickle=False) as data:
-        images = torch.from_numpy(data["images"][:100][right.numpy()])[:, None].float() / 255
-        labels = torch.from_numpy(data["labels"][:100][right.numpy()])
-    found = attacked(model, images, labels, LInf(epsilon), settings(steps=20, targets=4), confirmed(model))
+    model, theirs = checkpoints.model("wk-fmnist").requires_grad_(False), checkpoints.reference("wk-fmnist")
+    right, robust = theirs.clean[:100], theirs.autoattack[:100]
+    images, labels = (part[right] for part in checkpoints.images("wk-fmnist", 100))
+    found = attacked(model, images, labels, LInf(theirs.epsilon), settings(steps=20, targets=4), confirmed(model))
     standing = model(found).argmax(1) == labels
     assert not (~standing & robust[right]).any()
     assert int((standing & ~robust[right]).sum()) <= 2
