@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_WIDTH = 120  # of tables in a log
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 PLAIN_SECONDS = 10.0
 
 T = TypeVar("T")

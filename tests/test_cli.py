@@ -363,12 +363,21 @@ def test_a_question_with_checks_writes_its_verdict(advmoe: Advmoe, project: Path
     assert report["accuracy"]["clean"] is not None
 
 
+def test_a_missing_factory_is_named_as_it_was_typed(advmoe: Advmoe, project: Path) -> None:
+    del project
+    ran = advmoe("evaluate", "--model", "bad/nofile.py:factory")
+    assert (ran.code, ran.err) == (2, "error: bad/nofile.py:factory: no such file bad/nofile.py\n")
+
+
 def test_presets_take_part_and_a_single_expert_can_be_asked(advmoe: Advmoe, project: Path) -> None:
     options = ("--limit", "4", "--steps", "1", "--no-checks")
     assert advmoe("evaluate", "--attack", "adaptive", *options).code == 0
     assert {"gate-frozen", "misrouting", "experts"} <= set(answer(project)["attacks"])
     shutil.rmtree(project / "runs")
-    assert advmoe("evaluate", "--attack", "adaptive", "--expert", "pgd-1", *options).code == 0
+    ran = advmoe("evaluate", "--attack", "adaptive", "--expert", "pgd-1", *options)
+    assert ran.code == 0
+    assert "mixture.safetensors, expert pgd-1: accuracy on 4 images" in " ".join(ran.out.split())
+    assert "pgd: steps 1, step_size" in ran.out
     report = answer(project)
     assert report["expert"] == "pgd-1"
     assert "gate-frozen" not in report["attacks"]  # an expert has no gate

@@ -351,7 +351,7 @@ def write_npz(path: Path, **arrays: Any) -> Callable[[], object]:
         ({"images": noise(20, 8, 8) / 255}, "'images' must be uint8"),
         ({"images": noise(20, 8, 8).astype(np.int64)}, "'images' must be uint8"),
         ({"images": noise(20, 64)}, "'images' must be uint8 of shape"),
-        ({"images": noise(0, 8, 8), "labels": labels(0)}, "'images' must be uint8 of shape"),
+        ({"images": noise(0, 8, 8), "labels": labels(0)}, "holds no images"),
         ({"images": noise(20, 8, 8, 4)}, "images must be uint8 with 1 or 3 channels"),
         ({"images": noise(20, 7, 9)}, "images must be at least 8 pixels a side, got 1 x 7 x 9"),
         ({"labels": labels(20).astype(np.float64)}, "'labels' must be 20 integers, got float64"),

@@ -471,7 +471,7 @@ def stored() -> list[Path]:
     return sorted(paths.RESUME.rglob("*.safetensors"))
 
 
-def test_a_killed_run_goes_on_where_it_was() -> None:
+def test_a_killed_run_goes_on_where_it_was(capsys: pytest.CaptureFixture[str]) -> None:
     attacks: dict[str, AnyAttack] = {"pgd": PGD, "own": own(COUNTED_PGD)}
     target, terms = make_target(make_resnet(), wrong=False), make_terms()
     expected = measure(target, attacks, terms)
@@ -480,7 +480,9 @@ def test_a_killed_run_goes_on_where_it_was() -> None:
     assert stored() == []
     kill_after_two_batches(target, attacks, terms)
     assert calls() == [6, 6]
+    capsys.readouterr()
     assert same_measured(measure(target, attacks, terms), expected)
+    assert "own: 12 images taken over from the run that was stopped" in capsys.readouterr().out
     assert calls() == [6, 2]  # the finished batches were not attacked again
     assert same_measured(measure(target, attacks, terms), expected)
     assert calls() == []

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from advmoe import classifiers, paths
+from advmoe.attacks import presets
 from advmoe.errors import UserError
 from advmoe.evaluation.answer import answer
-from advmoe.evaluation.question import Question
+from advmoe.evaluation.question import Question, resolve
 from advmoe.evaluation.subjects import load_images, load_subject, read_weights, try_on
 from advmoe.machine import generator
 from advmoe.models.moe import MixtureOfExperts
@@ -211,6 +212,23 @@ def test_a_stranger_is_evaluated_without_params(stranger: Path) -> None:
     assert report["epsilon"] == 8 / 255
 
 
+@pytest.mark.parametrize("attacks", [("autoattack", "square"), ("square", "autoattack")])
+def test_a_preset_is_what_its_name_promises(project: Path, edit: Any, attacks: tuple[str, ...]) -> None:
+    del project
+    own = {"kind": "square", "queries": 1, "p_init": 0.5}  # params.yaml's numbers for the attack asked for beside it
+    edit({"evaluate.attacks": {"square": own, "pgd": presets.STANDARD["pgd"].model_dump()}})
+    subject = load_subject(str(paths.MIXTURE), None, None)
+    asked = [resolve(Question(model=subject.name, attacks=names), subject).attacks for names in (attacks, ("square",))]
+    assert asked[0]["square"] == presets.STANDARD["square"]
+    assert asked[1]["square"].model_dump() == own
+
+
+def test_a_factory_without_weights_is_named(stranger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    del stranger
+    load_subject("model.py:factory", None, None)
+    assert "no --weights: the model is evaluated as model.py:factory returns it" in capsys.readouterr().err
+
+
 def test_a_stranger_is_judged_and_leaks_are_found(stranger: Path) -> None:
     ask(checks=True, training_data=Path("images.npz"))
     (file,) = (stranger / "runs").glob("*.verdict.json")
@@ -235,7 +253,7 @@ def test_a_model_without_gradients_gets_an_answer_and_no_headline(stranger: Path
         ({"data": None}, "--data is missing: model.py:factory is not of this project"),
         ({"epsilon": None}, "--epsilon is missing"),
         ({"attacks": ("gate-frozen",)}, "attack gate-frozen: model has no gate"),
-        ({"attacks": ("transfer",)}, "--attack transfer: not known"),
+        ({"attacks": ("transfer",)}, "--attack transfer: there is no other network"),
         ({"expert": "pgd-1"}, "--expert pgd-1: only an artifact of advmoe has experts by name"),
     ],
 )

@@ -46,12 +46,16 @@ def read_npz(path: Path) -> tuple[Labelled, tuple[str, ...] | None]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read as .npz without pickle ({error})") from error
+        # NumPy's own sentence recommends to unpickle the file
+        reason = "" if "pickle" in str(error) else f" ({error})"
+        raise UserError(f"{path}: cannot be read as .npz without pickle{reason}") from error
     for name in ("images", "labels"):
         if name not in arrays:
             raise UserError(f"{path}: has no array '{name}'")
     images, labels = arrays["images"], arrays["labels"]
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
+    if images.shape[:1] == (0,):
+        raise UserError(f"{path}: holds no images")
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise UserError(
             f"{path}: 'images' must be uint8 of shape N x H x W or N x H x W x 3, got {images.dtype} {images.shape}"
         )

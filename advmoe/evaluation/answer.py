@@ -57,14 +57,28 @@ def _show(question: Question, setting: Setting, measured: Measured, judged: Verd
         ]
         for name, share in measured.shares().items()
     ]
-    title = f"{question.model}: accuracy on {len(setting.images)} images, {radius}"
+    title = f"{_name(question)}: accuracy on {len(setting.images)} images, {radius}"
     console.table(title, ["", "% [95 % Wilson interval]", "images", "forward", "backward", "seconds"], rows)
+    if setting.terms.drop_fallen:
+        console.say("+ marks what is left after this attack and all above it: images that fell are spared the others")
+    for name, attack in setting.attacks.items():
+        console.say(f"{name}: {_numbers(attack)}")
     if judged is None:
         console.warn("no checks were asked for: nothing says that these numbers can be believed")
         return
-    verdict.show(question.model, judged)
+    verdict.show(_name(question), judged)
     if withheld:
         console.warn(f"headline withheld: {judged.reasons[0]}")
+
+
+def _name(question: Question) -> str:
+    return question.model if question.expert is None else f"{question.model}, expert {question.expert}"
+
+
+def _numbers(attack: AnyAttack) -> str:
+    """What an attack was run with, for people: 'steps 50, step_size 0.25'."""
+    settings = attack.model_dump(mode="json", exclude={"kind"})
+    return ", ".join(f"{key} {value}" for key, value in settings.items()) or "has no settings"
 
 
 def _cost(measured: Measured, name: str) -> list[str]:

@@ -207,6 +207,8 @@ def _parts(target: Target, name: str, attack: AnyAttack, terms: Terms, wanted: T
         done[part.rows.to(done.device)] = True
         yield part
     rows = (wanted & ~done).nonzero().squeeze(1).cpu()
+    if done.any():
+        console.say(f"{target.name}: {name}: {int(done.sum())} images taken over from the run that was stopped")
     if not len(rows):
         return
     size = terms.batch_size or fitting_batch(target.model, target.images)

@@ -106,9 +106,11 @@ def _at_home(question: Question, subject: Subject, artifact: Classifier) -> Sett
 
 def _abroad(question: Question, subject: Subject) -> Setting:
     """A stranger: everything comes from the command line or is standard; params.yaml has no say."""
-    for option, value in (("--data", question.data), ("--epsilon", question.epsilon)):
+    for option, value, example in (("--data", question.data, "images.npz"), ("--epsilon", question.epsilon, "8/255")):
         if value is None:
-            raise UserError(f"{option} is missing: {question.model} is not of this project, so params.yaml has no say")
+            raise UserError(
+                f"{option} is missing: {question.model} is not of this project; give for example {option} {example}"
+            )
     assert question.data is not None
     assert question.epsilon is not None
     images = subjects.load_images(question.data, question.limit)
@@ -159,12 +161,15 @@ def _wanted(
     """The attacks asked for by name, preset or file, with the steps from the command line."""
     wanted: dict[str, AnyAttack] = {}
     for name in question.attacks:
-        if name in known:
-            wanted[name] = known[name]
-        elif name in PRESETS:
+        if name in PRESETS:
             wanted |= presets.preset(name, sources, has_gate)
-        elif name == "transfer" and sources:
-            wanted[name] = Transfer(kind="transfer", **presets.CLIMB, sources=sources)
+    for name in question.attacks:
+        if name in wanted or name in PRESETS:
+            continue  # a preset is what its name promises, whatever is asked for beside it
+        if name == "transfer":
+            wanted[name] = _transfer(known, sources)
+        elif name in known:
+            wanted[name] = known[name]
         elif user_code.names_code(name):
             user_code.load_function(name)  # a mistake in the file should be known before an hour is spent
             wanted[Path(name).name] = Own(kind="own", function=name)
@@ -174,6 +179,16 @@ def _wanted(
                 "and path/to/file.py:function is your own"
             )
     return _with_steps(wanted, question.steps)
+
+
+def _transfer(known: Mapping[str, AnyAttack], sources: tuple[str, ...]) -> Transfer:
+    """From all networks there are but the one that is attacked."""
+    if not sources:
+        raise UserError("--attack transfer: there is no other network of this project to craft on")
+    settings = known.get("transfer")
+    if isinstance(settings, Transfer):
+        return settings.model_copy(update={"sources": sources})
+    return Transfer(kind="transfer", **presets.CLIMB, sources=sources)
 
 
 def _with_steps(attacks: dict[str, AnyAttack], steps: int | None) -> dict[str, AnyAttack]:

@@ -8,6 +8,7 @@ Shapes: N images, C channel, H/W pixels, K classes.
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ def _stranger(reference: str, weights: Path | None) -> Subject:
     if weights is not None:
         _fill(model, weights)
         identity += hashlib.sha256(weights.read_bytes()).hexdigest()
+    else:
+        console.warn(f"no --weights: the model is evaluated as {reference} returns it")
     return Subject(reference.rpartition(":")[0].rpartition("/")[2].removesuffix(".py"), model.eval(), identity, None)
 
 
@@ -97,7 +100,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content: Any = from_safetensors(path.read_bytes()) if path.suffix == ".safetensors" else _torch_load(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # PyTorch's own sentence recommends to run what it refused
+        raise UserError(
+            f"{path}: cannot be read as weights without running code (it holds more than tensors; nothing was run)"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as weights without running code ({first_line(error)})") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -109,7 +116,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _torch_load(path: Path) -> Any:
     if path.suffix not in {".pt", ".pth"}:
         raise UserError(f"{path}: weights must be .safetensors, .pt or .pth")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about formats that weights_only refuses anyway
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_images(path: Path, limit: int | None) -> Split:

@@ -68,8 +68,8 @@ def _status(added: int, unjudged: int, allowed: float) -> Status:
 
 def _sentence(case: Case, status: Status, white: list[str], blind: list[str], evidence: dict[str, Any]) -> str:
     sentence = (
-        f"{', '.join(blind)} fooled the model on {evidence['added']} of {evidence['images']} images that withstood "
-        f"{', '.join(white)}; up to {evidence['allowed']:g} are ordinary"
+        f"of {evidence['images']} images {evidence['added']} withstood {', '.join(white)} and fell to "
+        f"{', '.join(blind)}; up to {evidence['allowed']:g} may do so by chance"
     )
     if status == "not checked":
         fallen = f"{evidence['not_met_by_all_white_box']} images fell to {', '.join(blind)}"
