@@ -20,6 +20,7 @@ from advmoe.params import PIXEL_LEVELS, Seed, Settings, validate
 
 KIND = "poisoned-set"
 FIELDS = ("images", "labels", "rows", "true_labels")
+TRIGGER = ("opacity", "pattern")  # both or neither
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ def load(path: Path) -> Poisoned:
     artifact = artifacts.load(path, KIND)
     about = validate(artifact.header.about, About, f"{path}: header")
     tensors = artifact.tensors
-    missing = [name for name in FIELDS if name not in tensors]
+    needed = (*FIELDS, *(TRIGGER if set(TRIGGER) & set(tensors) else ()))
+    missing = [name for name in needed if name not in tensors]
     if missing:
         raise UserError(f"{path}: has no tensor '{missing[0]}'; build it again")
     return Poisoned(
