@@ -168,11 +168,18 @@ def show(name: str, rows: Sequence[Row], images: int) -> None:
     for (victim, rate, defence), members in groups(rows).items():
         who = [MEANING.get(victim, victim), f"{rate:g}", *([defence or "none"] if defended else [])]
         lines.append([*who, *(_cell(members, key) for key in columns)])
-    seeds = len({row.added for row in rows})
-    what = "one seed, 95 % intervals over images" if seeds == 1 else f"{seeds} seeds, mean (lowest to highest)"
     titles = ["victim", "rate", *(["defence"] if defended else []), *(_title(key) for key in columns)]
     of = rows[0].amounts["rate_of"]
-    console.table(f"{name}: % on {images} test images; rates are shares of {of}; {what}", titles, lines)
+    console.table(f"{name}: % on {images} test images; rates are shares of {of}; {_runs(rows)}", titles, lines)
+
+
+def _runs(rows: Sequence[Row]) -> str:
+    """How often each victim was trained, and what the brackets therefore mean."""
+    seeds, targets = (len({getattr(row, name) for row in rows}) for name in ("added", "trial"))
+    trained = "one seed" if seeds == 1 else f"{seeds} seeds"
+    if targets > 1:
+        trained += f", {targets} targets"
+    return f"{trained}, " + ("95 % intervals over images" if seeds * targets == 1 else "mean (lowest to highest)")
 
 
 def show_record() -> None:
