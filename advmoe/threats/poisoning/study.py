@@ -164,6 +164,10 @@ def _check(case: Case) -> None:
     strangers = [victim for victim in case.study.victims if victim not in known]
     if strangers:
         raise UserError(f"victim '{strangers[0]}' is not known; there are {files.names(known)}")
+    detectors = case.common.defence
+    strangers = [defence for defence in case.study.defences if defence not in detectors]
+    if strangers:
+        raise UserError(f"defence '{strangers[0]}' is not known; there are {files.names(detectors)}")
 
 
 def _split(case: Case, changed: Poisoned) -> Split:
