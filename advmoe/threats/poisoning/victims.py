@@ -5,16 +5,16 @@ and validation images are the same. Validation stays clean: the defender is gran
 channel statistics inside the networks, which a poisoned corner would hardly move.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import nn
 
 from advmoe import classifiers, paths
-from advmoe.artifacts import Header
-from advmoe.classifiers import Backbone, Mixture, Plain
+from advmoe.classifiers import Backbone, Classifier, Mixture, Plain
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset, Split
 from advmoe.params import Epsilon, Seed, Settings, load_section
@@ -150,8 +150,8 @@ def _train_single(single: _Single) -> Trained:
 
 def _train_joint(joint: _Joint) -> Trained:
     recipes = joint.order.recipes
-    experts = list(joint.experts) or _pipeline_experts(recipes)
-    assert experts is not None
+    experts = list(joint.experts) or [expert.model for expert in (_pipeline_experts(recipes) or {}).values()]
+    assert experts
     trained, _ = train_mixture(
         experts,
         recipes.backbone,
@@ -194,23 +194,30 @@ def train_proxy(baseline: str, recipes: Recipes, proxy_seed: int) -> nn.Module:
 def pipeline_twin(victim: str, recipes: Recipes) -> nn.Module | None:
     """The pipeline's own model as a victim's clean twin; None unless it was made with this seed, recipe and data."""
     if not is_mixture(victim):
-        return _made_as(paths.artifact("baseline", victim), _single_params(victim, recipes, is_expert=False), recipes)
-    if _pipeline_experts(recipes) is None:
+        wanted = _single_params(victim, recipes, is_expert=False)
+        return _model(_made_as(paths.artifact("baseline", victim), wanted, recipes))
+    experts = _pipeline_experts(recipes)
+    if experts is None:
         return None
-    wanted: dict[str, object] = {"recipe": recipes.joint.model_dump(mode="json"), "epsilon": recipes.epsilon}
-    return _made_as(paths.MIXTURE, wanted, recipes)
+    wanted = {"recipe": recipes.joint.model_dump(mode="json"), "epsilon": recipes.epsilon}
+    inputs = {f"expert {name}": expert.header.sha256 for name, expert in experts.items()}
+    return _model(_made_as(paths.MIXTURE, wanted, recipes, inputs))
 
 
-def _pipeline_experts(recipes: Recipes) -> list[nn.Module] | None:
+def _pipeline_experts(recipes: Recipes) -> dict[str, Classifier] | None:
     """The pre-trained experts in the gate's order, None unless all were made with this seed, recipe and data."""
-    found = []
+    found = {}
     for name in recipes.joint.experts:
         wanted = _single_params(name, recipes, is_expert=True)
         expert = _made_as(paths.artifact("pretrain", name), wanted, recipes)
         if expert is None:
             return None
-        found.append(expert)
+        found[name] = expert
     return found
+
+
+def _model(found: Classifier | None) -> nn.Module | None:
+    return None if found is None else found.model
 
 
 def _single_params(name: str, recipes: Recipes, *, is_expert: bool) -> dict[str, object]:
@@ -220,13 +227,14 @@ def _single_params(name: str, recipes: Recipes, *, is_expert: bool) -> dict[str,
     return {key: value.model_dump(mode="json") for key, value in made.items()} | {"epsilon": recipes.met_by(student)}
 
 
-def _made_as(path: Path, params: dict[str, object], recipes: Recipes) -> nn.Module | None:
+def _made_as(
+    path: Path, params: dict[str, object], recipes: Recipes, experts: Mapping[str, str] = MappingProxyType({})
+) -> Classifier | None:
+    """The classifier in a file, None unless it was made with these params, seed, data and (a mixture) experts."""
     if not path.exists():
         return None
     found = classifiers.load(path)
-    same = found.header.params == params and _same_origin(found.header, recipes)
-    return found.model if same and found.about.architecture.backbone == recipes.backbone else None
-
-
-def _same_origin(header: Header, recipes: Recipes) -> bool:
-    return header.seed == recipes.run_seed and header.inputs.get("dataset") == _clean().sha256
+    made_from = {"dataset": _clean().sha256, **experts}
+    same = found.header.params == params and found.header.seed == recipes.run_seed
+    same = same and found.header.inputs == made_from and found.about.architecture.backbone == recipes.backbone
+    return found if same else None
