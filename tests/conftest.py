@@ -39,6 +39,17 @@ SMALL: dict[str, Any] = {  # what makes a run of seconds out of params.yaml, wha
     "evaluate.experts": ["pgd"],
     "evaluate.checks": {"images": 6, "steps": 2, "samples": 20},
     "evaluate.minimal": {"kind": "fab-t", "steps": 2, "targets": 1, "restarts": 1},
+    "poison.images": 24,
+    "poison.robust": {"kind": "pgd", "steps": 2, "step_size": 0.5, "restarts": 1, "loss": "ce", "targets": 0},
+    "poison.attacks": {
+        "badnets": {
+            "attack": {"kind": "badnets", "size": 2, "target": 0},
+            "rates": [0.1],
+            "victims": ["standard"],
+            "seeds": [0],
+            "defences": [],
+        }
+    },
 }
 
 Edit = Callable[[dict[str, Any]], None]

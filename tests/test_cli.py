@@ -23,6 +23,7 @@ from advmoe.errors import UserError
 from advmoe.evaluation import verdict
 from advmoe.evaluation.intervals import Share
 from advmoe.params import read_yaml
+from advmoe.threats.poisoning import victims
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
@@ -31,6 +32,7 @@ COMMANDS = (
     "train",
     "baseline",
     "evaluate",
+    "poison",
     "attacks",
     "results",
     "use",
@@ -39,7 +41,14 @@ COMMANDS = (
     "predict",
     "info",
 )
-STAGE_COMMANDS = [["prepare"], ["pretrain", "clean"], ["train"], ["baseline", "standard"], ["evaluate"]]
+STAGE_COMMANDS = [
+    ["prepare"],
+    ["pretrain", "clean"],
+    ["train"],
+    ["baseline", "standard"],
+    ["evaluate"],
+    ["poison", "badnets"],
+]
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -145,6 +154,10 @@ def test_every_command_has_help(advmoe: Advmoe, command: str) -> None:
         ["pretend"],
         ["evaluate", "--steps", "0"],
         ["evaluate", "--limit", "few"],
+        ["poison"],
+        ["poison", "badnets", "--rate", "much"],
+        ["poison", "badnets", "--target", "-1"],
+        ["poison", "badnets", "--seed", "-1"],
         ["pretrain"],
         ["predict"],
         ["info", "-x"],
@@ -280,6 +293,8 @@ def test_an_unknown_name_lists_the_known(advmoe: Advmoe, project: Path, command:
         (["baseline", "standard"], "artifacts/prepare/dataset.safetensors"),
         (["train"], "artifacts/pretrain/clean.safetensors"),
         (["evaluate"], "artifacts/baseline/standard.safetensors"),
+        (["poison", "badnets"], "artifacts/prepare/dataset.safetensors"),
+        (["poison", "badnets", "--rate", "0.2"], "artifacts/prepare/dataset.safetensors"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -457,6 +472,103 @@ def test_a_model_for_other_images_is_refused(advmoe: Advmoe, project: Path) -> N
     assert expected in sentence(advmoe("evaluate", "--model", other))
 
 
+# ---- poison ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_images(project: Path, edit: Edit) -> Path:
+    """The project with a hundred training images, in one batch."""
+    from stages import prepare
+
+    edit(
+        {
+            "prepare.splits": {"pool": 1517, "validation": 60, "test": 120},
+            "pretrain.batch_size": 128,
+            "pretrain.validation.steps": 1,
+        }
+    )
+    prepare.run()
+    victims._clean.cache_clear()
+    return project
+
+
+def test_poison_without_options_is_the_stage(advmoe: Advmoe, few_images: Path) -> None:
+    ran = advmoe("poison", "badnets")
+    assert (ran.code, ran.err) == (0, "")
+    said = flat(ran.out)
+    assert "clean twins to train: standard (seed + 0)" in said  # no baseline was trained by the pipeline
+    assert "badnets: % on 24 test images; rates are shares of the training set; one seed" in said
+    assert files.read_json(paths.metrics("poison", "badnets"))["attack"] == "badnets"
+    assert (few_images / "plots/poison/badnets/curve.csv").is_file()
+    assert not (few_images / "runs").exists()
+
+
+def test_poison_with_an_option_is_a_question_beside_the_tracked_results(advmoe: Advmoe, few_images: Path) -> None:
+    before = tree(few_images)
+    ran = advmoe("poison", "badnets", "--rate", "0.2", "--rate", "0.3", "--target", "3", "--victim", "standard")
+    assert (ran.code, ran.err) == (0, "")
+    after = tree(few_images)
+    assert {name: content for name, content in after.items() if not name.startswith("runs/")} == before
+    (folder,) = (few_images / "runs").iterdir()
+    assert folder.name.startswith("poison-badnets-")
+    runs = files.read_json(folder / "runs.json")["runs"]
+    assert [(run["rate"], run["n_poison"]) for run in runs] == [(0.2, 20), (0.3, 30)]
+    assert str(folder.relative_to(few_images)) in ran.out
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["nobody"], "poison.attacks has no 'nobody'; there are badnets"),
+        (["nobody", "--rate", "0.1"], "poison.attacks has no 'nobody'; there are badnets"),
+        (["badnets", "--rate", "0"], "poison badnets: rates.0: input should be greater than 0, got 0.0"),
+        (["badnets", "--rate", "1"], "poison badnets: rates must lie between 0 and 1 for badnets"),
+        (["badnets", "--rate", "1.5"], "poison badnets: rates.0: input should be less than or equal to 1, got 1.5"),
+        (["badnets", "--rate", "-0.1"], "poison badnets: rates.0: input should be greater than 0, got -0.1"),
+        (["badnets", "--rate", "nan"], "poison badnets: rates.0: input should be "),
+        (["badnets", "--rate", "0.0001"], "rate 0.0001 of 987 images (the training set) is not even one image"),
+        (["badnets", "--rate", "0.95"], "938 images should be poisoned, but every class but 0 holds only 8"),
+        (["badnets", "--target", "10"], "class 10 does not exist; the classes are 0 to 9"),
+        (["badnets", "--victim", "nobody"], "victim 'nobody' is not known; there are mixture, mixture-joint, standard"),
+        (["badnets", "--defence", "nobody"], "defence 'nobody' is not known; there are spectral, clustering, strip"),
+        (["badnets", "--seed", "0", "--seed", "0"], "poison badnets: seeds lists something twice"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_impossible_poison_is_refused(advmoe: Advmoe, project: Path, options: list[str], expected: str) -> None:
+    before = tree(project)
+    assert sentence(advmoe("poison", *options)).startswith(expected)
+    assert tree(project) == before
+
+
+@pytest.mark.parametrize(
+    ("attack", "options", "expected"),
+    [
+        ({"kind": "label-flip-random"}, ["--target", "3"], "--target: label-flip-random aims at no class"),
+        (
+            {"kind": "label-flip-targeted", "source": 4, "target": 9},
+            ["--target", "4"],
+            "--target: source and target are both class 4, so nothing would be flipped",
+        ),
+        (
+            {"kind": "label-flip-targeted", "source": 4, "target": 4},
+            [],
+            "params.yaml: poison.attacks.badnets.attack: source and target are both class 4",
+        ),
+        ({"kind": "badnets", "size": 9, "target": 0}, [], "a trigger of 9 x 9 pixels is larger than the images, 8 x 8"),
+        ({"kind": "mine"}, [], "params.yaml: poison.attacks.badnets.attack: input tag 'mine' found"),
+    ],
+    ids=str,
+)
+def test_attacks_that_cannot_be_are_refused(
+    advmoe: Advmoe, project: Path, edit: Edit, attack: dict[str, Any], options: list[str], expected: str
+) -> None:
+    edit({"poison.attacks.badnets.attack": attack})
+    before = tree(project)
+    assert sentence(advmoe("poison", "badnets", *options)).startswith(expected)
+    assert tree(project) == before
+
+
 # ---- predict and inspect ---------------------------------------------------------------------------------------------
 
 
@@ -609,7 +721,12 @@ def test_check_asks_dvc(advmoe: Advmoe, inputs_only: Path) -> None:
     assert ran.code == 0, ran.err
     pending = ran.out.partition("dvc repro would run: ")[2].split(", ")
     assert pending[0] == "prepare"
-    assert pending[-1].strip() == "evaluate"
+    assert {stage.strip() for stage in pending[-4:]} == {
+        "evaluate",
+        "poison@badnets",
+        "poison@blended",
+        "poison@label-flip",
+    }
     assert {"pretrain@clean", "pretrain@pgd-4", "train", "baseline@adversarial"} <= set(pending)
 
 

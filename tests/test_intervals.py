@@ -64,3 +64,14 @@ def test_share_prints_percent_with_its_interval() -> None:
 def test_share_of_no_images_is_refused() -> None:
     with pytest.raises(ValueError, match="0 of 0 is no share"):
         Share.of(torch.zeros(0, dtype=torch.bool))
+
+
+def test_pooled_shares_are_one_share_of_all_images() -> None:
+    shares = [Share.counted(1, 1), Share.counted(0, 1), Share.counted(3, 8)]
+    assert Share.pooled(shares) == Share.of(torch.arange(10) < 4)  # not the mean of 1, 0 and 3/8
+    assert Share.pooled(shares[:1]) == shares[0]
+
+
+def test_a_pool_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 of 0 is no share"):
+        Share.pooled([])

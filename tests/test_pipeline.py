@@ -13,6 +13,8 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 EXPERTS = ["clean", *(f"{kind}-{number}" for kind in ("fgsm", "pgd") for number in range(1, 5))]
+POISON = {"badnets": ["mixture", "standard", "adversarial"], "blended": ["standard", "adversarial"]}  # of smoke.yaml
+POISON_STAGES = [f"poison@{name}" for name in POISON]
 PGD_EXPERTS = [f"pretrain@{name}" for name in EXPERTS if name.startswith("pgd")]
 
 pytestmark = pytest.mark.pipeline
@@ -105,7 +107,28 @@ def test_every_stage_leaves_its_files(built: Project) -> None:
     expected += [f"artifacts/pretrain/{name}.safetensors" for name in EXPERTS]
     expected += ["plots/baseline/standard.csv", "metrics/baseline/adversarial.json"]
     expected += ["artifacts/evaluate/adversarial.safetensors", "plots/evaluate/robustness.csv", "metrics/evaluate.json"]
+    for name in POISON:
+        expected += [f"metrics/poison/{name}.json", f"metrics/poison-runs/{name}.json"]
+        expected += [f"plots/poison/{name}/curve.csv", f"plots/poison/{name}/examples.png"]
+    for rate in ("0.05", "0.2"):
+        folder = f"artifacts/poison/badnets/rate-{rate}-seed-0-trial-0"
+        expected += [f"{folder}.safetensors", *(f"{folder}/{victim}.safetensors" for victim in POISON["badnets"])]
+    folder = "artifacts/poison/blended/rate-0.2-seed-0-trial-0"
+    expected += [f"{folder}/{victim}{end}.safetensors" for victim in POISON["blended"] for end in ("", "-oracle")]
     assert [name for name in expected if not (built.root / name).is_file()] == []
+
+
+def test_the_numbers_of_poison_are_complete(built: Project) -> None:
+    head = json.loads((built.root / "metrics/poison/badnets.json").read_text())
+    assert head["images"] == 60
+    for victim in POISON["badnets"]:
+        assert set(head[victim]) == {"0.05", "0.2"}
+        for means in head[victim].values():
+            assert 0 <= means["asr"] <= 1
+            assert -1 <= means["d_clean_acc"] <= 1
+    assert {f"asr_{name}" for name in EXPERTS} | {"gate_shift"} <= head["mixture"]["0.2"].keys()
+    runs = json.loads((built.root / "metrics/poison-runs/blended.json").read_text())["runs"]
+    assert [run["tpr"]["accuracy"] for run in runs if run["defence"] == "oracle"] == [1.0, 1.0]
 
 
 def test_numbers_are_complete_and_plausible(built: Project) -> None:
@@ -154,7 +177,15 @@ def test_metrics_and_plots_are_known_to_dvc(built: Project) -> None:
 
 def test_equal_params_give_identical_files(built: Project) -> None:
     before, lock = contents(built), (built.root / "dvc.lock").read_text()
-    for stage in ("prepare", "pretrain@pgd-1", "pretrain@fgsm-1", "baseline@standard", "train", "evaluate"):
+    for stage in (
+        "prepare",
+        "pretrain@pgd-1",
+        "pretrain@fgsm-1",
+        "baseline@standard",
+        "train",
+        "evaluate",
+        "poison@blended",
+    ):
         built.dvc("repro", "--force", "--no-run-cache", "--single-item", stage)
     assert contents(built) == before
     assert (built.root / "dvc.lock").read_text() == lock
@@ -162,13 +193,14 @@ def test_equal_params_give_identical_files(built: Project) -> None:
 
 def test_an_experts_own_params_rerun_it_and_what_follows(built: Project) -> None:
     built.params("experts.fgsm-2.seed", 12)
-    assert "dvc repro would run: pretrain@fgsm-2, train, evaluate" in built.advmoe("check")
+    said = built.advmoe("check").partition("dvc repro would run: ")[2].strip().split(", ")
+    assert sorted(said) == sorted(["pretrain@fgsm-2", "train", "evaluate", *POISON_STAGES])
     built.run("git", "checkout", "--", "params.yaml")
 
 
 def test_an_experiment_at_another_epsilon_reruns_exactly_what_meets_it(built: Project) -> None:
     ran = stages_run(built.dvc("exp", "run", "--name", "smaller", "--set-param", "epsilon=8/255"))
-    assert sorted(ran) == sorted([*PGD_EXPERTS, "baseline@adversarial", "train", "evaluate"])
+    assert sorted(ran) == sorted([*PGD_EXPERTS, "baseline@adversarial", "train", "evaluate", *POISON_STAGES])
     assert "epsilon: 8/255 " in (built.root / "params.yaml").read_text()
     table = built.dvc("exp", "show", "--csv", "--no-pager")
     assert "smaller" in table

@@ -199,3 +199,28 @@ def test_every_shipped_profile_states_its_values(inputs_only: Path, name: str) -
 
     compare(read_yaml(Path("profiles") / f"{name}.yaml"), read_yaml(inputs_only / "params.yaml"), "")
     assert not missing
+
+
+def test_the_attacks_on_training_data_are_replaced_as_a_whole(inputs_only: Path) -> None:
+    """A profile lists them by name: those of another would stay behind, and run."""
+    del inputs_only
+    profiles.use("digits-full")
+    assert "witches-brew" in load_params().poison.attacks
+    profiles.use("smoke")
+    assert set(load_params().poison.attacks) == set(read_yaml(Path("profiles/smoke.yaml"))["poison"]["attacks"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_default_profile_takes_back_every_other_byte_for_byte(inputs_only: Path, name: str) -> None:
+    profiles.use("digits")
+    before = (inputs_only / "params.yaml").read_bytes()
+    profiles.use(name)
+    profiles.use("digits")
+    assert (inputs_only / "params.yaml").read_bytes() == before
+
+
+def test_the_params_of_the_project_are_the_default_profile(inputs_only: Path) -> None:
+    before = (inputs_only / "params.yaml").read_bytes()
+    profiles.use("digits-full")
+    profiles.use("digits")
+    assert (inputs_only / "params.yaml").read_bytes() == before

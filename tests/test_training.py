@@ -39,7 +39,7 @@ from advmoe.training.adversary import (
 from advmoe.training.joint import Alarms, JointRecipe, MixtureLearner, train_mixture
 from advmoe.training.loop import Course, Row, Trained, fit
 from advmoe.training.recipe import Optimizer, Recipe, Schedule, Validation, parameter_groups, rate
-from advmoe.training.single import PlainLearner, SingleRecipe, Student, train_single
+from advmoe.training.single import PlainLearner, SingleRecipe, Student, baseline_recipe, train_single
 
 FACTS = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,))
 BACKBONE = Backbone(kind="resnet18", width=2)
@@ -801,3 +801,9 @@ def test_validation_radius_is_the_threat_models_or_the_fixed_one(monkeypatch: py
     for adversary, epsilon in ((FGSM, None), (PGD, 0.25)):
         train_single("expert", student(adversary), BACKBONE, make_dataset(), recipe, seed=0, epsilon=epsilon)
     assert radii == [EPSILON, 0.25]
+
+
+def test_baselines_are_trained_by_the_experts_recipe_for_as_long_in_total() -> None:
+    recipe = single_recipe(epochs=5)
+    assert baseline_recipe(recipe, 3) == single_recipe(epochs=8)
+    assert recipe.epochs == 5
