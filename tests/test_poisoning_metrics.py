@@ -8,6 +8,7 @@ Shapes: N test images, C channel, H/W pixels, E experts, K classes.
 import csv
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def make_pair(victim: nn.Module | None = None) -> Pair:
 def make_poisoned(**changes: Any) -> Poisoned:
     images = torch.zeros(10, 1, 4, 4, dtype=torch.uint8)
     rows = torch.tensor([1, 4])
-    content = {"images": images, "labels": torch.zeros(10, dtype=torch.int64), "rows": rows}
+    content: dict[str, Any] = {"images": images, "labels": torch.zeros(10, dtype=torch.int64), "rows": rows}
     content |= {"true_labels": torch.tensor([1, 2]), "of": "the training set", "available": 10}
     return Poisoned(**content | changes)
 
@@ -110,11 +111,15 @@ def backdoor() -> Poisoned:
     return make_poisoned(goal=Goal(target=TARGET), trigger=patch(1, make_split().images))
 
 
+def measured(pair: Pair, changed: Poisoned, exam: Exam, experts: Sequence[str]) -> dict[str, Any]:
+    return numbers(pair, changed, exam, experts)
+
+
 # ---- the numbers of the protocol
 
 
 def test_the_target_class_is_in_neither_count_of_the_success_rate() -> None:
-    found = numbers(make_pair(), backdoor(), make_exam(), ())
+    found = measured(make_pair(), backdoor(), make_exam(), ())
     # of the six images of other classes, four become the target; one image of the target class does too
     assert (found["asr"].correct, found["asr"].total) == (4, 6)
     assert (found["asr_clean_twin"].correct, found["asr_clean_twin"].total) == (1, 6)
@@ -122,21 +127,21 @@ def test_the_target_class_is_in_neither_count_of_the_success_rate() -> None:
 
 
 def test_recovery_counts_true_answers_to_other_classes_only() -> None:
-    found = numbers(make_pair(), backdoor(), make_exam(), ())
+    found = measured(make_pair(), backdoor(), make_exam(), ())
     assert (found["trigger_recovery_acc"].correct, found["trigger_recovery_acc"].total) == (2, 6)
 
 
 def test_a_collapsed_network_and_its_twin_have_the_same_success() -> None:
     collapsed = Lookup([0] * 8, [0] * 8)
     given = answers([0] * 8)
-    found = numbers(Pair(collapsed, collapsed, given, given), backdoor(), make_exam(), ())
+    found = measured(Pair(collapsed, collapsed, given, given), backdoor(), make_exam(), ())
     assert found["asr"].accuracy == found["asr_clean_twin"].accuracy == 1.0
     assert found["d_asr"].difference == 0.0
     assert found["trigger_recovery_acc"].correct == 0
 
 
 def test_accuracies_are_over_all_images_and_differences_are_poisoned_minus_clean() -> None:
-    found = numbers(make_pair(), make_poisoned(), make_exam(), ())
+    found = measured(make_pair(), make_poisoned(), make_exam(), ())
     assert set(found) == {"clean_acc", "d_clean_acc", "robust_acc", "d_robust_acc"}
     assert (found["clean_acc"].correct, found["clean_acc"].total) == (7, 8)
     assert (found["robust_acc"].correct, found["robust_acc"].total) == (3, 8)
@@ -146,7 +151,7 @@ def test_accuracies_are_over_all_images_and_differences_are_poisoned_minus_clean
 
 def test_a_targeted_flip_is_measured_on_the_source_class() -> None:
     flipped = make_poisoned(goal=Goal(target=0, source=1))
-    found = numbers(make_pair(), flipped, make_exam(), ())
+    found = measured(make_pair(), flipped, make_exam(), ())
     assert (found["source_to_target"].correct, found["source_to_target"].total) == (1, 3)
     assert (found["source_to_target_clean_twin"].correct, found["source_to_target_clean_twin"].total) == (0, 3)
     assert found["d_source_to_target"].difference == round(1 / 3, 6)
@@ -157,13 +162,15 @@ def test_a_source_class_without_test_images_is_refused() -> None:
     flipped = make_poisoned(goal=Goal(target=0, source=1))
     exam, given = make_exam(torch.tensor([0, 2])), Answers(torch.tensor([0, 2]), torch.ones(2, dtype=torch.bool))
     pair = Pair(Lookup(*VICTIM), Lookup(*TWIN), given, given)
-    with pytest.raises(UserError, match="^there is no test image of class 1, so nothing can be said of flips from it$"):
+    with pytest.raises(
+        UserError, match=r"^there is no test image of class 1, so nothing can be said of flips from it$"
+    ):
         numbers(pair, flipped, exam, ())
 
 
 def test_success_on_images_of_the_target_only_is_refused() -> None:
     with pytest.raises(
-        UserError, match="^all test images are of the target class 0, so no attack can succeed on them$"
+        UserError, match=r"^all test images are of the target class 0, so no attack can succeed on them$"
     ):
         successes(torch.tensor([0, 0]), torch.tensor([0, 0]), 0)
 
@@ -177,7 +184,7 @@ def test_successes_and_recoveries_are_of_the_same_images() -> None:
 
 def test_a_wanted_image_is_hit_or_not() -> None:
     brewed = make_poisoned(goal=Goal(target=0, source=1), wanted_image=make_split().images[4])  # the victim says 0
-    found = numbers(make_pair(), brewed, make_exam(), ())
+    found = measured(make_pair(), brewed, make_exam(), ())
     assert (found["success"].correct, found["success"].total) == (1, 1)
     assert (found["success_clean_twin"].correct, found["success_clean_twin"].total) == (0, 1)
     assert "source_to_target" not in found
@@ -186,7 +193,7 @@ def test_a_wanted_image_is_hit_or_not() -> None:
 def test_a_mixture_is_looked_into() -> None:
     gate = Weigh([0.5, 0.5], [0.9, 0.1])
     mixture = MixtureOfExperts([Lookup(*VICTIM), Lookup(*TWIN)], gate, "probabilities")
-    found = numbers(make_pair(mixture), backdoor(), make_exam(), ("left", "right"))
+    found = measured(make_pair(mixture), backdoor(), make_exam(), ("left", "right"))
     assert (found["asr_left"].correct, found["asr_left"].total) == (4, 6)
     assert (found["asr_right"].correct, found["asr_right"].total) == (1, 6)
     assert found["gate_entropy"] == pytest.approx(math.log(2), abs=1e-5)
@@ -195,7 +202,7 @@ def test_a_mixture_is_looked_into() -> None:
 
 
 def test_a_plain_network_has_no_inside() -> None:
-    found = numbers(make_pair(), backdoor(), make_exam(), ())
+    found = measured(make_pair(), backdoor(), make_exam(), ())
     assert [name for name in found if name.startswith(("gate", "asr_left"))] == []
 
 
@@ -320,7 +327,8 @@ def make_row(victim: str = "standard", rate: float = 0.1, defence: str = "", **c
 def test_one_run_keeps_its_interval_and_several_their_range() -> None:
     assert report.over_runs([make_row(asr=3)], "asr") == Share.counted(3, 10)
     several = report.over_runs([make_row(asr=3), make_row(asr=8, added=1), make_row(asr=4, added=2)], "asr")
-    assert several == Spread(pytest.approx(0.5), 0.3, 0.8, 3)
+    assert isinstance(several, Spread)
+    assert (round(several.mean, 6), several.lowest, several.highest, several.runs) == (0.5, 0.3, 0.8, 3)
     assert str(several) == "50.0 (30.0 to 80.0)"
 
 
@@ -427,7 +435,7 @@ def test_a_line_of_the_log_says_who_and_what() -> None:
 
 
 def test_numbers_can_be_read_with_and_without_their_intervals() -> None:
-    found = numbers(make_pair(), backdoor(), make_exam(), ())
+    found = measured(make_pair(), backdoor(), make_exam(), ())
     assert [value(found[name]) for name in ("asr", "d_asr")] == [0.666667, 0.5]
     assert value(0.25) == 0.25
     written = as_json({**found, "gate_shift": 0.25})

@@ -239,9 +239,9 @@ def test_the_global_random_state_neither_matters_nor_moves(name: str) -> None:
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
-        before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index,union-attr]
+        before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
         made.append(make(name))
-        after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index,union-attr]
+        after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
         assert torch.equal(before[0], after[0])
         assert before[1:] == after[1:]
     assert equal(*made)
@@ -535,9 +535,9 @@ def test_attacks_without_a_target_take_none(name: str) -> None:
 
 
 def test_source_and_target_must_differ() -> None:
-    with pytest.raises(ValidationError, match="source and target are both class 3, so nothing would be flipped"):
+    with pytest.raises(ValidationError, match=r"source and target are both class 3, so nothing would be flipped"):
         TargetedFlip(kind="label-flip-targeted", source=3, target=3)
-    with pytest.raises(UserError, match="^--target: source and target are both class 1"):
+    with pytest.raises(UserError, match=r"^--target: source and target are both class 1"):
         aimed_at(WAYS["label-flip-targeted"].settings, 1)
 
 

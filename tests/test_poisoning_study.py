@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import advmoe
 from advmoe import artifacts, classifiers, paths
 from advmoe.data import dataset
+from advmoe.data.batches import batches
 from advmoe.data.dataset import Dataset, Split
 from advmoe.errors import UserError
 from advmoe.files import write_text
@@ -27,10 +28,10 @@ from advmoe.machine import generator
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import load_section, read_yaml, validate
 from advmoe.schema import load_params
-from advmoe.threats.poisoning import poisoned, question, study, victims
+from advmoe.threats.poisoning import metrics, poisoned, question, report, study, victims
 from advmoe.threats.poisoning.catalogue import poison
 from advmoe.threats.poisoning.question import Question
-from advmoe.threats.poisoning.settings import JOINT_ONLY, MIXTURE, PoisonSection
+from advmoe.threats.poisoning.settings import JOINT_ONLY, MIXTURE, PoisonSection, Study
 from advmoe.threats.poisoning.study import Case, Workshop
 from advmoe.threats.poisoning.victims import Order, Recipes, pipeline_twin, train_all, train_proxy
 from advmoe.training import loop, single
@@ -117,7 +118,7 @@ def make_case(attack: dict[str, Any] | None = None, **changes: Any) -> Case:
     asked = section.attacks["badnets"].model_dump() | changes
     if attack is not None:
         asked["attack"] = attack
-    made = validate(asked, study.Study, "test")
+    made = validate(asked, Study, "test")
     return Case("badnets", made, section, read_recipes(), dataset.load(paths.DATASET))
 
 
@@ -149,7 +150,7 @@ class Lessons:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.epochs: list[tuple[str, Tensor, Tensor]] = []
         self.name = ""
-        begin, give = loop.Run.__init__, loop.batches
+        begin, give = loop.Run.__init__, batches
 
         def begun(run: loop.Run, learner: Learner, course: Course) -> None:
             self.name = course.name
@@ -472,7 +473,7 @@ def test_a_study_of_every_kind_of_victim(pipeline: Path) -> None:
         assert row.found["clean_acc"].total == 24
         victim = classifiers.load(pipeline / "models" / "rate-0.2-seed-0-trial-0" / f"{row.victim}.safetensors").model
         assert stored.trigger is not None
-        hits = study.metrics.classes_of(victim, stored.trigger.stamp(test.images))[test.labels != 0] == 0
+        hits = metrics.classes_of(victim, stored.trigger.stamp(test.images))[test.labels != 0] == 0
         assert row.found["asr"].correct == int(hits.sum())
     assert {"asr_clean", "asr_pgd-1", "gate_shift", "gate_entropy", "gate_entropy_triggered"} <= rows[1].found.keys()
     assert "gate_shift" not in rows[2].found
@@ -506,7 +507,7 @@ def test_every_target_of_the_brew_has_victims_of_its_own(pipeline: Path) -> None
     assert [row.trial for row in rows] == [0, 1, 2]
     assert all(row.found["success"].total == 1 for row in rows)
     assert len({row.amounts["sha256"] for row in rows}) == 3
-    pooled = study.report.over_runs(rows, "success")
+    pooled = report.over_runs(rows, "success")
     assert (pooled.correct, pooled.total) == (sum(row.found["success"].correct for row in rows), 3)
 
 
@@ -594,8 +595,8 @@ def test_the_stage_leaves_everything_that_dvc_expects(pipeline: Path, edit: Edit
         stored = artifacts.load(pipeline / "artifacts/poison/badnets" / f"{file}.safetensors")
         assert stored.header.sha256 == run["sha256"]
         assert len(stored.tensors["rows"]) == run["n_poison"]
-        victim = advmoe.load_model(pipeline / "artifacts/poison/badnets" / file / f"{run['victim']}.safetensors")
-        assert victim(torch.rand(2, 1, 8, 8)).exp().sum(dim=1).tolist() == pytest.approx([1, 1], abs=1e-4)
+        model = advmoe.load_model(pipeline / "artifacts/poison/badnets" / file / f"{run['victim']}.safetensors")
+        assert model(torch.rand(2, 1, 8, 8)).exp().sum(dim=1).tolist() == pytest.approx([1, 1], abs=1e-4)
     with (pipeline / "plots/poison/badnets/curve.csv").open() as file_:
         lines = list(csv.DictReader(file_))
     assert [line["rate"] for line in lines] == ["0.1", "0.2"]
