@@ -3,6 +3,8 @@
 Shapes: N images, C channel, H/W pixels, F features, K classes.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from advmoe import classifiers
 from advmoe.classifiers import Backbone, GateSettings, Mixture, Plain
 from advmoe.data.dataset import Facts, Split
+from advmoe.errors import UserError
 from advmoe.machine import generator
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.models.resnet import ResNet18
@@ -184,6 +187,13 @@ def test_the_entropy_is_of_the_answers_in_nats() -> None:
     assert train.images[9, 0, -1, -1] == 255
     assert float(sure) < 0.01
     assert 0.9 < float(unsure) < float(torch.tensor(3.0).log()) + 1e-6
+
+
+def test_strip_needs_two_clean_images() -> None:
+    evidence = make_evidence(make_split("train"))
+    assert Strainer(replace(evidence, clean=evidence.clean.first(2)), STRIP).flags(evidence.train.images).shape
+    with pytest.raises(UserError, match=r"^strip needs at least two validation images"):
+        Strainer(replace(evidence, clean=evidence.clean.first(1)), STRIP)
 
 
 # ---- all of them

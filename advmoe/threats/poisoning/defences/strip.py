@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from advmoe.errors import UserError
 from advmoe.params import PositiveInt, Settings
 from advmoe.threats.poisoning.defences.evidence import Evidence, read_all
 
@@ -26,12 +27,17 @@ def strip(evidence: Evidence, settings: Strip) -> Tensor:
 
 
 class Strainer:
-    """STRIP with its threshold set; it judges training images as well as inputs."""
+    """STRIP with its threshold set; it judges training images as well as inputs.
+
+    Raises UserError when there are fewer than two clean images.
+    """
 
     def __init__(self, evidence: Evidence, settings: Strip) -> None:
         self.evidence, self.settings = evidence, settings
         # a half of the clean images is blended in, the other sets the threshold: none is blended with itself
         half = len(evidence.clean) // 2
+        if not half:
+            raise UserError("strip needs at least two validation images: one to blend in, one to set its threshold")
         self.overlays = evidence.clean.pixels()[:half]
         entropies = self._entropies(evidence.clean.pixels()[half:])
         self.threshold = float(entropies.quantile(settings.false_positives))
