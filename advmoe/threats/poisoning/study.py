@@ -146,17 +146,21 @@ def run(case: Case, folder: Path) -> list[Row]:
     """Poison, train, measure, defend; poisoned sets and victims are written to `folder`."""
     _check(case)
     doses = list(_poison(case, folder))
-    twins = _twins(case)
     orders = [
         (dose, Order(victim, case.recipes.under(dose.added), _split(case, dose.poisoned)))
         for dose in doses
         for victim in case.study.victims
     ]
+    at_hand, missing = _twins(case)
+    # all at once, so that no core waits for the last twin
+    made = train_all([*missing.values(), *(order for _, order in orders)])
+    fresh, trained = made[: len(missing)], made[len(missing) :]
+    models = at_hand | {key: twin.model for key, twin in zip(missing, fresh, strict=True)}
+    twins = {key: _examined(case, model) for key, model in models.items()}
     rows: list[Row] = []
-    trained = train_all([order for _, order in orders])
-    for (dose, order), made in zip(orders, trained, strict=True):
-        _save(case, folder, dose, order, made, "")
-        rows.append(_measure(case, dose, order, made.model, twins, ""))
+    for (dose, order), victim in zip(orders, trained, strict=True):
+        _save(case, folder, dose, order, victim, "")
+        rows.append(_measure(case, dose, order, victim.model, twins, ""))
         console.say(report.sentence(rows[-1]))
     rows += _defend(case, folder, orders, trained, twins)
     return rows
@@ -218,21 +222,27 @@ class Twin:
     answers: Answers
 
 
-def _twins(case: Case) -> dict[tuple[str, int], Twin]:
-    """The clean twin of every victim and seed: the pipeline's own model, or one trained here."""
+Key = tuple[str, int]  # of a clean twin: whose, and what is added to the seed
+
+
+def _twins(case: Case) -> tuple[dict[Key, nn.Module], dict[Key, Order]]:
+    """The clean twin of every victim and seed: the pipeline's own model where it fits, else an order to train one."""
     names = dict.fromkeys(_twin_of(victim) for victim in case.study.victims)
-    wanted = [(name, added) for added in case.study.seeds for name in names]
-    found = {key: pipeline_twin(key[0], case.recipes.under(key[1])) for key in wanted}
-    missing = [key for key in wanted if found[key] is None]
+    found = {
+        (name, added): pipeline_twin(name, case.recipes.under(added)) for added in case.study.seeds for name in names
+    }
+    missing = [key for key, model in found.items() if model is None]
     if missing:
         console.say(f"clean twins to train: {files.names(f'{name} (seed + {added})' for name, added in missing)}")
-    for key, made in zip(missing, train_all([Order(n, case.recipes.under(a), None) for n, a in missing]), strict=True):
-        found[key] = made.model
-    exam, place, twins = case.exam, device(), dict[tuple[str, int], Twin]()
-    for key, model in found.items():
-        assert model is not None
-        twins[key] = Twin(model.to(place), metrics.examine(model.to(place), exam))
-    return twins
+    return (
+        {key: model for key, model in found.items() if model is not None},
+        {(name, added): Order(name, case.recipes.under(added), None) for name, added in missing},
+    )
+
+
+def _examined(case: Case, model: nn.Module) -> Twin:
+    here = model.to(device())
+    return Twin(here, metrics.examine(here, case.exam))
 
 
 def _twin_of(victim: str) -> str:
@@ -240,9 +250,7 @@ def _twin_of(victim: str) -> str:
     return MIXTURE if victim == JOINT_ONLY else victim
 
 
-def _measure(
-    case: Case, dose: Dose, order: Order, model: nn.Module, twins: Mapping[tuple[str, int], Twin], defence: str
-) -> Row:
+def _measure(case: Case, dose: Dose, order: Order, model: nn.Module, twins: Mapping[Key, Twin], defence: str) -> Row:
     exam, twin = case.exam, twins[_twin_of(order.victim), dose.added]
     victim = model.to(device())
     answers = metrics.examine(victim, exam)
@@ -273,7 +281,7 @@ def _defend(
     folder: Path,
     orders: Sequence[tuple[Dose, Order]],
     trained: Sequence[Trained],
-    twins: Mapping[tuple[str, int], Twin],
+    twins: Mapping[Key, Twin],
 ) -> list[Row]:
     """For every victim and defence: what is flagged, and the victim that learns from the rest."""
     again, flags = [], []
