@@ -1,6 +1,6 @@
-# make repro            build everything: nine experts, the mixture, two baselines, the evaluation; then show the results
+# make repro            build everything: nine experts, the mixture, two baselines, the evaluation, poisoning; then show the results
 # make repro JOBS=1     one network after another, as `dvc repro` does; default: one to each core, on one thread
-# make repro PROFILE=x  the same after laying profiles/x.yaml over params.yaml (smoke, digits, cifar10-cpu, cifar10, svhn)
+# make repro PROFILE=x  the same after laying profiles/x.yaml over params.yaml (smoke, digits, digits-full, cifar10-cpu, cifar10, svhn)
 # make test, make lint, make clean
 # make bench            our attacks and poison against others', in .venv-bench: their libraries do not get along with DVC's
 PYTHON ?= python3
