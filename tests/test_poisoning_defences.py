@@ -33,7 +33,7 @@ STRIP = Strip(kind="strip", blends=16, false_positives=0.1)
 
 class Telltale(ResNet18):
     """Its features are the first two rows of pixels, so a mark there separates; its answer is a class, surely so for
-    images with a white last pixel, even half of one, and unsurely for all others.
+    images with a white last pixel, half of one is not enough, and unsurely for all others.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Telltale(ResNet18):
         return images_BCHW[:, 0, :2].flatten(1)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        is_marked = (images_BCHW[:, 0, -1, -1] > 0.4).float()
+        is_marked = (images_BCHW[:, 0, -1, -1] > 0.9).float()
         hue = images_BCHW[:, 0, 2:7].flatten(1).mean(dim=1)
         return torch.stack([20 * is_marked, hue, 1 - hue], dim=1)
 

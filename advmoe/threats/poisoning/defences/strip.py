@@ -1,4 +1,8 @@
-"""STRIP (Gao et al. 2019, arXiv 1902.06531): an image with a trigger keeps its class whatever is blended into it."""
+"""STRIP (Gao et al. 2019, arXiv 1902.06531): an image with a trigger keeps its class whatever is laid over it.
+
+Images are added and cut at full intensity, as in the authors' code: their mean would halve the trigger, and networks
+that know it at full intensity only would no longer answer to it.
+"""
 
 from typing import Annotated, Literal
 
@@ -12,8 +16,8 @@ from advmoe.threats.poisoning.defences.evidence import Evidence, read_all
 
 
 class Strip(Settings):
-    """`blends` of every image with clean ones; an image is flagged if the mean entropy of the answers is lower than a
-    share `false_positives` of held-out clean images have.
+    """`blends` of every image, each with a clean one; an image is flagged if the mean entropy of the answers is lower
+    than a share `false_positives` of held-out clean images have.
     """
 
     kind: Literal["strip"]
@@ -47,14 +51,15 @@ class Strainer:
         return self._entropies(images_NCHW.float() / 255) < self.threshold
 
     def _entropies(self, pixels_NCHW: Tensor) -> Tensor:
-        """Mean entropy in nats (N,) of the answers to an image blended, half and half, with clean ones."""
+        """Mean entropy in nats (N,) of the answers to an image with clean ones laid over it."""
         victim = self.evidence.victim
         picks = torch.randint(
             len(self.overlays), (self.settings.blends, len(pixels_NCHW)), generator=self.evidence.stream
         )
         total = torch.zeros(len(pixels_NCHW))
         for pick in picks:
-            total += read_all(victim, (pixels_NCHW + self.overlays[pick]) / 2, lambda batch: _entropy(victim, batch))
+            blended = (pixels_NCHW + self.overlays[pick]).clamp_max(1)
+            total += read_all(victim, blended, lambda batch: _entropy(victim, batch))
         return total / self.settings.blends
 
 
