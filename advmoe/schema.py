@@ -9,7 +9,8 @@ from advmoe.data.catalogue import Prepare
 from advmoe.evaluation.suite import Evaluate
 from advmoe.params import PARAMS_FILE, Epsilon, Seed, Settings, read_yaml, validate
 from advmoe.threats.poisoning.catalogue import proxies
-from advmoe.threats.poisoning.settings import JOINT_ONLY, MIXTURE, PoisonSection
+from advmoe.threats.poisoning.settings import PoisonSection
+from advmoe.threats.retraining import JOINT_ONLY, MIXTURE
 from advmoe.training.joint import JointRecipe
 from advmoe.training.single import SingleRecipe, Student
 

@@ -12,7 +12,7 @@ from advmoe.params import load_section
 from advmoe.threats.poisoning import report, study
 from advmoe.threats.poisoning.settings import PoisonSection
 from advmoe.threats.poisoning.study import Case, Places
-from advmoe.threats.poisoning.victims import Recipes
+from advmoe.threats.retraining import Recipes
 
 STAGE = "poison"
 

@@ -23,7 +23,7 @@ from advmoe.errors import UserError
 from advmoe.evaluation import verdict
 from advmoe.evaluation.intervals import Share
 from advmoe.params import read_yaml
-from advmoe.threats.poisoning import victims
+from advmoe.threats import retraining
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
@@ -488,7 +488,7 @@ def few_images(project: Path, edit: Edit) -> Path:
         }
     )
     prepare.run()
-    victims._clean.cache_clear()
+    retraining._clean.cache_clear()
     return project
 
 

@@ -25,23 +25,22 @@ from advmoe.data.dataset import Split
 from advmoe.errors import UserError
 from advmoe.evaluation.intervals import Share
 from advmoe.models.moe import MixtureOfExperts
+from advmoe.threats.numbers import Spread, as_json, value
 from advmoe.threats.poisoning import report, study
 from advmoe.threats.poisoning.backdoor import patch
 from advmoe.threats.poisoning.metrics import (
     Answers,
     Exam,
     Pair,
-    as_json,
     classes_of,
     detected,
     examine,
     numbers,
     recovered,
     successes,
-    value,
 )
 from advmoe.threats.poisoning.poisoned import Goal, Poisoned, Trigger
-from advmoe.threats.poisoning.report import Row, Spread
+from advmoe.threats.poisoning.report import Row
 from advmoe.threats.poisoning.study import Dose
 
 PGD = Pgd(kind="pgd", steps=3, step_size=0.5, restarts=1, loss="ce", targets=0)

@@ -28,12 +28,13 @@ from advmoe.machine import generator
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import load_section, read_yaml, validate
 from advmoe.schema import load_params
-from advmoe.threats.poisoning import metrics, poisoned, question, report, study, victims
+from advmoe.threats import retraining
+from advmoe.threats.poisoning import metrics, poisoned, question, report, study
 from advmoe.threats.poisoning.catalogue import poison
 from advmoe.threats.poisoning.question import Question
-from advmoe.threats.poisoning.settings import JOINT_ONLY, MIXTURE, PoisonSection, Study
+from advmoe.threats.poisoning.settings import PoisonSection, Study
 from advmoe.threats.poisoning.study import Case, Workshop
-from advmoe.threats.poisoning.victims import Order, Recipes, pipeline_twin, train_all, train_proxy
+from advmoe.threats.retraining import JOINT_ONLY, MIXTURE, Order, Recipes, pipeline_twin, train_all, train_proxy
 from advmoe.training import loop, single
 from advmoe.training.joint import train_mixture
 from advmoe.training.loop import Course, Learner, Trained
@@ -90,9 +91,9 @@ def pipeline(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     shutil.copytree(built, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(artifacts, "_git", lambda *_: None)  # asked twice for every file, and this is no repository
-    victims._clean.cache_clear()
+    retraining._clean.cache_clear()
     yield folder
-    victims._clean.cache_clear()
+    retraining._clean.cache_clear()
 
 
 @lru_cache(maxsize=8)
@@ -236,7 +237,7 @@ def test_nobody_to_train_is_no_work() -> None:
 
 def test_validation_and_facts_stay_clean(pipeline: Path) -> None:
     del pipeline
-    clean, changed = victims._data(None), victims._data(poisoned_train())
+    clean, changed = retraining._data(None), retraining._data(poisoned_train())
     assert changed["validation"] is clean["validation"]
     assert changed.facts == clean.facts
     assert not torch.equal(changed["train"].images, clean["train"].images)
@@ -283,7 +284,7 @@ def test_models_of_other_data_are_no_twins(pipeline: Path, edit: Edit) -> None:
     del pipeline
     edit({"prepare.splits": {"pool": 1500, "validation": 60, "test": 120}})
     prepare.run()
-    victims._clean.cache_clear()
+    retraining._clean.cache_clear()
     recipes = read_recipes()
     assert [pipeline_twin(name, recipes) for name in (MIXTURE, "standard", "adversarial")] == [None] * 3
 
@@ -460,7 +461,7 @@ def test_a_poisoned_set_depends_on_rate_seed_and_trial_only(pipeline: Path) -> N
 
 def test_a_study_of_every_kind_of_victim(pipeline: Path) -> None:
     case = make_case(rates=(0.2,), victims=(MIXTURE, JOINT_ONLY, "standard"))
-    rows = study.run(case, pipeline / "models")
+    rows, _ = study.run(case, pipeline / "models")
     assert [row.victim for row in rows] == [MIXTURE, JOINT_ONLY, "standard"]
     stored = poisoned.load(pipeline / "models" / "rate-0.2-seed-0-trial-0.safetensors")
     test = case.data["test"].first(24)
@@ -482,7 +483,7 @@ def test_a_study_of_every_kind_of_victim(pipeline: Path) -> None:
 
 def test_a_defended_victim_learns_without_what_was_flagged(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lessons, case = Lessons(monkeypatch), make_case(rates=(0.2,), defences=("oracle", "spectral"))
-    rows = study.run(case, pipeline / "models")
+    rows, _ = study.run(case, pipeline / "models")
     assert [row.defence for row in rows] == ["", "oracle", "spectral"]
     stored = poisoned.load(pipeline / "models" / "rate-0.2-seed-0-trial-0.safetensors")
     kept = ~stored.is_poison
@@ -504,7 +505,7 @@ def test_a_defended_victim_learns_without_what_was_flagged(pipeline: Path, monke
 def test_every_target_of_the_brew_has_victims_of_its_own(pipeline: Path) -> None:
     brew = {"kind": "witches-brew", "epsilon": 0.1, "steps": 1, "step_size": 0.1, "restarts": 1, "targets": 3}
     case = make_case(brew | {"proxy": "adversarial"}, rates=(0.05,))
-    rows = study.run(case, pipeline / "models")
+    rows, _ = study.run(case, pipeline / "models")
     assert [row.trial for row in rows] == [0, 1, 2]
     assert all(row.found["success"].total == 1 for row in rows)
     assert len({row.amounts["sha256"] for row in rows}) == 3
@@ -550,7 +551,7 @@ def test_every_target_of_the_brew_has_victims_of_its_own(pipeline: Path) -> None
 )
 @pytest.mark.usefixtures("untrained")
 def test_studies_of_other_attacks(pipeline: Path, attack: dict[str, Any], rate: float, columns: set[str]) -> None:
-    (row,) = study.run(make_case(attack, rates=(rate,)), pipeline / "models")
+    (row,), _ = study.run(make_case(attack, rates=(rate,)), pipeline / "models")
     assert columns <= row.found.keys()
     assert {"clean_acc", "d_clean_acc", "robust_acc", "d_robust_acc"} <= row.found.keys()
     assert ("asr" in row.found) == ("asr" in columns)
@@ -739,7 +740,7 @@ def test_a_study_that_cannot_be_is_refused_before_anything_learns(
     def learn(*_: object) -> Trained:
         raise AssertionError("nothing should be trained for this")
 
-    monkeypatch.setattr(victims, "_train_single", learn)
+    monkeypatch.setattr(retraining, "_train_single", learn)
     edit({f"poison.attacks.badnets.{name}": value for name, value in change.items()})
     assert refusal(lambda: stage.run("badnets")).startswith(expected)
 
@@ -821,7 +822,7 @@ def test_a_question_lies_in_runs_alone(pipeline: Path) -> None:
 def test_an_impossible_question_is_refused_before_anything_learns(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, asked: Question, expected: str
 ) -> None:
-    monkeypatch.setattr(victims, "_train_single", lambda _: pytest.fail("nothing should be trained for this"))
+    monkeypatch.setattr(retraining, "_train_single", lambda _: pytest.fail("nothing should be trained for this"))
     before = tree(pipeline)
     assert refusal(lambda: question.answer(asked)).startswith(expected)
     assert tree(pipeline) == before
@@ -829,6 +830,6 @@ def test_an_impossible_question_is_refused_before_anything_learns(
 
 def test_the_data_of_a_case_and_of_its_victims_are_the_same(pipeline: Path) -> None:
     del pipeline
-    case, data = make_case(), victims._data(None)
+    case, data = make_case(), retraining._data(None)
     assert isinstance(data, Dataset)
     assert data.sha256 == case.data.sha256

@@ -14,24 +14,22 @@ from advmoe import engine
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.draws import BatchDraws
 from advmoe.attacks.pgd import Pgd, pgd
-from advmoe.params import Epsilon, NonNegativeInt, PositiveFloat, PositiveInt, Settings
+from advmoe.params import NonNegativeInt, PositiveInt
 from advmoe.threats.poisoning.backdoor import patch
+from advmoe.threats.poisoning.noise import Noise
 from advmoe.threats.poisoning.poisoned import Goal, Poisoned, change, choose, count, members, to_levels
 
 BATCH = 256  # images crafted at once
 
 
-class LabelConsistent(Settings):
+class LabelConsistent(Noise):
     """`proxy`: the baseline whose twin, trained under a seed of its own, the attacker has. The rate is a share of the
-    target class; `epsilon` (L-inf), `steps` and `step_size` (relative to epsilon) are those of PGD on the proxy.
+    target class; epsilon, steps and step size are those of PGD on the proxy.
     """
 
     kind: Literal["label-consistent"]
     size: PositiveInt
     target: NonNegativeInt
-    epsilon: Epsilon
-    steps: PositiveInt
-    step_size: PositiveFloat
     proxy: str
 
 

@@ -7,7 +7,7 @@ the target to everything has 100 % of both.
 Shapes: N test images, C channel, H/W pixels, E experts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -175,18 +175,3 @@ def detected(flagged_N: Tensor, is_poison_N: Tensor) -> dict[str, Any]:
     if not is_poison_N.all():
         found["fpr"] = Share.of(flagged_N[~is_poison_N])
     return found
-
-
-def value(number: Any) -> float:
-    """The number itself, without its interval."""
-    match number:
-        case Share():
-            return number.accuracy
-        case Paired():
-            return number.difference
-    return float(number)
-
-
-def as_json(found: Mapping[str, Any]) -> dict[str, Any]:
-    """With intervals, for JSON."""
-    return {name: number.as_dict() if isinstance(number, Share | Paired) else number for name, number in found.items()}

@@ -10,7 +10,7 @@ from advmoe.params import load_section, validate
 from advmoe.threats.poisoning import catalogue, study
 from advmoe.threats.poisoning.settings import PoisonSection, Study
 from advmoe.threats.poisoning.study import Case, Places
-from advmoe.threats.poisoning.victims import Recipes
+from advmoe.threats.retraining import Recipes
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from typing import Any
 from advmoe import console, files, paths
 from advmoe.errors import UserError
 from advmoe.evaluation.intervals import Share
-from advmoe.evaluation.paired import Paired
-from advmoe.threats.poisoning.metrics import as_json, value
+from advmoe.threats.numbers import as_json, from_json, mean
+from advmoe.threats.numbers import over_runs as mean_over
 
 SCHEMA = 1
 RUNS = "poison-runs"  # the folder of metrics/ with every single run
-DIGITS = 6
 COLUMNS = {  # of the table, those that a study has; with their intervals
     "clean_acc": "clean",
     "robust_acc": "PGD",
@@ -66,14 +65,8 @@ def read(path: Path) -> tuple[str, list[Row], int]:
 def _row(run: Mapping[str, Any]) -> Row:
     who = {name: run[name] for name in ("victim", "rate", "trial", "defence")}
     amounts = {name: run[name] for name in AMOUNTS if name in run}
-    found = {name: _number(number) for name, number in run.items() if name not in {*who, *amounts, "seed"}}
+    found = {name: from_json(number) for name, number in run.items() if name not in {*who, *amounts, "seed"}}
     return Row(**who, added=run["seed"], found=found, amounts=amounts)
-
-
-def _number(content: Any) -> Any:
-    if not isinstance(content, dict):
-        return content
-    return Share(**content) if "accuracy" in content else Paired(**content)
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, float, str], list[Row]]:
@@ -90,25 +83,9 @@ def over_runs(rows: Sequence[Row], name: str) -> Any:
     Hits of targets, one image each, are pooled instead: ten targets make one rate.
     """
     numbers = [row.found[name] for row in rows]
-    if len(numbers) == 1:
-        return numbers[0]
-    if name.startswith("success"):
+    if len(numbers) > 1 and name.startswith("success"):
         return Share.pooled(numbers)
-    values = [value(number) for number in numbers]
-    return Spread(sum(values) / len(values), min(values), max(values), len(values))
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The mean over `runs`, and the lowest and highest of them."""
-
-    mean: float
-    lowest: float
-    highest: float
-    runs: int
-
-    def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ({100 * self.lowest:.1f} to {100 * self.highest:.1f})"
+    return mean_over(numbers)
 
 
 def headline(rows: Sequence[Row]) -> dict[str, Any]:
@@ -116,13 +93,9 @@ def headline(rows: Sequence[Row]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for (victim, rate, defence), members in groups(rows).items():
         who = f"{victim}, {defence}" if defence else victim
-        means = {name: _mean(over_runs(members, name)) for name in members[0].found}
+        means = {name: mean(over_runs(members, name)) for name in members[0].found}
         found.setdefault(who, {})[f"{rate:g}"] = means
     return found
-
-
-def _mean(number: Any) -> float:
-    return round(number.mean if isinstance(number, Spread) else value(number), DIGITS)
 
 
 def write(rows: Sequence[Row], about: Mapping[str, Any], summary: Path, runs: Path, plots: Path) -> None:
@@ -156,7 +129,7 @@ def curve(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for (victim, rate, defence), members in groups(rows).items():
         if not defence:
             line = lines.setdefault(rate, {"rate": rate})
-            line |= {f"{name} {victim}": _mean(over_runs(members, name)) for name in members[0].found}
+            line |= {f"{name} {victim}": mean(over_runs(members, name)) for name in members[0].found}
     return [lines[rate] for rate in sorted(lines)]
 
 
@@ -201,5 +174,5 @@ def _cell(members: Sequence[Row], key: str) -> str:
     number = str(over_runs(members, key))
     if key not in BESIDE:
         return number
-    beside = 100 * _mean(over_runs(members, BESIDE[key]))
+    beside = 100 * mean(over_runs(members, BESIDE[key]))
     return f"{number} ({beside:+.1f})" if BESIDE[key].startswith("d_") else f"{number} ({beside:.1f})"

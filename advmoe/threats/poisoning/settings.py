@@ -11,8 +11,6 @@ from advmoe.params import PositiveInt, Seed, Settings
 from advmoe.threats.poisoning.catalogue import WHOLE_SET, Poison
 from advmoe.threats.poisoning.defences.catalogue import Defence
 
-MIXTURE, JOINT_ONLY = "mixture", "mixture-joint"
-
 
 class Study(Settings):
     """One attack and whom it is tried on.

@@ -25,8 +25,10 @@ from advmoe.threats.poisoning.defences.evidence import Evidence
 from advmoe.threats.poisoning.metrics import Answers, Exam, Pair
 from advmoe.threats.poisoning.poisoned import About, Poisoned
 from advmoe.threats.poisoning.report import Row
-from advmoe.threats.poisoning.settings import JOINT_ONLY, MIXTURE, Common, Study
-from advmoe.threats.poisoning.victims import (
+from advmoe.threats.poisoning.settings import Common, Study
+from advmoe.threats.retraining import (
+    JOINT_ONLY,
+    MIXTURE,
     Order,
     Recipes,
     is_mixture,
@@ -67,13 +69,17 @@ class Dose:
 
     @property
     def title(self) -> str:
-        """A name for files: rate-0.1-seed-0-trial-0."""
-        return f"rate-{self.rate:g}-seed-{self.added}-trial-{self.trial}"
+        """A name for files."""
+        return _title(self.rate, self.added, self.trial)
+
+
+def _title(rate: float, added: int, trial: int) -> str:
+    return f"rate-{rate:g}-seed-{added}-trial-{trial}"
 
 
 @dataclass
 class Workshop:
-    """What the attacker has; networks are trained when first asked for. `origin` seeds untrained ones."""
+    """What the attacker has; networks are trained when first asked for."""
 
     case: Case
     recipes: Recipes
@@ -132,18 +138,18 @@ class Places:
 
 def conduct(case: Case, places: Places) -> None:
     """Run a study, write it down and show it. Raises UserError for what cannot be."""
-    rows = run(case, places.models)
+    rows, doses = run(case, places.models)
     about = {"attack": case.study.attack.kind, "epsilon": case.recipes.epsilon, "images": len(case.exam.split)}
     report.write(rows, about, places.metrics, places.runs, places.plots / "curve.csv")
-    drawn = examples(case, places.models)
+    drawn = examples(case, max(doses, key=lambda dose: dose.rate).poisoned)
     if drawn is not None:
         files.write_bytes(places.plots / "examples.png", drawn)
     report.show(case.name, rows, len(case.exam.split))
     console.say(f"numbers: {places.metrics}, {places.runs}   pictures: {places.plots}/   models: {places.models}/")
 
 
-def run(case: Case, folder: Path) -> list[Row]:
-    """Poison, train, measure, defend; poisoned sets and victims are written to `folder`."""
+def run(case: Case, folder: Path) -> tuple[list[Row], list[Dose]]:
+    """Poison, train, measure, defend; poisoned sets and victims are written to `folder`. Returns results and poison."""
     _check(case)
     doses = list(_poison(case, folder))
     orders = [
@@ -163,7 +169,7 @@ def run(case: Case, folder: Path) -> list[Row]:
         rows.append(_measure(case, dose, order, victim.model, twins, ""))
         console.say(report.sentence(rows[-1]))
     rows += _defend(case, folder, orders, trained, twins)
-    return rows
+    return rows, doses
 
 
 def _check(case: Case) -> None:
@@ -192,7 +198,6 @@ def _poison(case: Case, folder: Path) -> Iterable[Dose]:
                 # no rate in the stream's name: the images of a lower rate are among those of a higher one
                 stream = generator(recipes.seed + added, "poison", study.attack.kind, trial)
                 changed = catalogue.poison(case.data["train"], stream, study.attack, rate, workshop)
-                dose = Dose(rate, added, trial, changed, "")
                 about = About(
                     attack=study.attack.kind,
                     rate=rate,
@@ -203,7 +208,7 @@ def _poison(case: Case, folder: Path) -> Iterable[Dose]:
                     trial=trial,
                 )
                 sha256 = poisoned.save(
-                    folder / f"{dose.title}.safetensors",
+                    folder / f"{_title(rate, added, trial)}.safetensors",
                     changed,
                     about,
                     params=study.model_dump(mode="json"),
@@ -334,10 +339,8 @@ def _save(case: Case, folder: Path, dose: Dose, order: Order, made: Trained, def
         console.warn(alarm)
 
 
-def examples(case: Case, folder: Path) -> bytes | None:
-    """A picture of the strongest poison, None for attacks that change labels only."""
-    path = sorted(folder.glob(f"rate-{max(case.study.rates):g}-seed-*.safetensors"))[0]
-    changed = poisoned.load(path)
+def examples(case: Case, changed: Poisoned) -> bytes | None:
+    """A picture of poison, None for attacks that change labels only."""
     if changed.trigger is not None:
         clean = case.exam.split.images
         return picture.examples(clean, changed.trigger.stamp(clean))

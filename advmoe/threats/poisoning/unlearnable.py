@@ -12,22 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from advmoe import engine
-from advmoe.params import Epsilon, PositiveFloat, PositiveInt, Settings
-from advmoe.threats.poisoning.noise import towards
-from advmoe.threats.poisoning.poisoned import Poisoned, change, choose, count, to_levels
+from advmoe.params import PositiveFloat, PositiveInt
+from advmoe.threats.poisoning.noise import Noise, noisy, towards
+from advmoe.threats.poisoning.poisoned import Poisoned
 
 MOMENTUM, DECAY = 0.9, 5e-4  # of the learning network, as in the paper
 
 
-class Unlearnable(Settings):
-    """`steps` of `step_size` (relative to `epsilon`, L-inf) improve the noise in each of at most `rounds`, after
+class Unlearnable(Noise):
+    """The steps improve the noise in each of at most `rounds`, after
     `learning_steps` of SGD with `batch_size` images at rate `lr`; it ends when the network errs on a share `stop`.
     """
 
     kind: Literal["unlearnable"]
-    epsilon: Epsilon
-    steps: PositiveInt
-    step_size: PositiveFloat
     rounds: PositiveInt
     learning_steps: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
@@ -45,27 +42,17 @@ def unlearnable(
     fresh: nn.Module,
 ) -> Poisoned:
     """Noise of its own on every chosen image, labels true. `fresh`: an untrained network, which this trains."""
-    of = "the training set"
-    rows = choose(torch.arange(len(labels_N)), count(rate, len(labels_N), of), of, stream)
-    images, labels = images_NCHW[rows].float() / 255, labels_N[rows]
-    start = (torch.rand(images.shape, generator=stream) * 2 - 1) * settings.epsilon
-    points = (images + start).clamp(0, 1)
     learner = _Learner(fresh, settings, stream)
-    for _ in range(settings.rounds):
-        learner.learn(points, labels)
-        points = towards(
-            fresh,
-            images,
-            points,
-            labels,
-            epsilon=settings.epsilon,
-            steps=settings.steps,
-            step_size=settings.step_size,
-        )
-        if learner.error(points, labels) <= settings.stop:
-            break
-    new_images = to_levels(points, images_NCHW[rows], settings.epsilon)
-    return change(images_NCHW, labels_N, rows, of=of, available=len(labels_N), new_images=new_images)
+
+    def make(images: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+        for _ in range(settings.rounds):
+            learner.learn(points, labels)
+            points = towards(fresh, images, points, labels, settings)
+            if learner.error(points, labels) <= settings.stop:
+                break
+        return points
+
+    return noisy(images_NCHW, labels_N, stream, rate, settings.epsilon, make)
 
 
 class _Learner:

@@ -1,4 +1,4 @@
-"""Victims: the pipeline's own networks, trained on a poisoned set by the pipeline's own code.
+"""The pipeline's own networks, trained anew on another training set by the pipeline's own code: victims and shadows.
 
 A victim and its clean twin differ in the training images and labels and in nothing else: recipe, seed, order of batches
 and validation images are the same. Validation stays clean: the defender is granted a small trusted set. So do the
@@ -18,11 +18,12 @@ from advmoe.classifiers import Backbone, Classifier, Mixture, Plain
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset, Split
 from advmoe.params import Epsilon, Seed, Settings, load_section
-from advmoe.threats.poisoning.settings import JOINT_ONLY, MIXTURE
 from advmoe.training.joint import JointRecipe, train_mixture
 from advmoe.training.loop import Trained
 from advmoe.training.single import SingleRecipe, Student, baseline_recipe, train_single
 from advmoe.workers import spread
+
+MIXTURE, JOINT_ONLY = "mixture", "mixture-joint"
 
 
 @dataclass(frozen=True)
