@@ -9,6 +9,7 @@ from advmoe.errors import UserError
 from advmoe.machine import device
 from advmoe.params import read_yaml
 from advmoe.schema import Params, load_params
+from advmoe.threats.extraction.victims import file_of
 
 DVC_FILE = Path("dvc.yaml")
 RUNNING = "Running stage '"
@@ -28,8 +29,8 @@ def check_dvc_file(params: Params) -> None:
     Raises UserError naming the stage and the line to add.
     """
     stages = read_yaml(DVC_FILE).get("stages") or {}
-    plain = set(params.baseline)
-    victims = {victim for study in params.poison.attacks.values() for victim in study.victims}
+    poisoned = {victim for study in params.poison.attacks.values() for victim in study.victims}
+    asked = {victim for study in params.extract.attacks.values() for victim in study.victims}
     needed = {
         "train": [paths.artifact("pretrain", name) for name in params.train.experts],
         "evaluate": [
@@ -38,8 +39,10 @@ def check_dvc_file(params: Params) -> None:
         ],
         "poison": [
             *(paths.artifact("pretrain", name) for name in params.train.experts),
-            *(paths.artifact("baseline", name) for name in sorted(victims & plain)),
+            *(paths.artifact("baseline", name) for name in sorted(poisoned & set(params.baseline))),
         ],
+        "extract": [file_of(name) for name in sorted(asked)],
+        "membership": [file_of(name) for name in sorted(params.membership.victims)],
     }
     for stage, artifacts in needed.items():
         entry = stages.get(stage) or {}

@@ -16,19 +16,20 @@ from advmoe import artifacts
 from advmoe.data.dataset import Facts
 from advmoe.errors import UserError
 from advmoe.machine import derive_seed
+from advmoe.models.cnn import SmallCnn
 from advmoe.models.gate import Gate
 from advmoe.models.moe import MixtureOfExperts, UniformGate
 from advmoe.models.resnet import ResNet18
 from advmoe.params import PositiveFloat, PositiveInt, Settings, validate
 
 KIND = "classifier"
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"resnet18": ResNet18}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"resnet18": ResNet18, "cnn": SmallCnn}
 
 
 class Backbone(Settings):
-    """The network of every expert and baseline. `width`: channels of the first stage; 64 is the full ResNet-18."""
+    """A single network. `width`: channels of the first stage; 64 is the full ResNet-18."""
 
-    kind: Literal["resnet18"]
+    kind: Literal["resnet18", "cnn"]
     width: PositiveInt
 
 

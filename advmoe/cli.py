@@ -158,6 +158,43 @@ def poison(
     return None
 
 
+@app.command(rich_help_panel=STAGES)
+def extract(
+    name: Annotated[str, typer.Argument(help="An attack of params.yaml, extract.attacks, e.g. knockoff.")],
+    budget: Annotated[list[int] | None, typer.Option(help="Queries, one an image; may be repeated.")] = None,
+    answers: Annotated[list[str] | None, typer.Option(help="soft, top1 or rounded-2; may be repeated.")] = None,
+    victim: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="mixture, a baseline, expert/NAME, an artifact, or path/to/file.py:factory (runs that file); "
+            "may be repeated."
+        ),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, .pt, .pth.")] = None,
+    surrogate: Annotated[list[str] | None, typer.Option(help="Of extract.surrogates; may be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Added to the project's seed; may be repeated.")] = None,
+) -> None:
+    """Without options the stage: one attack by queries alone, for the record. With any option a quick question."""
+    _stage()
+    if all(option is None or option == [] for option in (budget, answers, victim, weights, surrogate, seed)):
+        from stages import extract as stage
+
+        return stage.run(name)
+    from advmoe.threats.extraction.question import Question, answer
+
+    answer(Question(name, budget or (), answers or (), victim or (), surrogate or (), seed or (), weights))
+    return None
+
+
+@app.command(rich_help_panel=STAGES)
+def membership() -> None:
+    """Find out which training images the networks give away."""
+    _stage()
+    from stages import membership as stage
+
+    stage.run()
+
+
 @app.command(rich_help_panel=QUESTIONS)
 def attacks() -> None:
     """List the attacks: norms, access, cost, source."""
@@ -171,9 +208,13 @@ def attacks() -> None:
 def results() -> None:
     """Show the results of the last `dvc repro` and where they lie."""
     from advmoe.evaluation import results as shown
+    from advmoe.threats.extraction import report as extraction
+    from advmoe.threats.membership import report as membership_audit
     from advmoe.threats.poisoning import report as poisoning
 
     poisoning.show_record()
+    extraction.show_record()
+    membership_audit.show_record()
     shown.show()
 
 

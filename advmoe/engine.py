@@ -181,3 +181,24 @@ def strike_all(
         struck = strike(model, images_NCHW[rows], labels_N[rows], craft, ball=ball, draws=draws, precision=precision)
         result[rows] = struck.images
     return result
+
+
+def ascend_all(
+    model: nn.Module,
+    images_NCHW: Tensor,
+    labels_N: Tensor,
+    craft: Craft,
+    *,
+    ball: Ball,
+    seed: int,
+    purpose: str,
+    precision: Precision,
+    batch_size: int,
+) -> Tensor:
+    """All images (N, C, H, W) after every step of an attack: what just fools one network seldom fools another."""
+    found = []
+    with crafting(model, precision) as cheap:
+        for rows in torch.split(torch.arange(len(labels_N), device=labels_N.device), batch_size):
+            draws = ImageDraws(seed, purpose, rows)
+            found.append(craft(cheap, images_NCHW[rows], labels_N[rows], ball=ball, draws=draws).detach())
+    return ball.project(torch.cat(found), images_NCHW)

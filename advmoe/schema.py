@@ -8,6 +8,9 @@ from advmoe.classifiers import Backbone
 from advmoe.data.catalogue import Prepare
 from advmoe.evaluation.suite import Evaluate
 from advmoe.params import PARAMS_FILE, Epsilon, Seed, Settings, read_yaml, validate
+from advmoe.threats.extraction.settings import ExtractSection
+from advmoe.threats.extraction.victims import EXPERT
+from advmoe.threats.membership.settings import MembershipSection
 from advmoe.threats.poisoning.catalogue import proxies
 from advmoe.threats.poisoning.settings import PoisonSection
 from advmoe.threats.retraining import JOINT_ONLY, MIXTURE
@@ -31,6 +34,8 @@ class Params(Settings):
     baseline: Annotated[dict[Name, Student], Field(min_length=1)]
     evaluate: Evaluate
     poison: PoisonSection
+    extract: ExtractSection
+    membership: MembershipSection
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Params":
@@ -41,6 +46,10 @@ class Params(Settings):
             key = f"poison.attacks.{name}"
             _known(f"{key}.victims", study.victims, "victims are", (MIXTURE, JOINT_ONLY, *plain))
             _known(f"{key}.attack.proxy", proxies(study.attack), "baseline has only", plain)
+        for name, theft in self.extract.attacks.items():
+            victims = (MIXTURE, *plain, *(f"{EXPERT}{expert}" for expert in self.experts))
+            _known(f"extract.attacks.{name}.victims", theft.victims, "victims are", victims)
+        _known("membership.victims", tuple(self.membership.victims), "victims are", (MIXTURE, *plain))
         return self
 
 

@@ -45,7 +45,7 @@ def load_subject(model: str, weights: Path | None, expert: str | None) -> Subjec
     if user_code.names_code(model):
         if expert is not None:
             raise UserError(f"--expert {expert}: only an artifact of advmoe has experts by name, {model} is code")
-        return _stranger(model, weights)
+        return stranger(model, made_by(model), weights)
     if weights is not None:
         raise UserError(f"--weights: {model} brings its own; weights belong to --model path/to/model.py:factory")
     if not model.endswith(".safetensors"):
@@ -66,9 +66,13 @@ def _artifact(path: Path, expert: str | None) -> Subject:
     return Subject(expert, classifier.model.experts[names.index(expert)], classifier.header.sha256, classifier)
 
 
-def _stranger(reference: str, weights: Path | None) -> Subject:
-    factory = user_code.load_function(reference)
-    model = user_code.call(reference, factory)
+def made_by(reference: str) -> Any:
+    """What a stranger's factory returns. Raises UserError when it is not there or raises."""
+    return user_code.call(reference, user_code.load_function(reference))
+
+
+def stranger(reference: str, model: object, weights: Path | None) -> Subject:
+    """A network that a factory made, with its weights. Raises UserError when it is none, or they do not fit."""
     if not isinstance(model, nn.Module):
         raise UserError(f"{reference}: must return a torch.nn.Module, not {type(model).__name__}")
     identity = user_code.digest(reference)

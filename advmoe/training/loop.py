@@ -22,11 +22,11 @@ from advmoe.attacks.draws import BatchDraws
 from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.pgd import Pgd
 from advmoe.data.batches import batches, batches_per_epoch
-from advmoe.data.dataset import Dataset, Split
+from advmoe.data.dataset import Dataset
 from advmoe.errors import UserError
 from advmoe.machine import derive_seed, device, generator
 from advmoe.training.adversary import Adversary, CleanBatches, bind, craft, draw
-from advmoe.training.recipe import Recipe, Validation, rate
+from advmoe.training.recipe import Learning, Recipe, Validation, rate
 
 VALIDATION_BATCH = 200
 DIGITS = 6  # of the numbers in histories: enough for any accuracy, and equal on equal runs
@@ -60,13 +60,14 @@ class Learner(Protocol):
 class Course:
     """One training run: what is learned from, under which attacks, and what `best` means.
 
-    `epsilon`: L-inf radius of PGD batches and of validation; `select_by`: the column of the history to be highest.
+    `epsilon`: L-inf radius of PGD batches and of validation; `select_by`: the column of the history to be highest. A
+    recipe without validation is not watched: its history holds losses only.
     """
 
     name: str
     seed: int
     dataset: Dataset
-    recipe: Recipe
+    recipe: Learning
     adversary: Adversary
     epsilon: float
     select_by: str
@@ -108,12 +109,13 @@ class Run:
         return self.learner.model if self.average is None else self.average.module
 
     def epoch(self, number: int) -> Row:
-        """Go once through the training split, then look at the validation split."""
+        """Go once through the training split, then look at the validation split if the recipe has one."""
         recipe = self.course.recipe
         epoch = batches(self.images, self.labels, recipe.batch_size, recipe.augmentation, self.shuffle)
         what = f"{self.course.name} epoch {number}/{recipe.epochs}"
         losses = [self.step(images, labels) for images, labels in console.track(epoch, what, self.steps_per_epoch)]
-        return _end_of_epoch(self.learner, self.model, self.course, number, losses)
+        row = {"epoch": number, "loss": _mean(losses, self.course.name, number)}
+        return row | _watch(self.learner, self.model, self.course, number) if isinstance(recipe, Recipe) else row
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Attack one batch as drawn, learn from it; returns its loss."""
@@ -144,47 +146,47 @@ def fit(learner: Learner, course: Course) -> Trained:
     finite.
     """
     started = time.monotonic()
-    run = Run(learner, course)
+    run, recipe = Run(learner, course), course.recipe
     history: list[Row] = []
     kept: Row = {}
     weights: Mapping[str, Tensor] = {}
-    for number in range(1, course.recipe.epochs + 1):
+    for number in range(1, recipe.epochs + 1):
         history.append(run.epoch(number))
-        console.say(f"{course.name} {_summary(history[-1])}")
-        better = not kept or history[-1][course.select_by] > kept[course.select_by]
-        if better or course.recipe.selection == "last":
-            kept, weights = history[-1], copy.deepcopy(run.model.state_dict())
+        if isinstance(recipe, Recipe):
+            console.say(f"{course.name} {_summary(history[-1])}")
+            if recipe.selection == "best" and kept and history[-1][course.select_by] <= kept[course.select_by]:
+                continue
+        kept, weights = history[-1], copy.deepcopy(run.model.state_dict())
     learner.model.load_state_dict(weights)
-    return Trained(learner.model.eval(), history, kept, _overfitting(course, kept), time.monotonic() - started)
+    alarms = _overfitting(course, recipe.validation, kept) if isinstance(recipe, Recipe) else []
+    return Trained(learner.model.eval(), history, kept, alarms, time.monotonic() - started)
 
 
-def _end_of_epoch(learner: Learner, model: nn.Module, course: Course, epoch: int, losses: list[Tensor]) -> Row:
+def _mean(losses: list[Tensor], name: str, epoch: int) -> float:
     loss = torch.stack(losses).float()
     if not torch.isfinite(loss).all():
         batch = int((~torch.isfinite(loss)).nonzero()[0]) + 1
         raise UserError(
-            f"{course.name}: the loss became NaN or infinite in epoch {epoch}, batch {batch}; "
-            "lower optimizer.lr or set clip"
+            f"{name}: the loss became NaN or infinite in epoch {epoch}, batch {batch}; lower optimizer.lr or set clip"
         )
-    split = course.dataset["validation"].first(course.recipe.validation.images)
-    measured, clean, attacked = validate(model, split, course)
+    return round(float(loss.mean()), DIGITS)
+
+
+def _watch(learner: Learner, model: nn.Module, course: Course, epoch: int) -> Row:
+    measured, clean, attacked = validate(model, course)
     if not torch.isfinite(engine.predict(model, clean, VALIDATION_BATCH)).all():
         raise UserError(
             f"{course.name}: the network outputs NaN or infinity after epoch {epoch}; lower optimizer.lr or set clip"
         )
-    return {
-        "epoch": epoch,
-        "loss": round(float(loss.mean()), DIGITS),
-        **measured,
-        **learner.health(model, clean, attacked),
-    }
+    return {**measured, **learner.health(model, clean, attacked)}
 
 
-def validate(model: nn.Module, split: Split, course: Course) -> tuple[Row, Tensor, Tensor]:
-    """Clean, FGSM and PGD accuracy on `split`, and its images clean and under PGD (N, C, H, W)."""
-    place = device()
+def validate(model: nn.Module, course: Course) -> tuple[Row, Tensor, Tensor]:
+    """Clean, FGSM and PGD accuracy on the validation images, and these clean and under PGD (N, C, H, W)."""
+    assert isinstance(course.recipe, Recipe)
+    place, validation = device(), course.recipe.validation
+    split, ball = course.dataset["validation"].first(validation.images), LInf(course.epsilon)
     images, labels = split.pixels().to(place), split.labels.to(place)
-    validation, ball = course.recipe.validation, LInf(course.epsilon)
     clean = engine.predict(model, images, VALIDATION_BATCH).argmax(1) == labels
     row: Row = {"clean": _share(clean)}
     adversarial = images
@@ -214,10 +216,10 @@ def _averaged(model: nn.Module, decay: float) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None  # type: ignore[no-untyped-call]
 
 
-def _overfitting(course: Course, row: Row) -> list[str]:
+def _overfitting(course: Course, validation: Validation, row: Row) -> list[str]:
     """The alarm for catastrophic overfitting: robust to one step, not to several (Wong et al. 2020)."""
     gap = row["fgsm"] - row["pgd"]
-    if gap <= course.recipe.validation.gap or isinstance(course.adversary, CleanBatches):
+    if gap <= validation.gap or isinstance(course.adversary, CleanBatches):
         return []  # a benign network loses to more steps too, but nobody took it for robust
     return [
         f"{course.name}: FGSM accuracy {row['fgsm']:.3f} but PGD accuracy {row['pgd']:.3f} on validation: "

@@ -41,11 +41,11 @@ class Validation(Settings):
     images: PositiveInt
 
 
-class Recipe(Settings):
-    """Everything a training run needs besides a model, an adversary and a seed.
+class Learning(Settings):
+    """Everything a training run needs besides a model, an adversary and a seed. The last epoch is kept.
 
     `clip`: largest gradient norm, 0 for none; `ema`: decay of the averaged weights, which are then the ones kept,
-    0 for none; `selection`: keep the last epoch or the best on validation.
+    0 for none.
     """
 
     epochs: PositiveInt
@@ -56,6 +56,11 @@ class Recipe(Settings):
     ema: Annotated[float, Field(ge=0, lt=1)]
     augmentation: Augmentation
     precision: Precision
+
+
+class Recipe(Learning):
+    """The same, watched on the validation split; `selection`: keep the last epoch or the best there."""
+
     selection: Literal["last", "best"]
     validation: Validation
 

@@ -13,7 +13,7 @@ from advmoe.machine import derive_seed
 from advmoe.params import Epsilon, Seed, Settings
 from advmoe.training.adversary import Adversary, CleanBatches, FgsmBatches
 from advmoe.training.loop import Course, Row, Trained, fit
-from advmoe.training.recipe import Recipe, sgd
+from advmoe.training.recipe import Learning, Recipe, sgd
 from advmoe.training.record import record
 
 
@@ -55,7 +55,7 @@ def baseline_recipe(pretrain: SingleRecipe, joint_epochs: int) -> SingleRecipe:
 class PlainLearner:
     """Cross-entropy on whatever the batch was attacked with."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, recipe: Learning) -> None:
         self.model = model
         self.recipe = recipe
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from advmoe import engine
 from advmoe.data.dataset import Split
+from advmoe.models.cnn import SmallCnn
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.models.resnet import ResNet18
 
@@ -35,7 +36,7 @@ def features(model: nn.Module, images_NCHW: Tensor) -> Tensor:
 def _features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     if isinstance(model, MixtureOfExperts):
         return torch.cat([_features(expert, images_BCHW) for expert in model.experts], dim=1)
-    assert isinstance(model, ResNet18)
+    assert isinstance(model, ResNet18 | SmallCnn)
     return model.features(images_BCHW)
 
 

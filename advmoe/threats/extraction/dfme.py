@@ -1,0 +1,154 @@
+"""Data-free extraction: a generator makes the queries, its gradient is estimated from answers (Truong et al. 2021,
+"Data-Free Model Extraction", arXiv 2011.14779).
+
+The generator looks for images on which surrogate and victim disagree, the surrogate learns the victim's answers to
+them. The victim gives no gradients, so the generator's are estimated by forward differences in random directions, each
+of which is one more query per image.
+
+Shapes: B batch, C channel, H/W pixels, K classes, Z latent numbers.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from advmoe.data.dataset import Facts
+from advmoe.errors import UserError
+from advmoe.machine import device
+from advmoe.params import PIXEL_LEVELS, PositiveFloat, PositiveInt, Settings
+from advmoe.threats.extraction.tools import Tools
+from advmoe.threats.extraction.transfer_set import TransferSet, asked, joined
+
+TINY = 1e-7  # of probabilities whose logarithm is taken
+GENERATOR_LR, SURROGATE_LR = 1e-4, 0.1  # as in the paper
+MOMENTUM, DECAY = 0.9, 5e-4
+
+
+class Dfme(Settings):
+    """A round: one batch for the generator, with `directions` differences of length `step`, and `learning` batches for
+    the surrogate, all of `batch_size` images from `latent` normal numbers.
+    """
+
+    kind: Literal["dfme"]
+    batch_size: Annotated[int, Field(ge=2)]
+    latent: PositiveInt
+    width: PositiveInt
+    directions: PositiveInt
+    step: PositiveFloat
+    learning: PositiveInt
+
+
+class Generator(nn.Module):
+    """Latent numbers (B, Z) -> images (B, C, H, W) in [0, 1]: a linear layer and two rounds of upsampling."""
+
+    def __init__(self, settings: Dfme, facts: Facts) -> None:
+        super().__init__()
+        self.small = (settings.width, -(-facts.height // 4), -(-facts.width // 4))
+        self.size = (facts.height, facts.width)
+        width = settings.width
+        self.project = nn.Linear(settings.latent, self.small[0] * self.small[1] * self.small[2])
+        self.paint = nn.Sequential(
+            nn.BatchNorm2d(width),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.LeakyReLU(0.2),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(width, width // 2 or 1, 3, padding=1),
+            nn.BatchNorm2d(width // 2 or 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width // 2 or 1, facts.channels, 3, padding=1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, latent_BZ: Tensor) -> Tensor:
+        painted: Tensor = self.paint(self.project(latent_BZ).unflatten(1, self.small))
+        return painted[:, :, : self.size[0], : self.size[1]]
+
+
+def dfme(settings: Dfme, tools: Tools) -> TransferSet:
+    """Every image that was asked, with its answer. Raises UserError when the budget does not cover one round."""
+    round_of = settings.batch_size * (settings.directions + 1 + settings.learning)
+    if tools.oracle.budget < round_of:
+        raise UserError(f"a budget of {tools.oracle.budget} queries does not cover one round, which takes {round_of}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=tools.stream)))
+        generator = Generator(settings, tools.facts)
+    thief = _Thief(settings, tools, generator.to(device()))
+    while tools.oracle.left >= round_of:
+        thief.improve_generator()
+        for _ in range(settings.learning):
+            thief.improve_surrogate()
+    assert thief.known is not None
+    return thief.known
+
+
+class _Thief:
+    """Generator, surrogate, and all that was asked so far."""
+
+    def __init__(self, settings: Dfme, tools: Tools, generator: Generator) -> None:
+        self.settings, self.oracle, self.stream, self.generator = settings, tools.oracle, tools.stream, generator
+        self.surrogate = tools.fresh()
+        self.generator_steps = torch.optim.Adam(generator.parameters(), GENERATOR_LR)
+        self.surrogate_steps = torch.optim.SGD(
+            self.surrogate.parameters(), SURROGATE_LR, momentum=MOMENTUM, weight_decay=DECAY
+        )
+        self.known: TransferSet | None = None
+
+    def improve_generator(self) -> None:
+        """Towards disagreement: ascend the L1 distance of logits along its estimated gradient in the pixels."""
+        images = self.generator(self._latent())
+        with torch.no_grad():
+            here = self._disagreement(images)
+            slope = torch.zeros_like(images)
+            for _ in range(self.settings.directions):
+                drawn = torch.randn(images.shape, generator=self.stream).flatten(1)
+                direction = functional.normalize(drawn).view_as(images).to(images.device)
+                there = self._disagreement((images + self.settings.step * direction).clamp(0, 1))
+                slope += ((there - here) / self.settings.step)[:, None, None, None] * direction
+            slope *= images[0].numel() / self.settings.directions
+        self.generator_steps.zero_grad(set_to_none=True)
+        images.backward(-slope / len(images))
+        self.generator_steps.step()
+
+    def improve_surrogate(self) -> None:
+        """One step towards the victim's answers to fresh images."""
+        with torch.no_grad():
+            images = self._levels(self.generator(self._latent()))
+        answers = self._ask(images)
+        self.surrogate.train()
+        self.surrogate_steps.zero_grad(set_to_none=True)
+        logits = self.surrogate(images.float() / PIXEL_LEVELS)
+        loss = functional.l1_loss(_centred(functional.log_softmax(logits, dim=1)), _logits(answers))
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.surrogate_steps.step()
+        self.surrogate.eval()
+
+    def _disagreement(self, images_BCHW: Tensor) -> Tensor:
+        levels = self._levels(images_BCHW)
+        logits = _centred(functional.log_softmax(self.surrogate(levels.float() / PIXEL_LEVELS), dim=1))
+        return (logits - _logits(self._ask(levels))).abs().sum(dim=1)
+
+    def _ask(self, images: Tensor) -> Tensor:
+        new = asked(self.oracle, images.cpu())
+        self.known = new if self.known is None else joined(self.known, new)
+        return new.answers.to(images.device)
+
+    def _latent(self) -> Tensor:
+        return torch.randn(self.settings.batch_size, self.settings.latent, generator=self.stream).to(device())
+
+    @staticmethod
+    def _levels(images_BCHW: Tensor) -> Tensor:
+        return (images_BCHW * PIXEL_LEVELS).round().to(torch.uint8)
+
+
+def _logits(answers_BK: Tensor) -> Tensor:
+    """Logits from probabilities, up to their mean (B, K): the paper's recovery."""
+    return _centred(answers_BK.clamp_min(TINY).log())
+
+
+def _centred(logits_BK: Tensor) -> Tensor:
+    return logits_BK - logits_BK.mean(dim=1, keepdim=True)

@@ -1,0 +1,78 @@
+"""The `extract` section of params.yaml."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from advmoe import files
+from advmoe.attacks.pgd import Pgd
+from advmoe.classifiers import Backbone
+from advmoe.errors import UserError
+from advmoe.params import PositiveInt, Seed, Settings
+from advmoe.threats.extraction.catalogue import Extraction
+from advmoe.threats.extraction.oracle import Answers
+from advmoe.threats.extraction.prada import Prada
+from advmoe.training.recipe import Learning
+
+
+class Study(Settings):
+    """One attack and whom it is tried on.
+
+    `answers`: what the victim tells; `budgets`: queries, one an image, the smaller ones being the first queries of the
+    largest; `victims`: `mixture`, a baseline, `expert/NAME`; `surrogates`: of `extract.surrogates`, the first of which
+    also serves attacks that train networks in between; `seeds`: added to the project's.
+    """
+
+    attack: Extraction
+    answers: Annotated[tuple[Answers, ...], Field(min_length=1)]
+    budgets: Annotated[tuple[Annotated[int, Field(ge=2, strict=True)], ...], Field(min_length=1)]
+    victims: Annotated[tuple[str, ...], Field(min_length=1)]
+    surrogates: Annotated[tuple[str, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _no_repetition(self) -> "Study":
+        for name in ("answers", "budgets", "victims", "surrogates", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} lists something twice")
+        return self
+
+
+class Common(Settings):
+    """What all studies share.
+
+    `images`: so many test images, null for all; `noise`: so many uniform images; `robust`: PGD on victims and
+    surrogates, at the top-level epsilon; `detector`: looks at the queries; `surrogates`: networks by name; `recipe`:
+    of them all.
+    """
+
+    images: PositiveInt | None
+    noise: PositiveInt
+    robust: Pgd
+    detector: Prada
+    surrogates: Annotated[dict[str, Backbone], Field(min_length=1)]
+    recipe: Learning
+
+
+class ExtractSection(Common):
+    """All of it: a stage of its own for every attack."""
+
+    attacks: Annotated[dict[str, Study], Field(min_length=1)]
+
+    def named(self, name: str) -> Study:
+        """The study of that name. Raises UserError when there is none."""
+        if name not in self.attacks:
+            raise UserError(f"extract.attacks has no '{name}'; there are {files.names(self.attacks)}")
+        return self.attacks[name]
+
+    @model_validator(mode="after")
+    def _known_surrogates(self) -> "ExtractSection":
+        for name, study in self.attacks.items():
+            strangers = [each for each in study.surrogates if each not in self.surrogates]
+            if strangers:
+                raise ValueError(
+                    f"attacks.{name}.surrogates lists '{strangers[0]}', but surrogates has only "
+                    f"{files.names(self.surrogates)}"
+                )
+        return self

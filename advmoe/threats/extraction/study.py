@@ -1,0 +1,196 @@
+"""One extraction attack tried on its victims: ask, write down, train, measure, look for traces.
+
+Shapes: N images, K classes.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from advmoe import classifiers, console, files, paths
+from advmoe.classifiers import Plain
+from advmoe.data import dataset
+from advmoe.data.dataset import Dataset
+from advmoe.errors import UserError
+from advmoe.machine import generator
+from advmoe.threats.extraction import metrics, pools, prada, report, surrogate, transfer_set, victims
+from advmoe.threats.extraction.catalogue import steal
+from advmoe.threats.extraction.metrics import Copy, Exam, Sheet
+from advmoe.threats.extraction.oracle import Oracle, told_as
+from advmoe.threats.extraction.pools import AnyPool, Candidates
+from advmoe.threats.extraction.report import Row
+from advmoe.threats.extraction.settings import Common, Study
+from advmoe.threats.extraction.tools import Tools
+from advmoe.threats.extraction.transfer_set import TransferSet
+from advmoe.threats.extraction.victims import Victim
+from advmoe.training.loop import Trained
+from advmoe.workers import spread
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that a study starts from. `weights`: of a stranger; `folder`: for transfer sets and surrogates."""
+
+    name: str
+    study: Study
+    common: Common
+    seed: int
+    epsilon: float
+    weights: Path | None
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the results of a study go: the headline, every run, and plots."""
+
+    metrics: Path
+    runs: Path
+    plots: Path
+
+
+def conduct(case: Case, places: Places) -> None:
+    """Run a study, write it down and show it. Raises UserError for what cannot be."""
+    rows = run(case)
+    images = len(_data()["test"].first(case.common.images))
+    about = {"attack": case.study.attack.kind, "epsilon": case.epsilon, "images": images}
+    report.write(rows, about, places.metrics, places.runs, places.plots / "curve.csv")
+    report.show(case.name, rows, images)
+    console.say(f"numbers: {places.metrics}, {places.runs}   plots: {places.plots}/   models: {case.folder}/")
+
+
+def run(case: Case) -> list[Row]:
+    """All victims and seeds, two at a time where there are cores for it."""
+    strangers = [name for name in case.study.surrogates if name not in case.common.surrogates]
+    if strangers:
+        raise UserError(f"surrogate '{strangers[0]}' is not known; there are {files.names(case.common.surrogates)}")
+    jobs = [(victim, added) for victim in case.study.victims for added in case.study.seeds]
+    return [row for rows in spread(partial(_campaign, case), jobs) for row in rows]
+
+
+@lru_cache(maxsize=1)
+def _data() -> Dataset:
+    return dataset.load(paths.DATASET)
+
+
+def _campaign(case: Case, job: tuple[str, int]) -> list[Row]:
+    """One victim and seed: its control, then every answer mode, budget and surrogate."""
+    name, added = job
+    data = _data()
+    victim = victims.load(name, case.weights, data.facts.classes)
+    campaign = Campaign(case, added, data, victim, _exam(case, data))
+    rows = campaign.controls()
+    for mode in case.study.answers:
+        rows += campaign.attack(mode)
+    return rows
+
+
+def _exam(case: Case, data: Dataset) -> Exam:
+    common = case.common
+    noise = pools.uniform_noise(common.noise, data.facts, generator(case.seed, "extract", "noise"))
+    split = data["test"].first(common.images)
+    return Exam(split, noise, common.robust, case.epsilon, case.seed, common.recipe.precision)
+
+
+class Campaign:
+    """One attacker against one victim."""
+
+    def __init__(self, case: Case, added: int, data: Dataset, victim: Victim, exam: Exam) -> None:
+        self.case, self.added, self.data, self.victim, self.exam = case, added, data, victim, exam
+        self.run_seed = case.seed + added
+        self.known: Sheet = metrics.sheet(victim, exam)
+        self.control: dict[str, Copy] = {}
+
+    def controls(self) -> list[Row]:
+        """Surrogates trained on the attacker's own images and their true labels: the victim was never asked."""
+        own = transfer_set.labelled(pools.in_distribution(self.data), self.data.facts.classes)
+        rows = []
+        for name in self.case.study.surrogates:
+            trained = self._train(f"control-{name}", name, own)
+            self.control[name] = metrics.examine(trained.model, self.victim, self.known, self.exam)
+            self._save(f"control-seed-{self.added}/{name}", name, trained, {})
+            found = metrics.numbers(self.control[name], None, self.known, self.exam)
+            rows.append(Row(self.victim.name, report.CONTROL, name, 0, self.added, found, {}))
+        return rows
+
+    def attack(self, mode: str) -> list[Row]:
+        """Ask once, up to the largest budget, and write it down; then train at every budget."""
+        case, started = self.case, time.monotonic()
+        oracle = Oracle(self.victim.ask, mode, max(case.study.budgets))
+        found = steal(case.study.attack, self._tools(oracle))
+        assert len(found.images) == oracle.used, "a query that is not in the transfer set"
+        title = f"{self.victim.name.replace('/', '-')}-{mode}-seed-{self.added}"
+        sha256 = transfer_set.save(
+            case.folder / f"{title}.safetensors",
+            found,
+            oracle.asked,
+            about={"attack": case.study.attack.kind, "answers": mode, "victim": self.victim.name},
+            params=case.study.model_dump(mode="json"),
+            inputs={"dataset": self.data.sha256, "victim": self.victim.identity},
+            seed=self.run_seed,
+            seconds=time.monotonic() - started,
+        )
+        amounts = {"sha256": sha256, **self._traces(found, mode)}
+        rows = []
+        for budget in sorted(case.study.budgets):
+            bought = found.within(budget)
+            for name in case.study.surrogates:
+                trained = self._train(f"{case.study.attack.kind}-{name}", name, bought)
+                self._save(f"{title}/{name}-{budget}", name, trained, {"transfer set": sha256})
+                copy = metrics.examine(trained.model, self.victim, self.known, self.exam)
+                numbers = metrics.numbers(copy, self.control[name], self.known, self.exam)
+                used = {"queries_used": len(bought.images)}
+                rows.append(Row(self.victim.name, mode, name, budget, self.added, numbers, {**used, **amounts}))
+                console.say(report.sentence(rows[-1]))
+        return rows
+
+    def _tools(self, oracle: Oracle) -> Tools:
+        first = self.case.study.surrogates[0]
+        kind = self.case.study.attack.kind
+        return Tools(
+            oracle=oracle,
+            gather=self._gather,
+            learn=lambda known: self._train(f"{kind}-between-{len(known.images)}", first, known).model,
+            fresh=lambda: surrogate.fresh(self.case.common.surrogates[first], self.data, self.run_seed, kind, "fresh"),
+            stream=generator(self.run_seed, "extract", kind),
+            facts=self.data.facts,
+        )
+
+    def _gather(self, pool: AnyPool) -> Candidates:
+        # the stream is named after the pool alone: every attack, victim and answer mode meets the same images
+        return pools.gather(pool, self.data, generator(self.run_seed, "extract", "pool", pool.kind))
+
+    def _train(self, label: str, name: str, known: TransferSet) -> Trained:
+        common = self.case.common
+        backbone = common.surrogates[name]
+        return surrogate.train(
+            label, backbone, known, self.data, common.recipe, seed=self.run_seed, epsilon=self.case.epsilon
+        )
+
+    def _save(self, title: str, name: str, trained: Trained, inputs: dict[str, str]) -> None:
+        common = self.case.common
+        classifiers.save(
+            self.case.folder / f"{title}.safetensors",
+            trained.model,
+            Plain(kind="plain", backbone=common.surrogates[name]),
+            self.data.facts,
+            params={"study": self.case.study.model_dump(mode="json"), "recipe": common.recipe.model_dump(mode="json")},
+            inputs={"dataset": self.data.sha256, **inputs},
+            seed=self.run_seed,
+            metrics={},
+            seconds=trained.seconds,
+        )
+
+    def _traces(self, found: TransferSet, mode: str) -> dict[str, Any]:
+        """After how many queries the detector notices the thief, and an honest user who asks about the test images; and
+        what the answer mode costs that user.
+        """
+        told = told_as(self.known.probabilities, mode)
+        detector, split = self.case.common.detector, self.exam.split
+        return {
+            "alarm_after": prada.alarm_after(found.images, found.answers.argmax(1), detector),
+            "honest_alarm_after": prada.alarm_after(split.images, told.argmax(1), detector),
+            **metrics.cost_to_honest(self.known.probabilities, told, split.labels),
+        }

@@ -1,0 +1,38 @@
+"""What an attacker works with: the oracle, images to ask about, and networks to train in between."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from advmoe.data.dataset import Facts
+from advmoe.errors import UserError
+from advmoe.threats.extraction.oracle import Oracle
+from advmoe.threats.extraction.pools import AnyPool, Candidates
+from advmoe.threats.extraction.transfer_set import TransferSet
+
+
+@dataclass(frozen=True)
+class Tools:
+    """`gather`: a pool's images; `learn`: a network trained from scratch on what is known so far; `fresh`: one that is
+    untrained; `stream`: where all other randomness comes from; `facts`: of the victim's images.
+    """
+
+    oracle: Oracle
+    gather: Callable[[AnyPool], Candidates]
+    learn: Callable[[TransferSet], nn.Module]
+    fresh: Callable[[], nn.Module]
+    stream: torch.Generator
+    facts: Facts
+
+    def candidates(self, pool: AnyPool) -> Candidates:
+        """The pool's images. Raises UserError, before anything is asked, when the budget is larger than the pool."""
+        found = self.gather(pool)
+        self.reach(len(found), f"there are {len(found)} images to ask about")
+        return found
+
+    def reach(self, most: int, why: str) -> None:
+        """Raises UserError when the budget is more than `most` queries, which is all that this attack can ask."""
+        if self.oracle.budget > most:
+            raise UserError(f"a budget of {self.oracle.budget} queries cannot be spent: {why}")

@@ -1,0 +1,1 @@
+"""Membership inference: which images a network was trained on, from its answers alone."""

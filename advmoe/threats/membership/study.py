@@ -1,0 +1,188 @@
+"""How much each network gives away of its training images.
+
+Members are training images; the others come from the attacker's pool and the test split. Shadow models are trained by
+the pipeline's own recipes on random halves of all three, so that of every image half of them know nothing.
+
+Shapes: N audited images, C channel, H/W pixels, K classes, S shadow models, U images that shadows are drawn from.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from advmoe import classifiers, console, engine, paths
+from advmoe.attacks.ball import LInf
+from advmoe.attacks.pgd import pgd
+from advmoe.data import dataset
+from advmoe.data.dataset import Dataset, Split
+from advmoe.machine import derive_seed, device, generator
+from advmoe.threats.membership import report
+from advmoe.threats.membership.report import Row
+from advmoe.threats.membership.scores import (
+    Scores,
+    balanced,
+    calibrated_scores,
+    confidence_scores,
+    gap,
+    leak,
+    lira_scores,
+    loss_scores,
+)
+from advmoe.threats.membership.settings import MembershipSection
+from advmoe.threats.retraining import MIXTURE, Order, Recipes, train_all
+from advmoe.workers import spread
+
+BATCH = 200
+CLEAN, ADVERSARIAL = "clean", "adversarial"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that the audit starts from."""
+
+    section: MembershipSection
+    recipes: Recipes
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The audited images: `split`, whether each is a member (N,), and its position (N,) in `universe`, which shadows
+    are drawn from.
+    """
+
+    split: Split
+    is_member: Tensor
+    position: Tensor
+    universe: Split
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the results go: the headline, and every number with its interval."""
+
+    metrics: Path
+    runs: Path
+
+
+def conduct(case: Case, places: Places) -> None:
+    """Run the audit, write it down and show it. Raises UserError for what cannot be."""
+    rows, audit = run(case)
+    members = int(audit.is_member.sum())
+    about = {"epsilon": case.recipes.epsilon, "members": members, "others": len(audit.split) - members}
+    report.write(rows, about, places.metrics, places.runs)
+    report.show(rows, about)
+    console.say(f"numbers: {places.metrics}, {places.runs}")
+
+
+def run(case: Case) -> tuple[list[Row], Audit]:
+    """Every victim, score and kind of query."""
+    audit = draw(_data(), case.recipes.seed)
+    victims = list(case.section.victims)
+    found = dict(zip(victims, spread(partial(_asked, case), victims), strict=True))
+    scores = {victim: _scores(case, audit, victim, *found[victim]) for victim in victims}
+    rows = []
+    for victim, by_test in scores.items():
+        for test, mine in by_test.items():
+            other = None if victim == case.section.against else scores[case.section.against].get(test)
+            beyond = None if other is None else gap(mine, other, case.recipes.seed)
+            rows.append(Row(victim, *test, case.section.victims[victim], leak(mine, case.recipes.seed), beyond))
+    return rows, audit
+
+
+@lru_cache(maxsize=1)
+def _data() -> Dataset:
+    return dataset.load(paths.DATASET)
+
+
+def draw(data: Dataset, seed: int) -> Audit:
+    """Who is audited: as many members of each class as others. Raises UserError when there are none."""
+    train, others = data["train"], _joined(data["pool"], data["test"])
+    inside, outside = balanced(train.labels, others.labels, generator(seed, "membership", "audit"))
+    universe = _joined(train, others)
+    position = torch.cat([inside, outside + len(train)])
+    is_member = torch.arange(len(position)) < len(inside)
+    return Audit(_rows(universe, position), is_member, position, universe)
+
+
+def _joined(first: Split, second: Split) -> Split:
+    pairs = zip((first.images, first.labels, first.index), (second.images, second.labels, second.index), strict=True)
+    return Split(*(torch.cat(pair) for pair in pairs))
+
+
+def _rows(split: Split, rows: Tensor) -> Split:
+    return Split(split.images[rows], split.labels[rows], split.index[rows])
+
+
+Queries = Mapping[str, Tensor]  # by kind: pixels (N, C, H, W)
+Told = Mapping[str, Tensor]  # by kind of query: log-probabilities (N, K)
+
+
+def _asked(case: Case, victim: str) -> tuple[Queries, Told]:
+    """What the victim is asked, clean and adversarial, and what it answers."""
+    audit = draw(_data(), case.recipes.seed)
+    path = paths.MIXTURE if victim == MIXTURE else paths.artifact("baseline", victim)
+    model = classifiers.load(path).model.to(device())
+    pixels, labels = audit.split.pixels().to(device()), audit.split.labels.to(device())
+    attacked = engine.ascend_all(
+        model,
+        pixels,
+        labels,
+        partial(pgd, settings=case.section.attack),
+        ball=LInf(case.recipes.epsilon),
+        seed=derive_seed(case.recipes.seed, "membership"),
+        purpose=case.section.attack.kind,
+        precision=case.recipes.pretrain.precision,
+        batch_size=BATCH,
+    )
+    queries = {CLEAN: pixels.cpu(), ADVERSARIAL: attacked.cpu()}
+    return queries, told(model, queries)
+
+
+def told(model: nn.Module, queries: Queries) -> Told:
+    """A network's answers."""
+    return {
+        kind: functional.log_softmax(engine.predict(model, pixels.to(device()), BATCH).double(), dim=1).cpu()
+        for kind, pixels in queries.items()
+    }
+
+
+def _scores(case: Case, audit: Audit, victim: str, queries: Queries, answers: Told) -> dict[tuple[str, str], Scores]:
+    """By score and kind of query."""
+    labels = audit.split.labels
+    found = {("loss", kind): loss_scores(each, labels) for kind, each in answers.items()}
+    if case.section.victims[victim]:
+        knows_SU, shadows = train_shadows(case, audit, victim)
+        knows_SN = knows_SU[:, audit.position]
+        theirs = [told(shadow.to(device()), queries) for shadow in shadows]
+        for kind, each in answers.items():
+            mine_N = confidence_scores(each, labels)
+            shadow_SN = torch.stack([confidence_scores(shadow[kind], labels) for shadow in theirs])
+            with_SN, without_SN = (shadow_SN.where(side, torch.nan) for side in (knows_SN, ~knows_SN))
+            found["calibrated", kind] = calibrated_scores(mine_N, without_SN)
+            found["LiRA", kind] = lira_scores(mine_N, with_SN, without_SN)
+    return {test: Scores(each[audit.is_member], each[~audit.is_member]) for test, each in found.items()}
+
+
+def train_shadows(case: Case, audit: Audit, victim: str) -> tuple[Tensor, Sequence[nn.Module]]:
+    """Which image of the universe each shadow learned (S, U), and the shadows: trained as the victim was."""
+    count, recipes = case.section.victims[victim], case.recipes
+    console.say(f"{victim}: {count} shadow models")
+    knows_SU = halves(count, len(audit.universe), generator(recipes.seed, "membership", "halves"))
+    learned = [_rows(audit.universe, knows_U.nonzero().squeeze(1)) for knows_U in knows_SU]
+    seeds = [case.section.shadow_seed + number for number in range(count)]
+    orders = [Order(victim, recipes.under(seed), half) for seed, half in zip(seeds, learned, strict=True)]
+    return knows_SU, [trained.model for trained in train_all(orders)]
+
+
+def halves(count: int, images: int, stream: torch.Generator) -> Tensor:
+    """Random halves and their complements (S, U): every image is in exactly half of them."""
+    knows = torch.zeros(count, images, dtype=torch.bool)
+    for number in range(0, count, 2):
+        knows[number, torch.randperm(images, generator=stream)[: images // 2]] = True
+        knows[number + 1] = ~knows[number]
+    return knows
