@@ -1,4 +1,4 @@
-# make repro            build everything: nine experts, the mixture, two baselines, the evaluation, poisoning; then show the results
+# make repro            build everything: nine experts, the mixture, two baselines, evaluation, poisoning, extraction, membership; then show the results
 # make repro JOBS=1     one network after another, as `dvc repro` does; default: one to each core, on one thread
 # make repro PROFILE=x  the same after laying profiles/x.yaml over params.yaml (smoke, digits, digits-full, cifar10-cpu, cifar10, svhn)
 # make test, make lint, make clean

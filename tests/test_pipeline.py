@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parent.parent
 EXPERTS = ["clean", *(f"{kind}-{number}" for kind in ("fgsm", "pgd") for number in range(1, 5))]
 POISON = {"badnets": ["mixture", "standard", "adversarial"], "blended": ["standard", "adversarial"]}  # of smoke.yaml
-POISON_STAGES = [f"poison@{name}" for name in POISON]
+THREATS = [*(f"poison@{name}" for name in POISON), "extract@knockoff", "extract@jbda", "membership"]
 PGD_EXPERTS = [f"pretrain@{name}" for name in EXPERTS if name.startswith("pgd")]
 
 pytestmark = pytest.mark.pipeline
@@ -115,6 +115,13 @@ def test_every_stage_leaves_its_files(built: Project) -> None:
         expected += [f"{folder}.safetensors", *(f"{folder}/{victim}.safetensors" for victim in POISON["badnets"])]
     folder = "artifacts/poison/blended/rate-0.2-seed-0-trial-0"
     expected += [f"{folder}/{victim}{end}.safetensors" for victim in POISON["blended"] for end in ("", "-oracle")]
+    for name in ("knockoff", "jbda"):
+        expected += [f"metrics/extract/{name}.json", f"metrics/extract-runs/{name}.json"]
+        expected += [f"plots/extract/{name}/curve.csv", f"artifacts/extract/{name}/control-seed-0/same.safetensors"]
+    for title in ("mixture-soft", "mixture-top1", "expert-clean-soft", "expert-clean-top1"):
+        folder = f"artifacts/extract/knockoff/{title}-seed-0"
+        expected += [f"{folder}.safetensors", *(f"{folder}/{end}.safetensors" for end in ("same-50", "small-100"))]
+    expected += ["metrics/membership.json", "metrics/membership/all.json"]
     assert [name for name in expected if not (built.root / name).is_file()] == []
 
 
@@ -129,6 +136,25 @@ def test_the_numbers_of_poison_are_complete(built: Project) -> None:
     assert {f"asr_{name}" for name in EXPERTS} | {"gate_shift"} <= head["mixture"]["0.2"].keys()
     runs = json.loads((built.root / "metrics/poison-runs/blended.json").read_text())["runs"]
     assert [run["tpr"]["accuracy"] for run in runs if run["defence"] == "oracle"] == [1.0, 1.0]
+
+
+def test_the_numbers_of_extraction_and_membership_are_complete(built: Project) -> None:
+    head = json.loads((built.root / "metrics/extract/knockoff.json").read_text())
+    assert set(head["mixture"]) == {"none", "soft", "top1"}
+    assert set(head["expert/clean"]["soft"]["small"]) == {"50", "100"}
+    stolen = head["mixture"]["top1"]["same"]["100"]
+    assert {"task_acc", "fidelity", "robust_fidelity", "noise_fidelity", "kl", "surrogate_robust_acc"} <= stolen.keys()
+    assert {"transfer_asr", "random_sign_asr", "white_box_asr", "victim_acc_under_transfer"} <= stolen.keys()
+    assert -1 <= stolen["d_fidelity"] <= 1
+    jbda = json.loads((built.root / "metrics/extract-runs/jbda.json").read_text())["runs"]
+    assert [(run["answers"], run["budget"], run.get("queries_used")) for run in jbda] == [
+        ("none", 0, None),
+        ("rounded-2", 40, 40),
+    ]
+    leaks = json.loads((built.root / "metrics/membership.json").read_text())
+    assert set(leaks["adversarial"]) == {"loss", "calibrated", "LiRA"}
+    assert set(leaks["mixture"]) == {"loss"}
+    assert set(leaks["standard"]["loss"]) == {"clean", "adversarial"}
 
 
 def test_numbers_are_complete_and_plausible(built: Project) -> None:
@@ -185,6 +211,7 @@ def test_equal_params_give_identical_files(built: Project) -> None:
         "train",
         "evaluate",
         "poison@blended",
+        "extract@jbda",
     ):
         built.dvc("repro", "--force", "--no-run-cache", "--single-item", stage)
     assert contents(built) == before
@@ -194,13 +221,13 @@ def test_equal_params_give_identical_files(built: Project) -> None:
 def test_an_experts_own_params_rerun_it_and_what_follows(built: Project) -> None:
     built.params("experts.fgsm-2.seed", 12)
     said = built.advmoe("check").partition("dvc repro would run: ")[2].strip().split(", ")
-    assert sorted(said) == sorted(["pretrain@fgsm-2", "train", "evaluate", *POISON_STAGES])
+    assert sorted(said) == sorted(["pretrain@fgsm-2", "train", "evaluate", *THREATS])
     built.run("git", "checkout", "--", "params.yaml")
 
 
 def test_an_experiment_at_another_epsilon_reruns_exactly_what_meets_it(built: Project) -> None:
     ran = stages_run(built.dvc("exp", "run", "--name", "smaller", "--set-param", "epsilon=8/255"))
-    assert sorted(ran) == sorted([*PGD_EXPERTS, "baseline@adversarial", "train", "evaluate", *POISON_STAGES])
+    assert sorted(ran) == sorted([*PGD_EXPERTS, "baseline@adversarial", "train", "evaluate", *THREATS])
     assert "epsilon: 8/255 " in (built.root / "params.yaml").read_text()
     table = built.dvc("exp", "show", "--csv", "--no-pager")
     assert "smaller" in table

@@ -118,9 +118,7 @@ def refuse_overlap(images_NCHW: Tensor, data: Dataset) -> None:
 
 def _photographs(count: int, facts: Facts, stream: torch.Generator) -> tuple[Tensor, Tensor]:
     """Crops, and of which photograph at which scale each is."""
-    photographs = [
-        torch.from_numpy(np.ascontiguousarray(each)).permute(2, 0, 1) for each in load_sample_images().images
-    ]
+    photographs = [torch.from_numpy(np.moveaxis(each, -1, 0).copy()) for each in load_sample_images().images]
     which = torch.randint(len(photographs), (count,), generator=stream)
     scale = torch.randint(len(SCALES), (count,), generator=stream)
     crops = [

@@ -84,6 +84,9 @@ def _campaign(case: Case, job: tuple[str, int]) -> list[Row]:
     rows = campaign.controls()
     for mode in case.study.answers:
         rows += campaign.attack(mode)
+    if victim.paid is not None:
+        kept = len(victim.paid.answers)
+        console.say(f"{victim.name}: {kept} answers, those to the exam included, are kept in {victim.paid.folder}/")
     return rows
 
 

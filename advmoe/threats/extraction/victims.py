@@ -31,12 +31,15 @@ KEY_LENGTH = 16  # hex digits of a folder's name
 
 @dataclass(frozen=True)
 class Victim:
-    """`ask`: the interface above, checked. `model`: the network behind it, None where there is only a function."""
+    """`ask`: the interface above, checked. `model`: the network behind it; where there is only a function it is None,
+    and `paid` holds the answers.
+    """
 
     name: str
     identity: str
     ask: Ask
     model: nn.Module | None
+    paid: Paid | None = None
 
 
 def load(name: str, weights: Path | None, classes: int) -> Victim:
@@ -46,7 +49,13 @@ def load(name: str, weights: Path | None, classes: int) -> Victim:
     """
     if user_code.names_code(name):
         return _stranger(name, weights, classes)
-    subject = subjects.load_subject(str(file_of(name)), weights, None)
+    path = file_of(name)
+    if not path.exists():
+        raise UserError(
+            f"victim '{name}': there is no {path}; a victim is {MIXTURE}, a baseline of params.yaml, {EXPERT}NAME, a "
+            ".safetensors file of this project or path/to/file.py:factory"
+        )
+    subject = subjects.load_subject(str(path), weights, None)
     assert subject.artifact is not None
     told = subject.artifact.about.facts.classes
     if told != classes:
@@ -78,7 +87,8 @@ def _stranger(reference: str, weights: Path | None, classes: int) -> Victim:
         raise UserError(f"--weights: {reference} returns a function, and a function has no weights")
     identity = user_code.digest(reference)
     folder = paths.PAID / hashlib.sha256(f"{reference}{identity}".encode()).hexdigest()[:KEY_LENGTH]
-    return Victim(name, identity, _Remembering(reference, made, classes, Paid(folder)), None)
+    paid = Paid(folder)
+    return Victim(name, identity, _Remembering(reference, made, classes, paid), None, paid)
 
 
 def _network(name: str, identity: str, model: nn.Module, classes: int) -> Victim:
