@@ -118,7 +118,7 @@ def test_every_stage_leaves_its_files(built: Project) -> None:
     for name in ("knockoff", "jbda"):
         expected += [f"metrics/extract/{name}.json", f"metrics/extract-runs/{name}.json"]
         expected += [f"plots/extract/{name}/curve.csv", f"artifacts/extract/{name}/control-seed-0/same.safetensors"]
-    for title in ("mixture-soft", "mixture-top1", "expert-clean-soft", "expert-clean-top1"):
+    for title in ("mixture-soft", "mixture-top1", "adversarial-soft", "adversarial-top1"):
         folder = f"artifacts/extract/knockoff/{title}-seed-0"
         expected += [f"{folder}.safetensors", *(f"{folder}/{end}.safetensors" for end in ("same-50", "small-100"))]
     expected += ["metrics/membership.json", "metrics/membership/all.json"]
@@ -141,11 +141,12 @@ def test_the_numbers_of_poison_are_complete(built: Project) -> None:
 def test_the_numbers_of_extraction_and_membership_are_complete(built: Project) -> None:
     head = json.loads((built.root / "metrics/extract/knockoff.json").read_text())
     assert set(head["mixture"]) == {"none", "soft", "top1"}
-    assert set(head["expert/clean"]["soft"]["small"]) == {"50", "100"}
+    assert set(head["adversarial"]["soft"]["small"]) == {"50", "100"}
     stolen = head["mixture"]["top1"]["same"]["100"]
     assert {"task_acc", "fidelity", "robust_fidelity", "noise_fidelity", "kl", "surrogate_robust_acc"} <= stolen.keys()
     assert {"transfer_asr", "random_sign_asr", "white_box_asr", "victim_acc_under_transfer"} <= stolen.keys()
     assert -1 <= stolen["d_fidelity"] <= 1
+    assert (built.root / "artifacts/extract/jbda/expert-clean-rounded-2-seed-0.safetensors").is_file()
     jbda = json.loads((built.root / "metrics/extract-runs/jbda.json").read_text())["runs"]
     assert [(run["answers"], run["budget"], run.get("queries_used")) for run in jbda] == [
         ("none", 0, None),

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from advmoe import artifacts, classifiers, engine
 from advmoe.artifacts import hash_tensors
+from advmoe.attacks.ball import to_levels
 from advmoe.classifiers import Backbone, Plain
 from advmoe.data.batches import Augmentation
 from advmoe.data.dataset import Facts, Split
@@ -32,7 +33,7 @@ from advmoe.threats.poisoning.error_maximising import ErrorMaximising
 from advmoe.threats.poisoning.label_consistent import LabelConsistent
 from advmoe.threats.poisoning.label_flip import PairFlip, RandomFlip, TargetedFlip
 from advmoe.threats.poisoning.picture import examples
-from advmoe.threats.poisoning.poisoned import About, Goal, Poisoned, Trigger, to_levels
+from advmoe.threats.poisoning.poisoned import About, Goal, Poisoned, Trigger
 from advmoe.threats.poisoning.unlearnable import Unlearnable
 from advmoe.threats.poisoning.witches_brew import WitchesBrew
 

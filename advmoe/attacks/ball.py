@@ -9,6 +9,8 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from advmoe.params import PIXEL_LEVELS
+
 Norm = Literal["linf", "l2"]
 ORDER: dict[Norm, float] = {"linf": torch.inf, "l2": 2.0}  # of the norm, as PyTorch wants it
 TINY = 1e-12  # keeps divisions by a norm finite; far below one pixel level
@@ -113,6 +115,14 @@ def length(change_BCHW: Tensor, norm: Norm) -> Tensor:
     """The norm of each image's change (B,), in the precision that the change comes in."""
     length_B: Tensor = torch.linalg.vector_norm(change_BCHW.flatten(1), ORDER[norm], dim=1)
     return length_B
+
+
+def to_levels(points_NCHW: Tensor, images_NCHW: Tensor, epsilon: float) -> Tensor:
+    """Points of the L-inf ball around uint8 images as uint8, not a level further from them than epsilon allows."""
+    levels = int(epsilon * PIXEL_LEVELS + 1e-6)  # floor, but 8/255 is eight levels
+    around = images_NCHW.int()
+    rounded = (points_NCHW * PIXEL_LEVELS).round().int()
+    return rounded.clamp(around - levels, around + levels).clamp(0, PIXEL_LEVELS).to(torch.uint8)
 
 
 def _euclidean(points_BCHW: Tensor) -> Tensor:

@@ -158,11 +158,13 @@ def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
 
 def leaked(drawn: Mapping[SplitName, tuple[Labelled, np.ndarray]]) -> int:
     """How many test images occur, pixel for pixel, in the training split: duplicates that the source itself holds."""
-    train, test = (
-        [hashlib.sha256(image.tobytes()).digest() for image in drawn[name][0].images] for name in ("train", "test")
-    )
-    known = set(train)
-    return sum(image in known for image in test)
+    known = set(digests(torch.from_numpy(drawn["train"][0].images)))
+    return sum(image in known for image in digests(torch.from_numpy(drawn["test"][0].images)))
+
+
+def digests(images_NCHW: Tensor) -> list[str]:
+    """sha256 of every image's bytes, as hex: equal images have equal ones."""
+    return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images_NCHW]
 
 
 def save(

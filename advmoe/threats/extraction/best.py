@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from advmoe import engine
-from advmoe.attacks.ball import LInf
+from advmoe.attacks.ball import LInf, to_levels
 from advmoe.attacks.model import Model, pixel_gradient
 from advmoe.machine import device
 from advmoe.params import PIXEL_LEVELS, Epsilon, PositiveFloat, PositiveInt, Settings
@@ -35,8 +35,9 @@ class Best(Settings):
 
 
 def best(settings: Best, tools: Tools) -> TransferSet:
-    """The first round asks about images as they are. Raises UserError when the pool holds fewer than a round takes."""
+    """The first round asks about images as they are. Raises UserError for a pool or budget too small for that."""
     oracle, own = tools.oracle, tools.gather(InDistribution(kind="in-distribution"))
+    tools.two_a_round(settings.rounds)
     share = -(-oracle.budget // settings.rounds)
     if share > len(own):
         most = settings.rounds * len(own)
@@ -61,7 +62,7 @@ def most_uncertain(surrogate: Model, images_NCHW: Tensor, settings: Best) -> Ten
         for _ in range(settings.steps):
             gradient, _ = pixel_gradient(surrogate, points, _evenness)
             points = ball.project(points + settings.step_size * ball.epsilon * ball.steepest(gradient), pixels)
-        moved.append((points * PIXEL_LEVELS).round().to(torch.uint8).cpu())
+        moved.append(to_levels(points.cpu(), images, ball.epsilon))
     return torch.cat(moved)
 
 

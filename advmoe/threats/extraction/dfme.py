@@ -91,7 +91,7 @@ class _Thief:
 
     def __init__(self, settings: Dfme, tools: Tools, generator: Generator) -> None:
         self.settings, self.oracle, self.stream, self.generator = settings, tools.oracle, tools.stream, generator
-        self.surrogate = tools.fresh()
+        self.surrogate = tools.fresh().eval()
         self.generator_steps = torch.optim.Adam(generator.parameters(), GENERATOR_LR)
         self.surrogate_steps = torch.optim.SGD(
             self.surrogate.parameters(), SURROGATE_LR, momentum=MOMENTUM, weight_decay=DECAY

@@ -4,15 +4,16 @@ Shapes: N images, C channel, H/W pixels.
 """
 
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from advmoe import engine
 from advmoe.attacks.model import Model, pixel_gradient
 from advmoe.machine import device
-from advmoe.params import PIXEL_LEVELS, NonNegativeInt, PositiveFloat, PositiveInt, Settings
+from advmoe.params import PIXEL_LEVELS, NonNegativeInt, PositiveFloat, Settings
 from advmoe.threats.extraction.pools import InDistribution
 from advmoe.threats.extraction.tools import Tools
 from advmoe.threats.extraction.transfer_set import TransferSet, asked, joined
@@ -26,7 +27,7 @@ class Jbda(Settings):
     """
 
     kind: Literal["jbda"]
-    seeds: PositiveInt
+    seeds: Annotated[int, Field(ge=2, strict=True)]
     doublings: NonNegativeInt
     step: PositiveFloat
 

@@ -32,15 +32,13 @@ class KnockoffAdaptive(Settings):
 
 
 def knockoff_adaptive(settings: KnockoffAdaptive, tools: Tools) -> TransferSet:
-    """As many images as the budget buys. Raises UserError when the budget is larger than the pool."""
+    """As many images as the budget buys. Raises UserError for one that is larger than the pool, or too small."""
     pool, oracle = tools.candidates(settings.pool), tools.oracle
+    tools.two_a_round(settings.rounds)
     bandit, open_N = Bandit(int(pool.groups.max()) + 1), torch.ones(len(pool), dtype=torch.bool)
     known: TransferSet | None = None
     for number in range(settings.rounds):
-        share = oracle.left // (settings.rounds - number)
-        if not share:
-            continue
-        rows = bandit.choose(pool.groups, open_N, share, tools.stream)
+        rows = bandit.choose(pool.groups, open_N, oracle.left // (settings.rounds - number), tools.stream)
         open_N[rows] = False
         new = asked(oracle, pool.images[rows])
         if known is not None:

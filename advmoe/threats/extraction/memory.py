@@ -42,8 +42,3 @@ class Paid:
         name = hashlib.sha256(content).hexdigest()[:NAME_LENGTH]
         write_bytes(self.folder / f"{name}.safetensors", content)
         self.answers |= dict(zip(digests, answers_NK, strict=True))
-
-
-def digests(images_NCHW: Tensor) -> list[str]:
-    """sha256 of every image's bytes."""
-    return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images_NCHW]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from advmoe import engine
-from advmoe.attacks.ball import LInf
+from advmoe.attacks.ball import LInf, to_levels
 from advmoe.attacks.pgd import Pgd, pgd
 from advmoe.data.dataset import Split
 from advmoe.evaluation.intervals import Share
@@ -74,16 +74,16 @@ def sheet(victim: Victim, exam: Exam) -> Sheet:
     return Sheet(
         probabilities=victim.ask(exam.split.images),
         on_noise=victim.ask(exam.noise).argmax(1),
-        on_signs=shown(victim, _signs(exam)),
+        on_signs=shown(victim, _signs(exam), exam),
         attacked=attacked,
-        on_attacked=None if attacked is None else shown(victim, attacked),
+        on_attacked=None if attacked is None else shown(victim, attacked, exam),
     )
 
 
-def shown(victim: Victim, pixels_NCHW: Tensor) -> Tensor:
-    """The victim's classes (N,) on pixels in [0, 1]; an endpoint is sent whole levels."""
+def shown(victim: Victim, pixels_NCHW: Tensor, exam: Exam) -> Tensor:
+    """The victim's classes (N,) on points around the test images; an endpoint is sent whole levels."""
     if victim.model is None:
-        return victim.ask((pixels_NCHW.cpu() * PIXEL_LEVELS).round().to(torch.uint8)).argmax(1)
+        return victim.ask(to_levels(pixels_NCHW.cpu(), exam.split.images, exam.epsilon)).argmax(1)
     return classes(victim.model, pixels_NCHW)
 
 
@@ -157,7 +157,7 @@ def examine(surrogate: nn.Module, victim: Victim, known: Sheet, exam: Exam) -> C
         on_noise=classes(surrogate, exam.noise.float() / PIXEL_LEVELS),
         on_attacked=None if known.attacked is None else classes(surrogate, known.attacked),
         robust=classes(surrogate, broken(surrogate, exam)) == exam.split.labels,
-        transferred=shown(victim, to_transfer(surrogate, exam)),
+        transferred=shown(victim, to_transfer(surrogate, exam), exam),
     )
 
 

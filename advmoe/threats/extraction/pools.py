@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from advmoe.data.catalogue import Source
-from advmoe.data.dataset import Dataset, Facts, Split, SplitName
+from advmoe.data.dataset import Dataset, Facts, Split, SplitName, digests
 from advmoe.data.images import check
 from advmoe.errors import UserError
 from advmoe.params import PIXEL_LEVELS, PositiveInt, Settings
-from advmoe.threats.extraction.memory import digests
 
 VICTIMS_OWN: tuple[SplitName, ...] = ("train", "validation", "test")
 GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue in brightness, ITU-R BT.601

@@ -66,8 +66,17 @@ def run(case: Case) -> list[Row]:
     strangers = [name for name in case.study.surrogates if name not in case.common.surrogates]
     if strangers:
         raise UserError(f"surrogate '{strangers[0]}' is not known; there are {files.names(case.common.surrogates)}")
+    _check_victims(case)
     jobs = [(victim, added) for victim in case.study.victims for added in case.study.seeds]
     return [row for rows in spread(partial(_campaign, case), jobs) for row in rows]
+
+
+def _check_victims(case: Case) -> None:
+    """Raises UserError for a victim that is not there, and for two of one name, before any of them is asked."""
+    names = [victims.load(name, case.weights, _data().facts.classes).name for name in case.study.victims]
+    for name, shown in zip(case.study.victims, names, strict=True):
+        if names.count(shown) > 1:
+            raise UserError(f"victim '{name}': there are two called '{shown}'; ask them one after the other")
 
 
 @lru_cache(maxsize=1)
@@ -76,14 +85,15 @@ def _data() -> Dataset:
 
 
 def _campaign(case: Case, job: tuple[str, int]) -> list[Row]:
-    """One victim and seed: its control, then every answer mode, budget and surrogate."""
+    """One victim and seed: all queries in every answer mode, then the control, then every budget and surrogate."""
     name, added = job
     data = _data()
     victim = victims.load(name, case.weights, data.facts.classes)
     campaign = Campaign(case, added, data, victim, _exam(case, data))
+    stolen = [campaign.ask(mode) for mode in case.study.answers]
     rows = campaign.controls()
-    for mode in case.study.answers:
-        rows += campaign.attack(mode)
+    for loot in stolen:
+        rows += campaign.learn(loot)
     if victim.paid is not None:
         kept = len(victim.paid.answers)
         console.say(f"{victim.name}: {kept} answers, those to the exam included, are kept in {victim.paid.folder}/")
@@ -95,6 +105,16 @@ def _exam(case: Case, data: Dataset) -> Exam:
     noise = pools.uniform_noise(common.noise, data.facts, generator(case.seed, "extract", "noise"))
     split = data["test"].first(common.images)
     return Exam(split, noise, common.robust, case.epsilon, case.seed, common.recipe.precision)
+
+
+@dataclass(frozen=True)
+class Loot:
+    """What one oracle answered: in which mode, under which name it lies on disk, and its content hash there."""
+
+    mode: str
+    title: str
+    found: TransferSet
+    sha256: str
 
 
 class Campaign:
@@ -118,8 +138,8 @@ class Campaign:
             rows.append(Row(self.victim.name, report.CONTROL, name, 0, self.added, found, {}))
         return rows
 
-    def attack(self, mode: str) -> list[Row]:
-        """Ask once, up to the largest budget, and write it down; then train at every budget."""
+    def ask(self, mode: str) -> Loot:
+        """Ask once, up to the largest budget, and write it down before anything is learned from it."""
         case, started = self.case, time.monotonic()
         oracle = Oracle(self.victim.ask, mode, max(case.study.budgets))
         found = steal(case.study.attack, self._tools(oracle))
@@ -135,17 +155,22 @@ class Campaign:
             seed=self.run_seed,
             seconds=time.monotonic() - started,
         )
-        amounts = {"sha256": sha256, **self._traces(found, mode)}
+        return Loot(mode, title, found, sha256)
+
+    def learn(self, loot: Loot) -> list[Row]:
+        """At every budget every surrogate from scratch."""
+        study = self.case.study
+        amounts = {"sha256": loot.sha256, **self._traces(loot.found, loot.mode)}
         rows = []
-        for budget in sorted(case.study.budgets):
-            bought = found.within(budget)
-            for name in case.study.surrogates:
-                trained = self._train(f"{case.study.attack.kind}-{name}", name, bought)
-                self._save(f"{title}/{name}-{budget}", name, trained, {"transfer set": sha256})
+        for budget in sorted(study.budgets):
+            bought = loot.found.within(budget)
+            for name in study.surrogates:
+                trained = self._train(f"{study.attack.kind}-{name}", name, bought)
+                self._save(f"{loot.title}/{name}-{budget}", name, trained, {"transfer set": loot.sha256})
                 copy = metrics.examine(trained.model, self.victim, self.known, self.exam)
                 numbers = metrics.numbers(copy, self.control[name], self.known, self.exam)
                 used = {"queries_used": len(bought.images)}
-                rows.append(Row(self.victim.name, mode, name, budget, self.added, numbers, {**used, **amounts}))
+                rows.append(Row(self.victim.name, loot.mode, name, budget, self.added, numbers, {**used, **amounts}))
                 console.say(report.sentence(rows[-1]))
         return rows
 

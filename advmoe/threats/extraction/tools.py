@@ -36,3 +36,8 @@ class Tools:
         """Raises UserError when the budget is more than `most` queries, which is all that this attack can ask."""
         if self.oracle.budget > most:
             raise UserError(f"a budget of {self.oracle.budget} queries cannot be spent: {why}")
+
+    def two_a_round(self, rounds: int) -> None:
+        """Raises UserError when the budget is less than two queries a round: no network learns from one image."""
+        if self.oracle.budget < 2 * rounds:
+            raise UserError(f"a budget of {self.oracle.budget} queries is less than two in each of {rounds} rounds")

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from advmoe import engine, paths, user_code
+from advmoe.data.dataset import digests
 from advmoe.errors import UserError
 from advmoe.evaluation import subjects
 from advmoe.machine import device
 from advmoe.params import PIXEL_LEVELS
-from advmoe.threats.extraction.memory import Paid, digests
+from advmoe.threats.extraction.memory import Paid
 from advmoe.threats.extraction.oracle import Ask
 from advmoe.threats.retraining import MIXTURE
 
@@ -49,13 +50,15 @@ def load(name: str, weights: Path | None, classes: int) -> Victim:
     """
     if user_code.names_code(name):
         return _stranger(name, weights, classes)
+    if weights is not None:
+        raise UserError(f"--weights: {name} brings its own; weights belong to --victim path/to/file.py:factory")
     path = file_of(name)
     if not path.exists():
         raise UserError(
             f"victim '{name}': there is no {path}; a victim is {MIXTURE}, a baseline of params.yaml, {EXPERT}NAME, a "
             ".safetensors file of this project or path/to/file.py:factory"
         )
-    subject = subjects.load_subject(str(path), weights, None)
+    subject = subjects.load_subject(str(path), None, None)
     assert subject.artifact is not None
     told = subject.artifact.about.facts.classes
     if told != classes:
@@ -128,8 +131,9 @@ def check(told: object, images: int, classes: int, who: str) -> Tensor:
         raise UserError(f"{who}: must answer with a tensor, not {type(told).__name__}")
     told = told.detach().cpu()
     if told.shape == (images,) and not told.is_floating_point():
-        if int(told.min()) < 0 or int(told.max()) >= classes:
-            raise UserError(f"{who}: names class {int(told.max())}, but the data has {classes}")
+        wrong = told[(told < 0) | (told >= classes)].tolist()
+        if wrong:
+            raise UserError(f"{who}: names class {wrong[0]}, but the data has {classes}")
         return nn.functional.one_hot(told.long(), classes).float()
     if told.shape != (images, classes):
         raise UserError(

@@ -19,7 +19,7 @@ from advmoe import classifiers, console, engine, paths
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.pgd import pgd
 from advmoe.data import dataset
-from advmoe.data.dataset import Dataset, Split
+from advmoe.data.dataset import Dataset, Split, digests
 from advmoe.machine import derive_seed, device, generator
 from advmoe.threats.membership import report
 from advmoe.threats.membership.report import Row
@@ -102,6 +102,8 @@ def _data() -> Dataset:
 def draw(data: Dataset, seed: int) -> Audit:
     """Who is audited: as many members of each class as others. Raises UserError when there are none."""
     train, others = data["train"], _joined(data["pool"], data["test"])
+    known = set(digests(train.images))  # what the source holds twice is a member, whatever split it is in
+    others = _rows(others, torch.tensor([digest not in known for digest in digests(others.images)], dtype=torch.bool))
     inside, outside = balanced(train.labels, others.labels, generator(seed, "membership", "audit"))
     universe = _joined(train, others)
     position = torch.cat([inside, outside + len(train)])

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from advmoe import engine
-from advmoe.attacks.ball import LInf
+from advmoe.attacks.ball import LInf, to_levels
 from advmoe.attacks.draws import BatchDraws
 from advmoe.attacks.pgd import Pgd, pgd
 from advmoe.params import NonNegativeInt, PositiveInt
 from advmoe.threats.poisoning.backdoor import patch
 from advmoe.threats.poisoning.noise import Noise
-from advmoe.threats.poisoning.poisoned import Goal, Poisoned, change, choose, count, members, to_levels
+from advmoe.threats.poisoning.poisoned import Goal, Poisoned, change, choose, count, members
 
 BATCH = 256  # images crafted at once
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from advmoe import engine
-from advmoe.attacks.ball import LInf
+from advmoe.attacks.ball import LInf, to_levels
 from advmoe.attacks.model import input_gradient
 from advmoe.params import Epsilon, PositiveFloat, PositiveInt, Settings
-from advmoe.threats.poisoning.poisoned import Poisoned, change, choose, count, to_levels
+from advmoe.threats.poisoning.poisoned import Poisoned, change, choose, count
 
 BATCH = 256  # images at once
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advmoe import artifacts
 from advmoe.errors import UserError
-from advmoe.params import PIXEL_LEVELS, Seed, Settings, validate
+from advmoe.params import Seed, Settings, validate
 
 KIND = "poisoned-set"
 FIELDS = ("images", "labels", "rows", "true_labels")
@@ -119,14 +119,6 @@ def members(labels_N: Tensor, label: int, classes: int) -> Tensor:
     if not len(found):
         raise UserError(f"class {label} has no training images")
     return found
-
-
-def to_levels(points_NCHW: Tensor, images_NCHW: Tensor, epsilon: float) -> Tensor:
-    """Float points in the ball around uint8 images as uint8, not a level further from them than epsilon allows."""
-    levels = int(epsilon * PIXEL_LEVELS + 1e-6)  # floor, but 8/255 is eight levels
-    around = images_NCHW.int()
-    rounded = (points_NCHW * PIXEL_LEVELS).round().int()
-    return rounded.clamp(around - levels, around + levels).clamp(0, PIXEL_LEVELS).to(torch.uint8)
 
 
 class About(Settings):

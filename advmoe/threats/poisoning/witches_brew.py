@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from advmoe import engine
+from advmoe.attacks.ball import to_levels
 from advmoe.data.batches import Augmentation, augment
 from advmoe.data.dataset import Split
 from advmoe.errors import UserError
 from advmoe.params import Epsilon, PositiveFloat, PositiveInt, Settings
-from advmoe.threats.poisoning.poisoned import Goal, Poisoned, change, choose, count, to_levels
+from advmoe.threats.poisoning.poisoned import Goal, Poisoned, change, choose, count
 
 BATCH = 512  # poisoned images matched at once, as in the paper
 DECAY_AT, DECAY = (3 / 8, 5 / 8, 7 / 8), 0.1  # of the steps, and the factor on the step size: the paper's schedule

@@ -1,0 +1,554 @@
+"""Whole studies on a tiny victim: what is asked, what is trained on what, what lies on disk, and what is refused."""
+
+import contextlib
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advmoe import artifacts, classifiers, cli, engine, paths
+from advmoe.classifiers import Backbone, Plain
+from advmoe.data import dataset
+from advmoe.data.dataset import digests
+from advmoe.errors import UserError
+from advmoe.params import load_section, validate
+from advmoe.threats.extraction import report, study, surrogate, transfer_set, victims
+from advmoe.threats.extraction.settings import ExtractSection, Study
+from advmoe.threats.extraction.study import Case, Places
+from advmoe.threats.extraction.transfer_set import TransferSet
+from advmoe.threats.extraction.victims import Victim
+from advmoe.training import loop
+from advmoe.training.loop import Trained
+from stages import extract as stage
+
+TINY = {"kind": "cnn", "width": 2}
+KNOCKOFF: dict[str, Any] = {
+    "attack": {"kind": "knockoff", "pool": {"kind": "noise", "images": 30}},
+    "answers": ["soft"],
+    "budgets": [8, 20],
+    "victims": ["mixture"],
+    "surrogates": ["same"],
+    "seeds": [0],
+}
+JBDA = KNOCKOFF | {"attack": {"kind": "jbda", "seeds": 5, "doublings": 2, "step": 0.1}, "answers": ["top1"]}
+SECTION: dict[str, Any] = {
+    "images": 24,
+    "noise": 10,
+    "robust": {"kind": "pgd", "steps": 1, "step_size": 1.0, "restarts": 1, "loss": "ce", "targets": 0},
+    "detector": {"delta": 0.9, "least": 5, "every": 5},
+    "surrogates": {"same": TINY, "other": {"kind": "cnn", "width": 3}},
+    "recipe": {
+        "epochs": 2,
+        "batch_size": 8,
+        "optimizer": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005},
+        "schedule": {"warmup": 0.1, "decay": "cosine"},
+        "clip": 0.0,
+        "ema": 0.0,
+        "augmentation": {"crop": 0, "flip": False},
+        "precision": "float32",
+    },
+    "attacks": {"knockoff": KNOCKOFF, "jbda": JBDA},
+}
+
+Edit = Callable[[dict[str, Any]], None]
+FOLDER = Path("artifacts/extract/knockoff")
+
+
+@pytest.fixture
+def pipeline(project: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The small project with an untrained mixture and baseline, and an extraction section of seconds."""
+    edit({"extract": SECTION})
+    monkeypatch.setattr(artifacts, "_git", lambda *_: None)  # asked twice for every file, and this is no repository
+    study._data.cache_clear()
+    yield project
+    study._data.cache_clear()
+
+
+@pytest.fixture
+def tiny(pipeline: Path) -> Path:
+    """An untrained baseline beside the mixture."""
+    del pipeline
+    data, path = dataset.load(paths.DATASET), paths.artifact("baseline", "tiny")
+    architecture = Plain(kind="plain", backbone=Backbone(kind="cnn", width=2))
+    model = classifiers.build(architecture, data.facts, 7)
+    classifiers.save(path, model, architecture, data.facts, params={}, inputs={}, seed=0, metrics={}, seconds=0.0)
+    return path
+
+
+def make_case(name: str = "knockoff", folder: Path = FOLDER, **changes: Any) -> Case:
+    """A study of params.yaml with a few things changed."""
+    section = load_section("extract", ExtractSection)
+    made = validate(section.named(name).model_dump() | changes, Study, "test")
+    return Case(name, made, section, 0, 0.1, None, folder)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, with its content, but for what differs between two runs of the same work."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not file.name.endswith(".run.json")
+    }
+
+
+@dataclass
+class Lesson:
+    """One surrogate as it was trained: under which name, from which answers, from which start, and what was there."""
+
+    name: str
+    known: TransferSet
+    start: nn.Module
+    end: nn.Module
+    written: list[str]
+
+
+class Lessons:
+    """Spies on the training of surrogates."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.all: list[Lesson] = []
+        starts: list[nn.Module] = []
+        train, fresh = surrogate.train, surrogate.fresh
+
+        def made(*arguments: Any) -> nn.Module:
+            network = fresh(*arguments)
+            starts.append(network)
+            return network
+
+        def taught(name: str, backbone: Backbone, known: TransferSet, *rest: Any, **keywords: Any) -> Trained:
+            before = len(starts)
+            there = sorted(str(path) for path in Path().rglob("*.safetensors"))
+            trained = train(name, backbone, known, *rest, **keywords)
+            (start,) = starts[before:]  # one new network for each lesson
+            self.all.append(Lesson(name, known, start, trained.model, there))
+            return trained
+
+        monkeypatch.setattr(surrogate, "fresh", made)
+        monkeypatch.setattr(surrogate, "train", taught)
+
+    def of(self, name: str) -> list[Lesson]:
+        return [lesson for lesson in self.all if lesson.name == name]
+
+
+class Questions:
+    """Spies on everything that the mixture is asked through its small interface."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[Tensor] = []
+        load = victims.load
+
+        def loaded(*arguments: Any) -> Victim:
+            victim = load(*arguments)
+
+            def ask(images: Tensor) -> Tensor:
+                self.batches.append(images.clone())
+                return victim.ask(images)
+
+            return Victim(victim.name, victim.identity, ask, victim.model)
+
+        monkeypatch.setattr(victims, "load", loaded)
+
+    @property
+    def images(self) -> Tensor:
+        return torch.cat(self.batches)
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return classifiers._stored(classifiers.load(path).model)
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+# ---- the stage
+
+
+def test_the_stage_leaves_all_its_files(tiny: Path, edit: Edit) -> None:
+    del tiny
+    changes = {"victims": ["mixture", "tiny"], "answers": ["soft", "top1"], "surrogates": ["same", "other"]}
+    edit({f"extract.attacks.knockoff.{name}": value for name, value in changes.items()})
+    stage.run("knockoff")
+    names = {f"control-seed-0/{network}.safetensors" for network in ("same", "other")}
+    for title in ("mixture-soft", "mixture-top1", "tiny-soft", "tiny-top1"):
+        names |= {f"{title}-seed-0.safetensors"}
+        names |= {f"{title}-seed-0/{end}.safetensors" for end in ("same-8", "same-20", "other-8", "other-20")}
+    assert set(tree(FOLDER)) == names
+    head = json.loads(Path("metrics/extract/knockoff.json").read_text())
+    assert (head["attack"], head["images"], head["epsilon"]) == ("knockoff", 24, 0.1)
+    assert set(head["mixture"]) == {"none", "soft", "top1"}
+    assert set(head["tiny"]["soft"]["other"]) == {"8", "20"}
+    rows, images = report.read(Path("metrics/extract-runs/knockoff.json"))
+    assert (len(rows), images) == (2 * (2 + 2 * 2 * 2), 24)
+    for row in rows:
+        assert ("d_fidelity" in row.found) == (row.answers != report.CONTROL)
+        assert row.amounts.get("queries_used", 0) == row.budget
+    with Path("plots/extract/knockoff/curve.csv").open() as file:
+        assert [line["queries"] for line in csv.DictReader(file)] == ["0", "8", "20"]
+
+
+def test_surrogates_are_classifiers_like_any_other(pipeline: Path) -> None:
+    del pipeline
+    stage.run("knockoff")
+    path = FOLDER / "mixture-soft-seed-0/same-20.safetensors"
+    found = classifiers.load(path)
+    assert found.about.architecture == Plain(kind="plain", backbone=Backbone(kind="cnn", width=2))
+    assert (
+        found.header.inputs["transfer set"] == artifacts.load(FOLDER / "mixture-soft-seed-0.safetensors").header.sha256
+    )
+    split = dataset.load(paths.DATASET)["test"].first(24)
+    predicted = engine.predict(found.model, split.pixels(), 200).argmax(1)
+    rows, _ = report.read(Path("metrics/extract-runs/knockoff.json"))
+    assert rows[-1].found["task_acc"].correct == int((predicted == split.labels).sum())
+    mixture = engine.predict(classifiers.load(paths.MIXTURE).model, split.pixels(), 200).argmax(1)
+    assert rows[-1].found["fidelity"].correct == int((predicted == mixture).sum())
+
+
+@pytest.mark.parametrize("name", ["knockoff", "jbda"])
+def test_a_study_is_repeated_bit_for_bit(pipeline: Path, name: str) -> None:
+    places = []
+    for number in (1, 2):
+        folder = pipeline / f"run-{number}"
+        made = Places(folder / "metrics.json", folder / "runs.json", folder)
+        study.conduct(make_case(name, folder / "models"), made)
+        places.append(tree(folder))
+    assert places[0] == places[1]
+    assert len(places[0]) > 5
+
+
+def test_another_seed_asks_and_learns_something_else(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    del pipeline
+    lessons = Lessons(monkeypatch)
+    rows = study.run(make_case(seeds=(0, 1)))
+    assert [row.added for row in rows] == [0, 0, 0, 1, 1, 1]
+    first, second = (transfer_set.load(FOLDER / f"mixture-soft-seed-{added}.safetensors") for added in (0, 1))
+    assert not torch.equal(first.images, second.images)
+    starts = [classifiers._stored(lesson.end) for lesson in lessons.of("control-same")]
+    assert not equal(*starts)
+
+
+# ---- asked once, saved, then trained on
+
+
+@pytest.mark.parametrize("name", ["knockoff", "jbda"])
+def test_surrogates_learn_the_saved_transfer_set_and_nothing_else(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    del pipeline
+    lessons = Lessons(monkeypatch)
+    case = make_case(name, Path("artifacts/extract") / name)
+    study.run(case)
+    (path,) = case.folder.glob("*.safetensors")
+    saved = transfer_set.load(path)
+    learned = lessons.of(f"{name}-same")
+    assert [len(lesson.known.images) for lesson in learned] == [8, 20]
+    for lesson in learned:
+        assert str(path) in lesson.written  # saved before anything learns from it
+        count = len(lesson.known.images)
+        assert torch.equal(lesson.known.images, saved.images[:count])
+        assert torch.equal(lesson.known.answers, saved.answers[:count])
+
+
+def test_the_log_on_disk_is_what_the_victim_was_asked(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    del pipeline
+    questions = Questions(monkeypatch)
+    study.run(make_case("jbda", FOLDER))
+    read = artifacts.load(FOLDER / "mixture-top1-seed-0.safetensors", transfer_set.KIND)
+    log = [bytes(row.tolist()).hex() for row in read.tensors["log"]]
+    assert log == digests(read.tensors["images"])
+    exam = set(digests(dataset.load(paths.DATASET)["test"].images))
+    asked = [digest for digest in digests(questions.images) if digest not in exam]
+    # the exam's ten images of noise are asked first, the thief's twenty afterwards
+    assert asked[10:] == log
+    assert read.header.about == {"attack": "jbda", "answers": "top1", "victim": "mixture"}
+    assert read.tensors["answers"].sum(1).tolist() == [1.0] * 20
+
+
+@pytest.mark.parametrize(("epochs", "crop"), [(1, 0), (4, 2)], ids=["once", "augmented"])
+def test_neither_epochs_nor_augmentation_cost_queries(
+    pipeline: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch, epochs: int, crop: int
+) -> None:
+    """Answers are asked for once; were augmented images asked anew, every epoch would cost the budget again."""
+    del pipeline
+    edit({"extract.recipe.epochs": epochs, "extract.recipe.augmentation.crop": crop})
+    questions = Questions(monkeypatch)
+    rows = study.run(make_case())
+    assert len(questions.images) == 24 + 10 + 20  # the exam, its noise, the largest budget
+    assert len(set(digests(questions.images))) == len(questions.images)
+    assert [row.amounts.get("queries_used", 0) for row in rows] == [0, 8, 20]
+
+
+def test_without_augmentation_only_images_with_a_paid_answer_are_learned(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del pipeline
+    seen: list[tuple[str, Tensor]] = []
+    step = loop.Run.step
+
+    def watched(run: loop.Run, images: Tensor, labels: Tensor) -> Tensor:
+        seen.append((run.course.name, (images * 255).round().to(torch.uint8)))
+        return step(run, images, labels)
+
+    monkeypatch.setattr(loop.Run, "step", watched)
+    study.run(make_case())
+    paid = set(digests(transfer_set.load(FOLDER / "mixture-soft-seed-0.safetensors").images))
+    learned = [digest for name, images in seen if name == "knockoff-same" for digest in digests(images)]
+    assert set(learned) == paid
+    assert len(learned) == 2 * (8 + 20)  # two epochs of both budgets
+
+
+# ---- every budget from scratch
+
+
+def test_every_surrogate_starts_fresh(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    del pipeline
+    lessons = Lessons(monkeypatch)
+    study.run(make_case(answers=("soft", "top1")))
+    learned = lessons.of("knockoff-same")
+    assert len(learned) == 4
+    assert len({id(lesson.start) for lesson in lessons.all}) == len(lessons.all)
+    ends = [classifiers._stored(lesson.end) for lesson in learned]
+    assert not any(equal(ends[0], other) for other in ends[1:])
+
+
+@pytest.mark.parametrize("name", ["knockoff", "jbda"])
+def test_a_surrogate_is_the_same_whether_smaller_budgets_were_trained_before_or_not(pipeline: Path, name: str) -> None:
+    several, alone = pipeline / "several", pipeline / "alone"
+    study.run(make_case(name, several, budgets=(4, 8, 20)))
+    study.run(make_case(name, alone, budgets=(20,)))
+    (path,) = alone.rglob("same-20.safetensors")
+    there = several / path.relative_to(alone)
+    assert equal(weights(path), weights(there))
+    assert not equal(weights(there), weights(there.with_name("same-8.safetensors")))
+
+
+def test_budgets_are_trained_in_the_same_way_in_any_order(pipeline: Path) -> None:
+    for folder, budgets in ((pipeline / "up", (8, 20)), (pipeline / "down", (20, 8))):
+        study.run(make_case(folder=folder, budgets=budgets))
+    up, down = tree(pipeline / "up"), tree(pipeline / "down")
+    assert up.keys() == down.keys()
+    for name in up:
+        if name.endswith(("same-8.safetensors", "same-20.safetensors")):
+            assert equal(weights(pipeline / "up" / name), weights(pipeline / "down" / name))
+
+
+def test_the_control_never_asks_and_learns_the_attackers_own_labels(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del pipeline
+    lessons = Lessons(monkeypatch)
+    rows = study.run(make_case())
+    (control,) = lessons.of("control-same")
+    pool = dataset.load(paths.DATASET)["pool"]
+    assert set(digests(control.known.images)) <= set(digests(pool.images))
+    assert len(control.known.images) > 260
+    assert control.known.queries.sum() == 0
+    label = dict(zip(digests(pool.images), pool.labels.tolist(), strict=True))
+    assert control.known.answers.argmax(1).tolist() == [label[each] for each in digests(control.known.images)]
+    assert (rows[0].answers, rows[0].budget, rows[0].amounts) == (report.CONTROL, 0, {})
+
+
+def test_every_attack_and_answer_mode_meets_the_same_pool(pipeline: Path) -> None:
+    study.run(make_case(folder=pipeline / "a", answers=("soft", "top1")))
+    found = [transfer_set.load(pipeline / f"a/mixture-{mode}-seed-0.safetensors") for mode in ("soft", "top1")]
+    assert torch.equal(found[0].images, found[1].images)
+    assert torch.equal(found[0].answers.argmax(1), found[1].answers.argmax(1))
+
+
+def test_no_image_of_the_victims_splits_is_asked_by_the_thief(pipeline: Path) -> None:
+    data = dataset.load(paths.DATASET)
+    theirs = {digest for name in ("train", "validation", "test") for digest in digests(data.splits[name].images)}
+    attack = {"kind": "knockoff", "pool": {"kind": "in-distribution"}}
+    study.run(make_case(folder=pipeline / "own", attack=attack))
+    saved = transfer_set.load(pipeline / "own/mixture-soft-seed-0.safetensors")
+    assert not set(digests(saved.images)) & theirs
+
+
+def test_a_pool_that_is_the_victims_own_set_is_refused(pipeline: Path) -> None:
+    """scikit-learn's digits as a foreign pool: the very images that the mixture was trained on."""
+    attack = {"kind": "knockoff", "pool": {"kind": "dataset", "source": {"kind": "digits"}}}
+    with pytest.raises(UserError, match=r"the attacker's pool and the victim's train split share \d+ images"):
+        study.run(make_case(folder=pipeline / "own", attack=attack))
+    assert list(pipeline.rglob("mixture-soft*.safetensors")) == []
+
+
+def test_a_strangers_network_is_stolen_with_its_own_weights(pipeline: Path) -> None:
+    (pipeline / "mine.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef factory():\n    torch.manual_seed(1)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).train()\n"
+    )
+    (row, *_) = study.run(make_case(victims=("mine.py:factory",), budgets=(8,)))
+    assert row.victim == "mine"
+    assert "white_box_asr" in row.found or row.found["victim_acc_under_transfer"].correct == 0
+
+
+FUNCTIONS = """
+import torch
+from torch import nn
+
+
+def one():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def other():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+"""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("two.py:one", "two.py:other"), ("two.py:one", "elsewhere/two.py:one"), ("tiny", "elsewhere/tiny.safetensors")],
+    ids=["one file", "two folders", "baseline and file"],
+)
+def test_two_victims_are_never_taken_for_two_seeds_of_one(tiny: Path, names: tuple[str, str]) -> None:
+    """Rows, transfer sets and surrogates go by the victim's name: equal names must be told apart, or refused."""
+    Path("elsewhere").mkdir()
+    for file in ("two.py", "elsewhere/two.py"):
+        Path(file).write_text(FUNCTIONS)
+    shutil.copy(tiny, "elsewhere/tiny.safetensors")
+    with contextlib.suppress(UserError):  # a refusal would do as well
+        rows = study.run(make_case(victims=names, budgets=(8,)))
+        assert len(rows) == len(report.groups(rows)) == 4
+        assert len(list(FOLDER.glob("*.safetensors"))) == 2
+
+
+# ---- refusals
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+Advmoe = Callable[..., Ran]
+
+
+@pytest.fixture
+def advmoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Advmoe:
+    """`advmoe("extract", "knockoff")`: the real entry point, in this process, on one thread."""
+    monkeypatch.setenv("ADVMOE_THREADS", "1")
+
+    def call(*arguments: str | Path) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["advmoe", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        said = capsys.readouterr()
+        return Ran(code if isinstance(code, int) else int(code is not None), said.out, said.err)
+
+    return call
+
+
+def sentence(ran: Ran) -> str:
+    """The one sentence of a refusal."""
+    assert ran.code == 2, ran
+    assert "Traceback" not in ran.out + ran.err
+    lines = ran.err.splitlines()
+    assert len(lines) == 1, ran.err
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["knockoff", "--budget", "0"], "budgets.0: "),
+        (["knockoff", "--budget", "1"], "budgets.0: "),
+        (["knockoff", "--budget", "8", "--budget", "8"], "budgets lists something twice"),
+        (["knockoff", "--victim", "nobody"], "victim 'nobody': there is no "),
+        (["knockoff", "--victim", "expert/nobody"], "there is no artifacts/pretrain/nobody.safetensors"),
+        (["knockoff", "--surrogate", "nobody"], "surrogate 'nobody' is not known; there are same, other"),
+        (["knockoff", "--answers", "aloud"], "answers.0: "),
+        (["knockoff", "--answers", "rounded-0"], "answers.0: "),
+        (["knockoff", "--weights", "weights.pt"], "--weights: "),
+        (["nothing", "--budget", "8"], "extract.attacks has no 'nothing'; there are knockoff, jbda"),
+        (["nothing"], "extract.attacks has no 'nothing'"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_one_sentence_and_leaves_nothing_behind(
+    pipeline: Path, advmoe: Advmoe, arguments: list[str], words: str
+) -> None:
+    before = tree(pipeline)
+    assert words in sentence(advmoe("extract", *arguments))
+    assert tree(pipeline) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["knockoff", "--budget", "31"], "a budget of 31 queries cannot be spent: there are 30 images to ask about"),
+        (["jbda", "--budget", "21"], "a budget of 21 queries cannot be spent: 5 seeds doubled 2 times are 20"),
+    ],
+    ids=["knockoff", "jbda"],
+)
+def test_a_budget_beyond_the_pool_is_one_sentence_and_no_result(
+    pipeline: Path, advmoe: Advmoe, arguments: list[str], words: str
+) -> None:
+    assert words in sentence(advmoe("extract", *arguments))
+    assert list(pipeline.glob("runs/*/*.json")) == []
+    assert list(pipeline.glob("runs/*/models/mixture-*")) == []
+
+
+def test_a_budget_beyond_the_pool_is_refused_before_anything_is_trained(pipeline: Path, advmoe: Advmoe) -> None:
+    """The control may take an hour, and would be left behind."""
+    before = tree(pipeline)
+    assert "cannot be spent" in sentence(advmoe("extract", "knockoff", "--budget", "31"))
+    assert tree(pipeline) == before
+
+
+def test_a_second_victim_that_is_not_there_is_refused_before_the_first_is_asked(pipeline: Path, advmoe: Advmoe) -> None:
+    before = tree(pipeline)
+    ran = advmoe("extract", "knockoff", "--victim", "mixture", "--victim", "nobody")
+    assert "victim 'nobody'" in sentence(ran)
+    assert tree(pipeline) == before
+
+
+def test_a_quick_question_leaves_the_record_alone(pipeline: Path, advmoe: Advmoe) -> None:
+    ran = advmoe("extract", "knockoff", "--budget", "6", "--answers", "rounded-1", "--surrogate", "other")
+    assert ran.code == 0, ran.err
+    assert not FOLDER.exists()
+    assert not Path("metrics/extract").exists()
+    (folder,) = (pipeline / "runs").glob("extract-knockoff-*")
+    rows, _ = report.read(folder / "runs.json")
+    assert [(row.answers, row.surrogate, row.budget) for row in rows] == [
+        ("none", "other", 0),
+        ("rounded-1", "other", 6),
+    ]
+    assert (folder / "models/mixture-rounded-1-seed-0/other-6.safetensors").is_file()
+    assert (folder / "curve.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"extract.attacks.knockoff.surrogates": ["nobody"]}, "attacks.knockoff.surrogates lists 'nobody'"),
+        ({"extract.attacks.knockoff.attack.pool.kind": "web"}, "extract.attacks.knockoff.attack"),
+        ({"extract.attacks.knockoff.budgets": []}, "extract.attacks.knockoff.budgets"),
+        ({"extract.detector.delta": 1.5}, "extract.detector.delta"),
+        ({"extract.robust.epsilon": 0.1}, "extract.robust.epsilon: is not a known key"),
+        ({"extract.attacks": {}}, "extract.attacks"),
+    ],
+    ids=["surrogate", "pool", "budgets", "delta", "epsilon", "attacks"],
+)
+def test_mistakes_in_params_are_named(
+    pipeline: Path, edit: Edit, advmoe: Advmoe, changes: dict[str, Any], words: str
+) -> None:
+    edit(changes)
+    before = tree(pipeline)
+    assert words in sentence(advmoe("extract", "knockoff"))
+    assert tree(pipeline) == before
