@@ -5,11 +5,13 @@ thread, everything runs in this process.
 """
 
 import multiprocessing
+import os
 import pickle
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -39,7 +41,16 @@ def _packed(work: Callable[[A], T], item: bytes) -> bytes:
 
 
 def _begin(threads: int) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it, and ends the others
     machine.prepare_torch()
     torch.set_num_threads(threads)
     console.plain()
+
+
+def _end_with_parent() -> None:
+    """A first process that is killed cannot end the others, which would work on for hours, for nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,7 +1,14 @@
 """Work spread over processes: the order of results, what travels as bytes, and when it stays in this process."""
 
+import contextlib
+import os
 import pickle
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,3 +74,49 @@ def test_errors_are_raised_here(threads: int) -> None:
 def test_what_travels_is_unpacked_there() -> None:
     packed = workers._packed(double, pickle.dumps(torch.ones(2)))
     assert pickle.loads(packed).tolist() == [2, 2]  # noqa: S301  (our own)
+
+
+SCRIPT = """
+import os, time
+from pathlib import Path
+import torch
+from advmoe.workers import spread
+
+
+def wait(name):
+    Path(name).write_text(str(os.getpid()))
+    time.sleep(300)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    spread(wait, ["first", "second"])
+"""
+
+
+def test_nobody_works_on_for_a_process_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text(SCRIPT)
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "ADVMOE_DEVICE": "cpu"}
+    with subprocess.Popen([sys.executable, "work.py"], cwd=tmp_path, env=environment) as first:
+        pids = [int(until((tmp_path / name).read_text)) for name in ("first", "second")]
+        first.kill()
+    assert until(lambda: not any(alive(pid) for pid in pids))
+
+
+def until(look: Callable[[], Any]) -> Any:
+    """What `look` returns as soon as it is something; the test fails after two minutes."""
+    for _ in range(1200):
+        with contextlib.suppress(FileNotFoundError):
+            found = look()
+            if found:
+                return found
+        time.sleep(0.1)
+    return pytest.fail("waited for two minutes")
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "zombie" not in Path(f"/proc/{pid}/status").read_text() if Path(f"/proc/{pid}").exists() else True

@@ -16,6 +16,7 @@ from advmoe.threats.extraction.transfer_set import TransferSet
 
 AnyExtraction = Knockoff | KnockoffAdaptive | Copycat | Jbda | Best | Dfme
 Extraction = Annotated[AnyExtraction, Field(discriminator="kind")]
+BY_SHARES = (Best, KnockoffAdaptive)  # their first queries depend on the whole budget
 ATTACKS: dict[type[Any], Callable[..., TransferSet]] = {
     Knockoff: knockoff,
     KnockoffAdaptive: knockoff_adaptive,

@@ -3,7 +3,9 @@
 
 The generator looks for images on which surrogate and victim disagree, the surrogate learns the victim's answers to
 them. The victim gives no gradients, so the generator's are estimated by forward differences in random directions, each
-of which is one more query per image.
+of which is one more query per image. A victim sees whole pixel levels, so the differences are taken in levels as well:
+a smaller step would be rounded away. Not from the paper: random signs in place of normal directions, constant rates,
+and that the surrogate that is judged learns from all probes afterwards, by the recipe of every other attack.
 
 Shapes: B batch, C channel, H/W pixels, K classes, Z latent numbers.
 """
@@ -18,7 +20,7 @@ from torch.nn import functional
 from advmoe.data.dataset import Facts
 from advmoe.errors import UserError
 from advmoe.machine import device
-from advmoe.params import PIXEL_LEVELS, PositiveFloat, PositiveInt, Settings
+from advmoe.params import PIXEL_LEVELS, PositiveInt, Settings
 from advmoe.threats.extraction.tools import Tools
 from advmoe.threats.extraction.transfer_set import TransferSet, asked, joined
 
@@ -28,8 +30,8 @@ MOMENTUM, DECAY = 0.9, 5e-4
 
 
 class Dfme(Settings):
-    """A round: one batch for the generator, with `directions` differences of length `step`, and `learning` batches for
-    the surrogate, all of `batch_size` images from `latent` normal numbers.
+    """A round: one batch for the generator, with `directions` differences of `step` pixel levels, and `learning`
+    batches for the surrogate, all of `batch_size` images from `latent` normal numbers.
     """
 
     kind: Literal["dfme"]
@@ -37,7 +39,7 @@ class Dfme(Settings):
     latent: PositiveInt
     width: PositiveInt
     directions: PositiveInt
-    step: PositiveFloat
+    step: PositiveInt
     learning: PositiveInt
 
 
@@ -102,22 +104,28 @@ class _Thief:
         """Towards disagreement: ascend the L1 distance of logits along its estimated gradient in the pixels."""
         images = self.generator(self._latent())
         with torch.no_grad():
-            here = self._disagreement(images)
+            levels = _levels(images)
+            here = self._disagreement(levels)
             slope = torch.zeros_like(images)
             for _ in range(self.settings.directions):
-                drawn = torch.randn(images.shape, generator=self.stream).flatten(1)
-                direction = functional.normalize(drawn).view_as(images).to(images.device)
-                there = self._disagreement((images + self.settings.step * direction).clamp(0, 1))
-                slope += ((there - here) / self.settings.step)[:, None, None, None] * direction
+                moved, taken = self._moved(levels)
+                rise = (self._disagreement(moved) - here) / taken.square().sum(dim=(1, 2, 3)).clamp_min(TINY)
+                slope += rise[:, None, None, None] * taken
             slope *= images[0].numel() / self.settings.directions
         self.generator_steps.zero_grad(set_to_none=True)
         images.backward(-slope / len(images))
         self.generator_steps.step()
 
+    def _moved(self, levels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Images some levels further along random signs, as far as the pixel range goes, and the change in [-1, 1]."""
+        signs = torch.randint(0, 2, levels_BCHW.shape, generator=self.stream).to(levels_BCHW.device) * 2 - 1
+        moved = (levels_BCHW.int() + self.settings.step * signs).clamp(0, PIXEL_LEVELS)
+        return moved.to(torch.uint8), (moved - levels_BCHW.int()).float() / PIXEL_LEVELS
+
     def improve_surrogate(self) -> None:
         """One step towards the victim's answers to fresh images."""
         with torch.no_grad():
-            images = self._levels(self.generator(self._latent()))
+            images = _levels(self.generator(self._latent()))
         answers = self._ask(images)
         self.surrogate.train()
         self.surrogate_steps.zero_grad(set_to_none=True)
@@ -127,10 +135,9 @@ class _Thief:
         self.surrogate_steps.step()
         self.surrogate.eval()
 
-    def _disagreement(self, images_BCHW: Tensor) -> Tensor:
-        levels = self._levels(images_BCHW)
-        logits = _centred(functional.log_softmax(self.surrogate(levels.float() / PIXEL_LEVELS), dim=1))
-        return (logits - _logits(self._ask(levels))).abs().sum(dim=1)
+    def _disagreement(self, levels_BCHW: Tensor) -> Tensor:
+        logits = _centred(functional.log_softmax(self.surrogate(levels_BCHW.float() / PIXEL_LEVELS), dim=1))
+        return (logits - _logits(self._ask(levels_BCHW))).abs().sum(dim=1)
 
     def _ask(self, images: Tensor) -> Tensor:
         new = asked(self.oracle, images.cpu())
@@ -140,9 +147,9 @@ class _Thief:
     def _latent(self) -> Tensor:
         return torch.randn(self.settings.batch_size, self.settings.latent, generator=self.stream).to(device())
 
-    @staticmethod
-    def _levels(images_BCHW: Tensor) -> Tensor:
-        return (images_BCHW * PIXEL_LEVELS).round().to(torch.uint8)
+
+def _levels(images_BCHW: Tensor) -> Tensor:
+    return (images_BCHW * PIXEL_LEVELS).round().to(torch.uint8)
 
 
 def _logits(answers_BK: Tensor) -> Tensor:

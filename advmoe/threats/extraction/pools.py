@@ -97,8 +97,8 @@ def in_distribution(data: Dataset) -> Split:
     therefore the victim's as well. Raises UserError when none are left.
     """
     pool = data["pool"]
-    positions = set(pool.index.tolist()) & set(data["train"].index.tolist())
-    assert not positions, "preparation draws its splits disjoint"
+    drawn_beside = {*data["train"].index.tolist(), *data["validation"].index.tolist()}
+    assert not drawn_beside & set(pool.index.tolist()), "preparation draws its splits disjoint"
     known = {digest for name in VICTIMS_OWN for digest in digests(data[name].images)}
     keep = torch.tensor([digest not in known for digest in digests(pool.images)], dtype=torch.bool)
     if not keep.any():

@@ -21,7 +21,8 @@ COLUMNS = {
 }
 BESIDE = {"task_acc": "d_task_acc", "fidelity": "d_fidelity", "transfer_asr": "d_transfer_asr"}  # minus control
 WHO = ("victim", "answers", "surrogate", "budget", "seed")
-AMOUNTS = ("queries_used", "sha256", "alarm_after", "honest_alarm_after", "honest_acc", "honest_distance")
+HONEST = ("honest_alarm_after", "honest_queries", "honest_acc", "honest_distance")
+AMOUNTS = ("queries_used", "sha256", "alarm_after", *HONEST)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _transfer(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         bought = [row for row in mine if row.answers != CONTROL]
         best = max(bought, key=lambda row: row.found["transfer_asr"].accuracy)
         free = max(control, key=lambda row: row.found["transfer_asr"].accuracy)
-        strongest = f"{best.answers}, {best.surrogate}, {best.budget} queries"
+        strongest = f"{best.answers}, {best.surrogate}, {best.budget} queries (of {len(bought)})"
         ends = [str(best.found[name]) if name in best.found else "" for name in ("random_sign_asr", "white_box_asr")]
         shares = [str(free.found["transfer_asr"]), str(best.found["transfer_asr"])]
         lines.append([victim, ends[0], *shares, ends[1], strongest])
@@ -161,20 +162,23 @@ def _cost(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         if row.amounts:
             amounts = row.amounts
-            alarms = [_alarm(amounts[name]) for name in ("alarm_after", "honest_alarm_after")]
+            thief = _alarm(amounts["alarm_after"], amounts["queries_used"])
+            honest = _alarm(amounts["honest_alarm_after"], amounts["honest_queries"])
             distance = f"{amounts['honest_distance']:.3f}"
-            lines[row.victim, row.answers, row.added] = [
+            # the largest budget comes last; other seeds tell the same story
+            lines[row.victim, row.answers] = [
                 row.victim,
                 row.answers,
                 str(amounts["honest_acc"]),
                 distance,
-                *alarms,
+                thief,
+                honest,
             ]
     return ["victim", "told", "accuracy", "confidences off by", "alarm, thief", "alarm, honest"], list(lines.values())
 
 
-def _alarm(after: int | None) -> str:
-    return "never" if after is None else str(after)
+def _alarm(after: int | None, queries: int) -> str:
+    return f"never in {queries}" if after is None else f"{after} of {queries}"
 
 
 def show_record() -> None:

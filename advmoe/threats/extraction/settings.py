@@ -9,7 +9,7 @@ from advmoe.attacks.pgd import Pgd
 from advmoe.classifiers import Backbone
 from advmoe.errors import UserError
 from advmoe.params import PositiveInt, Seed, Settings
-from advmoe.threats.extraction.catalogue import Extraction
+from advmoe.threats.extraction.catalogue import BY_SHARES, Extraction
 from advmoe.threats.extraction.oracle import Answers
 from advmoe.threats.extraction.prada import Prada
 from advmoe.training.recipe import Learning
@@ -31,11 +31,13 @@ class Study(Settings):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _no_repetition(self) -> "Study":
+    def _sound(self) -> "Study":
         for name in ("answers", "budgets", "victims", "surrogates", "seeds"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} lists something twice")
+        if len(self.budgets) > 1 and isinstance(self.attack, BY_SHARES):
+            raise ValueError(f"budgets: {self.attack.kind} plans its rounds for one; give others a study of their own")
         return self
 
 
@@ -43,8 +45,8 @@ class Common(Settings):
     """What all studies share.
 
     `images`: so many test images, null for all; `noise`: so many uniform images; `robust`: PGD on victims and
-    surrogates, at the top-level epsilon; `detector`: looks at the queries; `surrogates`: networks by name; `recipe`:
-    of them all.
+    surrogates, at the top-level epsilon; `detector`: looks at the queries; `surrogates`: networks by name; `recipe`: of
+    them all, for its epochs or for at least so many `steps` of the optimiser.
     """
 
     images: PositiveInt | None
@@ -52,6 +54,7 @@ class Common(Settings):
     robust: Pgd
     detector: Prada
     surrogates: Annotated[dict[str, Backbone], Field(min_length=1)]
+    steps: PositiveInt
     recipe: Learning
 
 

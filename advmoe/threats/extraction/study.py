@@ -5,11 +5,11 @@ Shapes: N images, K classes.
 
 import time
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from advmoe import classifiers, console, files, paths
+from advmoe import classifiers, console, files, paths, user_code
 from advmoe.classifiers import Plain
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset
@@ -24,7 +24,6 @@ from advmoe.threats.extraction.report import Row
 from advmoe.threats.extraction.settings import Common, Study
 from advmoe.threats.extraction.tools import Tools
 from advmoe.threats.extraction.transfer_set import TransferSet
-from advmoe.threats.extraction.victims import Victim
 from advmoe.training.loop import Trained
 from advmoe.workers import spread
 
@@ -68,12 +67,15 @@ def run(case: Case) -> list[Row]:
         raise UserError(f"surrogate '{strangers[0]}' is not known; there are {files.names(case.common.surrogates)}")
     _check_victims(case)
     jobs = [(victim, added) for victim in case.study.victims for added in case.study.seeds]
-    return [row for rows in spread(partial(_campaign, case), jobs) for row in rows]
+    campaign = partial(_campaign, case)
+    # answers that cost money are remembered by the process that got them: no other may ask beside it
+    costly = any(user_code.names_code(name) for name in case.study.victims)
+    return [row for rows in (map(campaign, jobs) if costly else spread(campaign, jobs)) for row in rows]
 
 
 def _check_victims(case: Case) -> None:
     """Raises UserError for a victim that is not there, and for two of one name, before any of them is asked."""
-    names = [victims.load(name, case.weights, _data().facts.classes).name for name in case.study.victims]
+    names = [victims.load(name, case.weights, _data().facts).name for name in case.study.victims]
     for name, shown in zip(case.study.victims, names, strict=True):
         if names.count(shown) > 1:
             raise UserError(f"victim '{name}': there are two called '{shown}'; ask them one after the other")
@@ -86,10 +88,10 @@ def _data() -> Dataset:
 
 def _campaign(case: Case, job: tuple[str, int]) -> list[Row]:
     """One victim and seed: all queries in every answer mode, then the control, then every budget and surrogate."""
-    name, added = job
-    data = _data()
-    victim = victims.load(name, case.weights, data.facts.classes)
-    campaign = Campaign(case, added, data, victim, _exam(case, data))
+    campaign = Campaign(case, *job, _data())
+    victim = campaign.victim
+    if victim.paid is not None:
+        console.say(f"{victim.name}: beside the budget, the exam asks up to {campaign.exam_questions} images")
     stolen = [campaign.ask(mode) for mode in case.study.answers]
     rows = campaign.controls()
     for loot in stolen:
@@ -120,23 +122,38 @@ class Loot:
 class Campaign:
     """One attacker against one victim."""
 
-    def __init__(self, case: Case, added: int, data: Dataset, victim: Victim, exam: Exam) -> None:
-        self.case, self.added, self.data, self.victim, self.exam = case, added, data, victim, exam
+    def __init__(self, case: Case, asked_for: str, added: int, data: Dataset) -> None:
+        self.case, self.asked_for, self.added, self.data = case, asked_for, added, data
+        self.victim = victims.load(asked_for, case.weights, data.facts)
+        self.exam = _exam(case, data)
         self.run_seed = case.seed + added
-        self.known: Sheet = metrics.sheet(victim, exam)
         self.control: dict[str, Copy] = {}
+
+    @cached_property
+    def known(self) -> Sheet:
+        """The victim's answers to the exam."""
+        return metrics.sheet(self.victim, self.exam)
 
     def controls(self) -> list[Row]:
         """Surrogates trained on the attacker's own images and their true labels: the victim was never asked."""
         own = transfer_set.labelled(pools.in_distribution(self.data), self.data.facts.classes)
         rows = []
         for name in self.case.study.surrogates:
-            trained = self._train(f"control-{name}", name, own)
+            trained = self._train(name, own)
             self.control[name] = metrics.examine(trained.model, self.victim, self.known, self.exam)
-            self._save(f"control-seed-{self.added}/{name}", name, trained, {})
+            # it knows nothing of the victim: the same for all of them, and one is enough to write it
+            if self.asked_for == self.case.study.victims[0]:
+                self._save(f"control-seed-{self.added}/{name}", name, trained, {})
             found = metrics.numbers(self.control[name], None, self.known, self.exam)
             rows.append(Row(self.victim.name, report.CONTROL, name, 0, self.added, found, {}))
         return rows
+
+    @property
+    def exam_questions(self) -> int:
+        """How many images the victim is asked about to measure what was stolen."""
+        study = self.case.study
+        copies = len(study.surrogates) * (1 + len(study.answers) * len(study.budgets))
+        return len(self.exam.split) * (2 + copies) + len(self.exam.noise)
 
     def ask(self, mode: str) -> Loot:
         """Ask once, up to the largest budget, and write it down before anything is learned from it."""
@@ -160,17 +177,18 @@ class Campaign:
     def learn(self, loot: Loot) -> list[Row]:
         """At every budget every surrogate from scratch."""
         study = self.case.study
-        amounts = {"sha256": loot.sha256, **self._traces(loot.found, loot.mode)}
-        rows = []
+        traces, rows = self._traces(loot.found, loot.mode), []
         for budget in sorted(study.budgets):
             bought = loot.found.within(budget)
             for name in study.surrogates:
-                trained = self._train(f"{study.attack.kind}-{name}", name, bought)
+                trained = self._train(name, bought)
                 self._save(f"{loot.title}/{name}-{budget}", name, trained, {"transfer set": loot.sha256})
                 copy = metrics.examine(trained.model, self.victim, self.known, self.exam)
                 numbers = metrics.numbers(copy, self.control[name], self.known, self.exam)
-                used = {"queries_used": len(bought.images)}
-                rows.append(Row(self.victim.name, loot.mode, name, budget, self.added, numbers, {**used, **amounts}))
+                amounts = {"queries_used": len(bought.images), "sha256": loot.sha256, **traces}
+                if amounts["alarm_after"] is not None and amounts["alarm_after"] > len(bought.images):
+                    amounts["alarm_after"] = None  # only a larger budget would have been noticed
+                rows.append(Row(self.victim.name, loot.mode, name, budget, self.added, numbers, amounts))
                 console.say(report.sentence(rows[-1]))
         return rows
 
@@ -180,7 +198,7 @@ class Campaign:
         return Tools(
             oracle=oracle,
             gather=self._gather,
-            learn=lambda known: self._train(f"{kind}-between-{len(known.images)}", first, known).model,
+            learn=lambda known: self._train(first, known).model,
             fresh=lambda: surrogate.fresh(self.case.common.surrogates[first], self.data, self.run_seed, kind, "fresh"),
             stream=generator(self.run_seed, "extract", kind),
             facts=self.data.facts,
@@ -190,12 +208,10 @@ class Campaign:
         # the stream is named after the pool alone: every attack, victim and answer mode meets the same images
         return pools.gather(pool, self.data, generator(self.run_seed, "extract", "pool", pool.kind))
 
-    def _train(self, label: str, name: str, known: TransferSet) -> Trained:
+    def _train(self, name: str, known: TransferSet) -> Trained:
         common = self.case.common
         backbone = common.surrogates[name]
-        return surrogate.train(
-            label, backbone, known, self.data, common.recipe, seed=self.run_seed, epsilon=self.case.epsilon
-        )
+        return surrogate.train(name, backbone, known, self.data, common, seed=self.run_seed, epsilon=self.case.epsilon)
 
     def _save(self, title: str, name: str, trained: Trained, inputs: dict[str, str]) -> None:
         common = self.case.common
@@ -220,5 +236,6 @@ class Campaign:
         return {
             "alarm_after": prada.alarm_after(found.images, found.answers.argmax(1), detector),
             "honest_alarm_after": prada.alarm_after(split.images, told.argmax(1), detector),
+            "honest_queries": len(split),
             **metrics.cost_to_honest(self.known.probabilities, told, split.labels),
         }

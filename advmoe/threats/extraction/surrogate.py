@@ -9,8 +9,11 @@ from torch import nn
 
 from advmoe import classifiers
 from advmoe.classifiers import Backbone, Plain
+from advmoe.data.batches import batches_per_epoch
 from advmoe.data.dataset import Dataset, Split
+from advmoe.errors import UserError
 from advmoe.machine import derive_seed, device
+from advmoe.threats.extraction.settings import Common
 from advmoe.threats.extraction.transfer_set import TransferSet
 from advmoe.training.adversary import CleanBatches
 from advmoe.training.loop import Course, Trained, fit
@@ -23,13 +26,23 @@ def fresh(backbone: Backbone, data: Dataset, *seed: object) -> nn.Module:
     return classifiers.build(Plain(kind="plain", backbone=backbone), data.facts, *seed).to(device())
 
 
+def long_enough(recipe: Learning, images: int, steps: int) -> Learning:
+    """The recipe for as many epochs as make `steps`, if that is more."""
+    epochs = -(-steps // batches_per_epoch(images, recipe.batch_size))
+    return recipe.model_copy(update={"epochs": max(recipe.epochs, epochs)})
+
+
 def train(
-    name: str, backbone: Backbone, found: TransferSet, data: Dataset, recipe: Learning, *, seed: int, epsilon: float
+    name: str, backbone: Backbone, found: TransferSet, data: Dataset, common: Common, *, seed: int, epsilon: float
 ) -> Trained:
     """A fresh network that learns the answers: cross-entropy with soft labels, of classes where only those were told.
 
-    `data` lends its facts only. A transfer set needs at least two images.
+    `name` and `seed` alone say where it starts: what two transfer sets make of it can be compared. `data` lends its
+    facts only. Raises UserError when there is just one image, which BatchNorm cannot learn from.
     """
+    if len(found.images) < 2:
+        raise UserError("a surrogate needs two images at least; prepare.splits.pool or the budget is too small")
+    recipe = long_enough(common.recipe, len(found.images), common.steps)
     split = Split(found.images, found.answers, found.queries)
     course = Course(
         name=name,

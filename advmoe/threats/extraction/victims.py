@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe import engine, paths, user_code
-from advmoe.data.dataset import digests
+from advmoe.data.dataset import Facts, Split, digests
 from advmoe.errors import UserError
 from advmoe.evaluation import subjects
 from advmoe.machine import device
@@ -43,13 +43,13 @@ class Victim:
     paid: Paid | None = None
 
 
-def load(name: str, weights: Path | None, classes: int) -> Victim:
+def load(name: str, weights: Path | None, facts: Facts) -> Victim:
     """`mixture`, a baseline's name, `expert/NAME`, an artifact's path, or `path/to/file.py:factory` with its weights.
 
-    Raises UserError when it is not there, cannot be loaded, or has another number of classes.
+    Raises UserError when it is not there, cannot be loaded, or is not made for such images and classes.
     """
     if user_code.names_code(name):
-        return _stranger(name, weights, classes)
+        return _stranger(name, weights, facts)
     if weights is not None:
         raise UserError(f"--weights: {name} brings its own; weights belong to --victim path/to/file.py:factory")
     path = file_of(name)
@@ -60,11 +60,13 @@ def load(name: str, weights: Path | None, classes: int) -> Victim:
         )
     subject = subjects.load_subject(str(path), None, None)
     assert subject.artifact is not None
-    told = subject.artifact.about.facts.classes
-    if told != classes:
-        raise UserError(f"{name}: knows {told} classes, but the data has {classes}")
+    own = subject.artifact.about.facts
+    if own.classes != facts.classes:
+        raise UserError(f"{name}: knows {own.classes} classes, but the data has {facts.classes}")
+    if _shape(own) != _shape(facts):
+        raise UserError(f"{name}: takes images of {_shape(own)}, but the data has {_shape(facts)}")
     shown = Path(name).stem if name.endswith(".safetensors") else name
-    return _network(shown, subject.identity, subject.model, classes)
+    return _network(shown, subject.identity, subject.model, facts.classes)
 
 
 def file_of(name: str) -> Path:
@@ -78,12 +80,21 @@ def file_of(name: str) -> Path:
     return paths.artifact("baseline", name)
 
 
-def _stranger(reference: str, weights: Path | None, classes: int) -> Victim:
+def _shape(facts: Facts) -> tuple[int, int, int]:
+    return facts.channels, facts.height, facts.width
+
+
+def _stranger(reference: str, weights: Path | None, facts: Facts) -> Victim:
     made = subjects.made_by(reference)
     name = reference.rpartition(":")[0].rpartition("/")[2].removesuffix(".py")
     if isinstance(made, nn.Module):
         subject = subjects.stranger(reference, made, weights)
-        return _network(name, subject.identity, subject.model, classes)
+        black, last = torch.zeros(1, *_shape(facts), dtype=torch.uint8), torch.tensor([facts.classes - 1])
+        one = Split(black, last, torch.zeros(1))
+        told = subjects.try_on(subject, one)
+        if told != facts.classes:
+            raise UserError(f"{reference}: knows {told} classes, but the data has {facts.classes}")
+        return _network(name, subject.identity, subject.model, facts.classes)
     if not callable(made):
         raise UserError(f"{reference}: must return a network or a function of images, not {type(made).__name__}")
     if weights is not None:
@@ -91,7 +102,7 @@ def _stranger(reference: str, weights: Path | None, classes: int) -> Victim:
     identity = user_code.digest(reference)
     folder = paths.PAID / hashlib.sha256(f"{reference}{identity}".encode()).hexdigest()[:KEY_LENGTH]
     paid = Paid(folder)
-    return Victim(name, identity, _Remembering(reference, made, classes, paid), None, paid)
+    return Victim(name, identity, _Remembering(reference, made, facts.classes, paid), None, paid)
 
 
 def _network(name: str, identity: str, model: nn.Module, classes: int) -> Victim:

@@ -1,14 +1,13 @@
 """The results of the membership audit: a table and JSON."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from advmoe import console, files, paths
 from advmoe.errors import UserError
-from advmoe.evaluation.intervals import Share
-from advmoe.threats.membership.scores import Gap, Leak
+from advmoe.threats.membership.scores import Estimate, Leak
 
 SCHEMA = 1
 
@@ -22,15 +21,15 @@ class Row:
     queries: str
     shadows: int
     leak: Leak
-    beyond: Gap | None
+    beyond: Estimate | None
 
 
 def write(rows: Sequence[Row], about: Mapping[str, Any], summary: Path, runs: Path) -> None:
     """The headline by victim, score and queries, and all numbers with their intervals."""
     head: dict[str, Any] = {}
     for row in rows:
-        numbers = {"auc": row.leak.auc, "balanced_accuracy": row.leak.balanced_accuracy}
-        numbers |= {f"tpr_at_{rate}": share.accuracy for rate, share in row.leak.tpr.items()}
+        numbers = {"auc": row.leak.auc.value, "balanced_accuracy": row.leak.balanced_accuracy}
+        numbers |= {f"tpr_at_{rate}": found.value for rate, found in row.leak.tpr.items()}
         head.setdefault(row.victim, {}).setdefault(row.score, {})[row.queries] = numbers
     files.write_json(summary, {"schema_version": SCHEMA, **about, **head})
     files.write_json(runs, {"schema_version": SCHEMA, **about, "rows": [asdict(row) for row in rows]})
@@ -46,9 +45,11 @@ def read(path: Path) -> tuple[list[Row], dict[str, Any]]:
 
 
 def _row(row: dict[str, Any]) -> Row:
-    tpr = {rate: Share(**share) for rate, share in row["leak"]["tpr"].items()}
-    beyond = None if row["beyond"] is None else Gap(**row["beyond"])
-    return Row(**(row | {"leak": Leak(**(row["leak"] | {"tpr": tpr})), "beyond": beyond}))
+    found = row["leak"]
+    rates = {rate: Estimate(**each) for rate, each in found["tpr"].items()}
+    leak = Leak(Estimate(**found["auc"]), found["balanced_accuracy"], rates)
+    beyond = None if row["beyond"] is None else Estimate(**row["beyond"])
+    return Row(**(row | {"leak": leak, "beyond": beyond}))
 
 
 def show(rows: Sequence[Row], about: Mapping[str, Any]) -> None:
@@ -59,10 +60,10 @@ def show(rows: Sequence[Row], about: Mapping[str, Any]) -> None:
             row.victim,
             row.score,
             row.queries,
-            f"{row.leak.auc:.3f} [{row.leak.low:.3f}, {row.leak.high:.3f}]",
-            "" if row.beyond is None else _signed(row.beyond),
+            "{:.3f} [{:.3f}, {:.3f}]".format(*astuple(row.leak.auc)),
+            "" if row.beyond is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*astuple(row.beyond)),
             f"{100 * row.leak.balanced_accuracy:.1f}",
-            *(str(row.leak.tpr[rate]) for rate in rates),
+            *(_percent(row.leak.tpr[rate]) for rate in rates),
         ]
         for row in rows
     ]
@@ -75,8 +76,8 @@ def show(rows: Sequence[Row], about: Mapping[str, Any]) -> None:
     )
 
 
-def _signed(gap: Gap) -> str:
-    return f"{gap.difference:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+def _percent(found: Estimate) -> str:
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * each for each in astuple(found)))
 
 
 def show_record() -> None:

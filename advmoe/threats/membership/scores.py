@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from advmoe.errors import UserError
-from advmoe.evaluation.intervals import Share
 from advmoe.machine import generator
 from advmoe.threats.numbers import DIGITS
 
@@ -72,25 +71,23 @@ def _log_density(scores_N: Tensor, shadows_SN: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Leak:
-    """How well a score tells members from others: AUC with its 95 % bootstrap interval, the balanced accuracy of the
-    best threshold, and true positive rates (Share) by false positive rate.
-    """
+class Estimate:
+    """A number with its 95 % bootstrap interval over images [low, high]."""
 
-    auc: float
+    value: float
     low: float
     high: float
-    balanced_accuracy: float
-    tpr: dict[str, Share]
 
 
 @dataclass(frozen=True)
-class Gap:
-    """How much more one score leaks than another: the difference of AUCs with its paired 95 % bootstrap interval."""
+class Leak:
+    """How well a score tells members from others: AUC, the balanced accuracy of a threshold that was chosen on other
+    images, and true positive rates by false positive rate.
+    """
 
-    difference: float
-    low: float
-    high: float
+    auc: Estimate
+    balanced_accuracy: float
+    tpr: dict[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -119,22 +116,19 @@ class Scores:
 
 def leak(scores: Scores, seed: int) -> Leak:
     """The quality of a test. False positive rates below one image say nothing and are left out."""
-    low, high = _ends([each.auc for each in _resampled(scores, seed)])
+    resampled = list(_resampled(scores, seed))
     possible = [rate for rate in RATES if rate * len(scores.others) >= 1]
     return Leak(
-        auc=round(scores.auc, DIGITS),
-        low=low,
-        high=high,
-        balanced_accuracy=round(balanced_accuracy(scores), DIGITS),
-        tpr={f"{rate:g}": Share.of(caught(scores, rate)) for rate in possible},
+        auc=_estimate(scores.auc, [each.auc for each in resampled]),
+        balanced_accuracy=round(balanced_accuracy(scores, generator(seed, "membership", "threshold")), DIGITS),
+        tpr={f"{rate:g}": _estimate(tpr(scores, rate), [tpr(each, rate) for each in resampled]) for rate in possible},
     )
 
 
-def gap(first: Scores, second: Scores, seed: int) -> Gap:
-    """Scores of the same images under two networks."""
+def gap(first: Scores, second: Scores, seed: int) -> Estimate:
+    """How much more one network leaks than another of the same images: the difference of AUCs, resampled in pairs."""
     pairs = zip(_resampled(first, seed), _resampled(second, seed), strict=True)
-    low, high = _ends([mine.auc - other.auc for mine, other in pairs])
-    return Gap(round(first.auc - second.auc, DIGITS), low, high)
+    return _estimate(first.auc - second.auc, [mine.auc - other.auc for mine, other in pairs])
 
 
 def _resampled(scores: Scores, seed: int) -> Iterator[Scores]:
@@ -142,21 +136,44 @@ def _resampled(scores: Scores, seed: int) -> Iterator[Scores]:
     return (scores.drawn(stream) for _ in range(RESAMPLES))
 
 
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    low, high = torch.tensor(values).quantile(torch.tensor([TAIL, 1 - TAIL])).tolist()
-    return round(low, DIGITS), round(high, DIGITS)
+def _estimate(value: float, resampled: Sequence[float]) -> Estimate:
+    low, high = torch.tensor(resampled).quantile(torch.tensor([TAIL, 1 - TAIL])).tolist()
+    return Estimate(round(value, DIGITS), round(low, DIGITS), round(high, DIGITS))
 
 
-def balanced_accuracy(scores: Scores) -> float:
-    """The best that any one threshold reaches; an attacker who has to choose it beforehand does no better."""
-    thresholds = torch.cat([scores.members, scores.others, torch.tensor([torch.inf])])
+def balanced_accuracy(scores: Scores, stream: torch.Generator) -> float:
+    """Mean of the shares of members and of others told rightly, each image by the threshold that is best for a random
+    half without it: the best threshold for the images themselves would find a leak where there is none.
+    """
+    halves = list(zip(*(_halved(each, stream) for each in (scores.members, scores.others)), strict=True))
+    first, second = (Scores(*half) for half in halves)
+    return (_accuracy(first, best_threshold(second)) + _accuracy(second, best_threshold(first))) / 2
+
+
+def _halved(scores: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+    shuffled = scores[torch.randperm(len(scores), generator=stream)]
+    return shuffled[: len(scores) // 2], shuffled[len(scores) // 2 :]
+
+
+def _accuracy(scores: Scores, threshold: float) -> float:
+    return float((scores.members >= threshold).double().mean() + (scores.others < threshold).double().mean()) / 2
+
+
+def best_threshold(scores: Scores) -> float:
+    """Where to cut so that most members lie at or above and most others below."""
+    candidates = torch.cat([scores.members, scores.others, torch.tensor([torch.inf])])
     members, others = scores.members.sort().values, scores.others.sort().values
-    found = 1 - torch.searchsorted(members, thresholds).double() / len(members)
-    spared = torch.searchsorted(others, thresholds).double() / len(others)
-    return float(((found + spared) / 2).max())
+    found = 1 - torch.searchsorted(members, candidates).double() / len(members)
+    spared = torch.searchsorted(others, candidates).double() / len(others)
+    return float(candidates[(found + spared).argmax()])
+
+
+def tpr(scores: Scores, rate: float) -> float:
+    """Share of members above a threshold that at most a share `rate` of the others exceed."""
+    return float(caught(scores, rate).float().mean())
 
 
 def caught(scores: Scores, rate: float) -> Tensor:
-    """Which members (M,) lie above a threshold that at most a share `rate` of the others exceed."""
+    """Which members (M,) lie above that threshold."""
     allowed = int(rate * len(scores.others))
     return scores.members > scores.others.sort(descending=True).values[allowed]

@@ -84,7 +84,7 @@ def run(case: Case) -> tuple[list[Row], Audit]:
     audit = draw(_data(), case.recipes.seed)
     victims = list(case.section.victims)
     found = dict(zip(victims, spread(partial(_asked, case), victims), strict=True))
-    scores = {victim: _scores(case, audit, victim, *found[victim]) for victim in victims}
+    scores = {victim: _scores(case, audit, victim, found[victim]) for victim in victims}
     rows = []
     for victim, by_test in scores.items():
         for test, mine in by_test.items():
@@ -120,15 +120,18 @@ def _rows(split: Split, rows: Tensor) -> Split:
     return Split(split.images[rows], split.labels[rows], split.index[rows])
 
 
-Queries = Mapping[str, Tensor]  # by kind: pixels (N, C, H, W)
 Told = Mapping[str, Tensor]  # by kind of query: log-probabilities (N, K)
 
 
-def _asked(case: Case, victim: str) -> tuple[Queries, Told]:
-    """What the victim is asked, clean and adversarial, and what it answers."""
-    audit = draw(_data(), case.recipes.seed)
+def _asked(case: Case, victim: str) -> Told:
+    """What a victim answers."""
     path = paths.MIXTURE if victim == MIXTURE else paths.artifact("baseline", victim)
-    model = classifiers.load(path).model.to(device())
+    return told(classifiers.load(path).model, case, draw(_data(), case.recipes.seed))
+
+
+def told(model: nn.Module, case: Case, audit: Audit) -> Told:
+    """What a network answers about the audited images, clean and each attacked on this network itself."""
+    model = model.to(device())
     pixels, labels = audit.split.pixels().to(device()), audit.split.labels.to(device())
     attacked = engine.ascend_all(
         model,
@@ -141,26 +144,22 @@ def _asked(case: Case, victim: str) -> tuple[Queries, Told]:
         precision=case.recipes.pretrain.precision,
         batch_size=BATCH,
     )
-    queries = {CLEAN: pixels.cpu(), ADVERSARIAL: attacked.cpu()}
-    return queries, told(model, queries)
+    return {CLEAN: log_probs(model, pixels), ADVERSARIAL: log_probs(model, attacked)}
 
 
-def told(model: nn.Module, queries: Queries) -> Told:
-    """A network's answers."""
-    return {
-        kind: functional.log_softmax(engine.predict(model, pixels.to(device()), BATCH).double(), dim=1).cpu()
-        for kind, pixels in queries.items()
-    }
+def log_probs(model: nn.Module, pixels_NCHW: Tensor) -> Tensor:
+    """A network's log-probabilities (N, K), on the CPU."""
+    return functional.log_softmax(engine.predict(model, pixels_NCHW, BATCH).double(), dim=1).cpu()
 
 
-def _scores(case: Case, audit: Audit, victim: str, queries: Queries, answers: Told) -> dict[tuple[str, str], Scores]:
+def _scores(case: Case, audit: Audit, victim: str, answers: Told) -> dict[tuple[str, str], Scores]:
     """By score and kind of query."""
     labels = audit.split.labels
     found = {("loss", kind): loss_scores(each, labels) for kind, each in answers.items()}
     if case.section.victims[victim]:
         knows_SU, shadows = train_shadows(case, audit, victim)
         knows_SN = knows_SU[:, audit.position]
-        theirs = [told(shadow.to(device()), queries) for shadow in shadows]
+        theirs = spread(partial(told, case=case, audit=audit), shadows)
         for kind, each in answers.items():
             mine_N = confidence_scores(each, labels)
             shadow_SN = torch.stack([confidence_scores(shadow[kind], labels) for shadow in theirs])
