@@ -3,11 +3,10 @@
 Shapes: N images, C channel, H/W pixels, K classes, P pixels in a row.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -30,25 +29,34 @@ from advmoe.threats.extraction.jbda import augmented
 from advmoe.threats.extraction.knockoff_adaptive import Bandit, rewards
 from advmoe.threats.extraction.oracle import Oracle
 from advmoe.threats.extraction.pools import AnyPool, Candidates, InDistribution, OtherDataset, Photographs, UniformNoise
+from advmoe.threats.extraction.settings import Common
 from advmoe.threats.extraction.tools import Tools
 from advmoe.threats.extraction.transfer_set import TransferSet
-from advmoe.training.recipe import Learning
+from advmoe.training.loop import Run, Trained
 
 CLASSES, POOL = 3, 40
 GREY = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.3,))
 COLOUR = Facts(channels=3, height=32, width=32, class_names=("a", "b", "c"), mean=(0.5,) * 3, std=(0.3,) * 3)
-RECIPE = validate(
+COMMON = validate(
     {
-        "epochs": 1,
-        "batch_size": 16,
-        "optimizer": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005},
-        "schedule": {"warmup": 0.1, "decay": "cosine"},
-        "clip": 0.0,
-        "ema": 0.0,
-        "augmentation": {"crop": 0, "flip": False},
-        "precision": "float32",
+        "images": None,
+        "noise": 1,
+        "robust": {"kind": "pgd", "steps": 1, "step_size": 1.0, "restarts": 1, "loss": "ce", "targets": 0},
+        "detector": {"delta": 0.9, "least": 5, "every": 5},
+        "surrogates": {"same": {"kind": "cnn", "width": 2}},
+        "steps": 1,
+        "recipe": {
+            "epochs": 1,
+            "batch_size": 16,
+            "optimizer": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005},
+            "schedule": {"warmup": 0.1, "decay": "cosine"},
+            "clip": 0.0,
+            "ema": 0.0,
+            "augmentation": {"crop": 0, "flip": False},
+            "precision": "float32",
+        },
     },
-    Learning,
+    Common,
     "test",
 )
 NOISE = {"kind": "noise", "images": 50}
@@ -64,13 +72,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "latent": 4,
         "width": 2,
         "directions": 1,
-        "step": 0.5,
+        "step": 20,
         "learning": 2,
     },
 }
 BUDGET = 20
 TOO_MUCH = {"knockoff": 51, "knockoff-adaptive": 41, "copycat": 67, "jbda": 25, "best": 121}
-TOO_LITTLE = {"dfme": 11}
+TOO_LITTLE = {"knockoff-adaptive": 5, "best": 5, "dfme": 11}
 
 
 def make_split(images: Tensor, classes: int = CLASSES, start: int = 0) -> Split:
@@ -108,6 +116,20 @@ def linear(pixels: int = 64, scale: float = 1.0, seed: str = "weights") -> Linea
     return Linear(scale * torch.randn(CLASSES, pixels, generator=generator(seed)))
 
 
+def taught(
+    known: TransferSet,
+    data: Dataset,
+    *,
+    name: str = "same",
+    kind: Literal["resnet18", "cnn"] = "cnn",
+    seed: int = 0,
+    **changes: Any,
+) -> Trained:
+    """A small surrogate that learned a transfer set."""
+    common = COMMON.model_copy(update=changes)
+    return surrogate.train(name, Backbone(kind=kind, width=2), known, data, common, seed=seed, epsilon=0.1)
+
+
 @dataclass
 class Bench:
     """An attacker's tools around a linear victim, and a record of what it learned from in between."""
@@ -132,8 +154,7 @@ def bench(budget: int, *, mode: str = "soft", data: Dataset | None = None, learn
         found.lessons.append(known)
         if not learn:
             return linear(seed="surrogate")
-        name = f"between-{len(known.images)}"
-        return surrogate.train(name, Backbone(kind="cnn", width=2), known, data, RECIPE, seed=seed, epsilon=0.1).model
+        return taught(known, data, seed=seed).model
 
     found.oracle = Oracle(ask, mode, budget)
     found.tools = Tools(
@@ -314,7 +335,7 @@ def test_an_attack_is_repeated_bit_for_bit_by_its_seed(kind: str) -> None:
     assert not torch.equal(first.images, other.images)
 
 
-@pytest.mark.parametrize(("kind", "budget"), [*TOO_MUCH.items(), *TOO_LITTLE.items()], ids=[*TOO_MUCH, *TOO_LITTLE])
+@pytest.mark.parametrize(("kind", "budget"), [*TOO_MUCH.items(), *TOO_LITTLE.items()], ids=str)
 def test_a_budget_that_cannot_be_spent_is_refused_before_anything_is_asked(kind: str, budget: int) -> None:
     made = bench(budget, learn=False)
     with pytest.raises(UserError, match=f"a budget of {budget} queries ") as refused:
@@ -341,23 +362,150 @@ def test_every_attack_of_the_catalogue_is_tried_here() -> None:
     assert len(KINDS) == len(ATTACKS)
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["knockoff-adaptive", "best"])
+def test_rounds_of_less_than_two_queries_are_refused_and_rounds_of_two_are_asked(kind: str, rounds: int) -> None:
+    """No network learns from one image."""
+    short, enough = bench(2 * rounds - 1), bench(2 * rounds)
+    words = f"a budget of {2 * rounds - 1} queries is less than two in each of {rounds} rounds"
+    with pytest.raises(UserError, match=words):
+        steal(settings(kind, rounds=rounds), short.tools)
+    assert (short.oracle.used, short.lessons) == (0, [])
+    steal(settings(kind, rounds=rounds), enough.tools)
+    assert [len(batch) for batch in enough.batches] == [2] * rounds
+    assert [len(lesson.images) for lesson in enough.lessons] == list(range(2, 2 * rounds, 2))
+
+
+@pytest.mark.parametrize("budget", range(6, 14))
+@pytest.mark.parametrize("kind", ["knockoff-adaptive", "best"])
+def test_no_surrogate_in_between_learns_from_a_single_answer(kind: str, budget: int) -> None:
+    made = bench(budget)
+    assert len(steal(settings(kind), made.tools).images) == budget
+    assert min(len(lesson.images) for lesson in made.lessons) >= 2
+
+
 @pytest.mark.parametrize(
-    ("kind", "changes"),
-    [("jbda", {"seeds": 1}), ("knockoff-adaptive", {"rounds": 2}), ("best", {"rounds": 3})],
+    ("kind", "changes", "budget"),
+    [("jbda", {"seeds": 2}, 3), ("knockoff-adaptive", {"rounds": 2}, 4), ("best", {"rounds": 3}, 6)],
     ids=["jbda", "knockoff-adaptive", "best"],
 )
 @pytest.mark.parametrize("backbone", ["resnet18", "cnn"])
-def test_a_surrogate_in_between_may_know_a_single_answer(kind: str, changes: dict[str, int], backbone: Any) -> None:
-    """The smallest budgets and seeds that the settings allow: nothing of it may end in a traceback."""
-    made, data = bench(3), make_data()
+def test_the_smallest_budgets_and_seeds_that_are_allowed_are_enough(
+    kind: str, changes: dict[str, int], budget: int, backbone: Any
+) -> None:
+    made, data = bench(budget), make_data()
 
     def learn(known: TransferSet) -> nn.Module:
-        network = Backbone(kind=backbone, width=2)
-        return surrogate.train("between", network, known, data, RECIPE, seed=0, epsilon=0.1).model
+        return taught(known, data, kind=backbone).model
 
     tools = Tools(made.oracle, made.tools.gather, learn, made.tools.fresh, made.tools.stream, GREY)
-    with contextlib.suppress(UserError):  # a refusal would do as well
-        assert len(steal(settings(kind, **changes), tools).images) == made.oracle.used
+    assert len(steal(settings(kind, **changes), tools).images) == made.oracle.used == budget
+
+
+@pytest.mark.parametrize("seeds", [1, 0, 2.0], ids=str)
+def test_a_single_seed_or_none_is_no_jbda(seeds: float) -> None:
+    with pytest.raises(UserError, match="seeds: "):
+        settings("jbda", seeds=seeds)
+
+
+# ---- surrogates
+
+
+def make_set(count: int, name: str) -> TransferSet:
+    """Random images with random answers."""
+    stream = generator("set", name)
+    images = torch.randint(0, 256, (count, 1, 8, 8), generator=stream, dtype=torch.uint8)
+    answers = torch.randn(count, CLASSES, generator=stream).softmax(1)
+    return TransferSet(images, answers, torch.arange(1, count + 1))
+
+
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """The weights of every surrogate before it learned anything."""
+    found: list[dict[str, Tensor]] = []
+    real = surrogate.fresh
+
+    def watched(*arguments: Any) -> nn.Module:
+        network = real(*arguments)
+        found.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
+        return network
+
+    monkeypatch.setattr(surrogate, "fresh", watched)
+    return found
+
+
+def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+def test_name_and_seed_alone_say_where_a_surrogate_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    began, data = starts(monkeypatch), make_data()
+    free = transfer_set.labelled(data["pool"], CLASSES)
+    for known in (free, make_set(20, "bought"), make_set(7, "less")):
+        taught(known, data)
+    assert equal(began[0], began[1])
+    assert equal(began[0], began[2])
+    taught(free, data, name="other")
+    taught(free, data, seed=1)
+    assert not equal(began[0], began[3])
+    assert not equal(began[0], began[4])
+
+
+def test_surrogates_of_one_start_and_one_set_are_the_same_and_of_another_set_are_not() -> None:
+    data = make_data()
+    first, again, other = (
+        taught(make_set(20, name), data).model.state_dict() for name in ("bought", "bought", "different")
+    )
+    assert equal(first, again)
+    assert not equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("images", "steps", "epochs"),
+    [
+        (16, 1, 3),  # the recipe's own epochs are enough
+        (16, 3, 3),
+        (16, 4, 4),  # a batch an epoch
+        (17, 7, 4),  # two batches an epoch
+        (17, 8, 4),
+        (17, 9, 5),
+        (160, 31, 4),  # ten
+        (2, 500, 500),
+        (3, 500, 500),
+        (1600, 500, 5),
+    ],
+    ids=str,
+)
+def test_a_small_transfer_set_is_gone_through_until_so_many_steps_are_made(
+    images: int, steps: int, epochs: int
+) -> None:
+    recipe = COMMON.recipe.model_copy(update={"epochs": 3})
+    found = surrogate.long_enough(recipe, images, steps)
+    assert found == recipe.model_copy(update={"epochs": epochs})
+    assert recipe.epochs == 3  # the section's own is left alone
+
+
+@pytest.mark.parametrize(("images", "steps", "made"), [(7, 1, 1), (7, 5, 5), (20, 5, 6), (40, 1, 3), (40, 7, 9)])
+def test_a_surrogate_makes_at_least_so_many_steps_of_the_optimiser(
+    monkeypatch: pytest.MonkeyPatch, images: int, steps: int, made: int
+) -> None:
+    """Epochs are whole: 20 images are two batches, 40 are three."""
+    counted, step = [0], Run.step
+
+    def watched(run: Run, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        counted[0] += 1
+        return step(run, images_BCHW, labels_B)
+
+    monkeypatch.setattr(Run, "step", watched)
+    taught(make_set(images, "steps"), make_data(), steps=steps)
+    assert counted[0] == made >= steps
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("kind", ["resnet18", "cnn"])
+def test_a_surrogate_needs_two_images(count: int, kind: Any) -> None:
+    with pytest.raises(UserError, match=r"a surrogate needs two images at least; prepare\.splits\.pool or the budget"):
+        taught(make_set(count, "few"), make_data(), kind=kind)
+    assert taught(make_set(2, "few"), make_data(), kind=kind).model is not None
 
 
 # ---- knockoff
@@ -654,25 +802,199 @@ class Canvas(nn.Module):
         return self.image.sigmoid().expand(len(latent_BZ), -1, -1, -1)
 
 
-def test_the_generator_moves_towards_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_free, "GENERATOR_LR", 0.05)
-    made = bench(10**6)
-    chosen = settings("dfme", batch_size=2, directions=10)
+@dataclass
+class Studio:
+    """A thief at work on one image, its own network and the victim's."""
+
+    working: Any
+    canvas: Canvas
+    ours: Linear
+    theirs: Linear
+
+    def disagreement(self, pixels_BCHW: Tensor) -> Tensor:
+        """The L1 distance of the centred logits (B,), with gradients in the pixels."""
+        gap: Tensor = self.ours(pixels_BCHW).log_softmax(1) - self.theirs(pixels_BCHW).log_softmax(1)
+        return (gap - gap.mean(1, keepdim=True)).abs().sum(1)
+
+
+def studio(
+    monkeypatch: pytest.MonkeyPatch, *, lr: float, scale: float = 1.0, make: type[Canvas] = Canvas, **changes: Any
+) -> Studio:
+    monkeypatch.setattr(data_free, "GENERATOR_LR", lr)
+    chosen = settings("dfme", batch_size=2, **changes)
     assert isinstance(chosen, Dfme)
-    canvas, ours, theirs = Canvas(chosen, GREY), linear(seed="surrogate", scale=0.3), linear(seed="victim")
-    tools = Tools(made.oracle, made.tools.gather, made.tools.learn, lambda: ours, generator("thief"), GREY)
-    working = data_free._Thief(chosen, tools, canvas)  # type: ignore[arg-type]
+    canvas, ours, theirs = (
+        make(chosen, GREY),
+        linear(seed="surrogate", scale=0.3 * scale),
+        linear(seed="victim", scale=scale),
+    )
+    oracle = Oracle(victims._network("linear", "id", theirs, CLASSES).ask, "soft", 10**6)
+    made = bench(10**6).tools
+    tools = Tools(oracle, made.gather, made.learn, lambda: ours, generator("thief"), GREY)
+    return Studio(data_free._Thief(chosen, tools, canvas), canvas, ours, theirs)  # type: ignore[arg-type]
 
-    def disagreement() -> float:
+
+def test_the_generator_moves_towards_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work = studio(monkeypatch, lr=0.05, directions=10, step=4)
+
+    def now() -> float:
         with torch.no_grad():
-            pixels = canvas.image.sigmoid()
-            gap = ours(pixels).log_softmax(1) - theirs(pixels).log_softmax(1)
-            return float((gap - gap.mean(1, keepdim=True)).abs().sum())
+            return float(at_work.disagreement(at_work.canvas.image.sigmoid()))
 
-    before = disagreement()
+    before = now()
     for _ in range(15):
-        working.improve_generator()
-    assert disagreement() > 1.3 * before
+        at_work.working.improve_generator()
+    assert now() > 1.3 * before
+
+
+def levels_of(count: int = 400) -> Tensor:
+    """Images of every level, with many pixels at the border and next to it."""
+    stream = generator("levels")
+    images = torch.randint(0, 256, (count, 1, 8, 8), generator=stream, dtype=torch.uint8)
+    images[:, :, 0], images[:, :, 1], images[:, :, 2], images[:, :, 3] = 0, 255, 3, 252
+    return images
+
+
+@pytest.mark.parametrize("step", [1, 5, 300])
+def test_probes_move_every_pixel_by_whole_levels_and_tell_what_was_taken(
+    monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    images = levels_of()
+    before = images.clone()
+    moved, taken = studio(monkeypatch, lr=0.0, step=step).working._moved(images)
+    assert torch.equal(images, before)
+    assert moved.dtype == torch.uint8
+    assert taken.dtype == torch.float32
+    change = moved.long() - images.long()
+    assert torch.equal((taken * 255).round().long(), change)
+    assert torch.allclose(taken, change.float() / 255, atol=1e-7)
+    # either as far as the step goes, or to the border that lies nearer
+    up, down = (images.long() + step).clamp(max=255), (images.long() - step).clamp(min=0)
+    assert ((moved == up) | (moved == down)).all()
+    inside = (images.long() >= step) & (images.long() <= 255 - step)
+    assert (change[inside].abs() == step).all()
+    assert (change[~inside].abs() <= step).all()
+    # each sign half of the time, for every pixel on its own
+    assert float((moved == up).float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert float((moved == up).float().mean(0).std()) < 0.05
+    assert float((moved == up).flatten(1).float().mean(1).std()) < 0.1
+
+
+def test_at_one_level_every_pixel_inside_moves_by_one_and_a_saturated_one_may_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = levels_of()
+    moved, taken = studio(monkeypatch, lr=0.0, step=1).working._moved(images)
+    change = moved.long() - images.long()
+    inside = (images > 0) & (images < 255)
+    assert set(change[inside].tolist()) == {-1, 1}
+    assert set(change[images == 0].tolist()) == {0, 1}
+    assert set(change[images == 255].tolist()) == {0, -1}
+    assert torch.equal(taken == 0, change == 0)
+    assert float(taken[inside].abs().max()) == pytest.approx(1 / 255)
+
+
+def test_two_probes_are_drawn_by_the_thiefs_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, again = (studio(monkeypatch, lr=0.0, step=2).working for _ in range(2))
+    images = levels_of()
+    probes = [each._moved(images)[0] for each in (first, first, again)]
+    assert not torch.equal(probes[0], probes[1])
+    assert torch.equal(probes[0], probes[2])
+
+
+class Plate(Canvas):
+    """A generator whose weights are the pixels themselves: their gradient is the estimate."""
+
+    def __init__(self, chosen: Dfme, facts: Facts) -> None:
+        super().__init__(chosen, facts)
+        stream = generator("plate")
+        self.image = nn.Parameter(torch.randint(30, 226, (1, 1, 8, 8), generator=stream).float() / 255)
+
+    def forward(self, latent_BZ: Tensor) -> Tensor:
+        return self.image.expand(len(latent_BZ), -1, -1, -1)
+
+
+def estimate(at_work: Studio) -> Tensor:
+    """The estimated gradient of the disagreement in the pixels (P,)."""
+    at_work.working.improve_generator()
+    gradient = at_work.canvas.image.grad
+    assert gradient is not None
+    return -gradient.flatten()
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_the_estimate_averages_to_the_gradient(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """D directions in P pixels: a cosine of the root of D / (D + P), and no bias in its length."""
+    at_work = studio(monkeypatch, lr=0.0, scale=0.1, make=Plate, directions=300, step=step)
+    found = estimate(at_work)
+    pixels = at_work.canvas.image.detach().clone().requires_grad_()
+    at_work.disagreement(pixels).sum().backward()  # type: ignore[no-untyped-call]
+    assert pixels.grad is not None
+    expected = pixels.grad.flatten()
+    cosine = float(nn.functional.cosine_similarity(found, expected, dim=0))
+    assert cosine > 0.85  # twice 300 directions, one batch of two
+    assert float(found @ expected / expected.square().sum()) == pytest.approx(1, abs=0.15)
+
+
+def test_a_single_direction_tells_more_often_up_than_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work = studio(monkeypatch, lr=0.0, scale=0.1, make=Plate, directions=1, step=1)
+    pixels = at_work.canvas.image.detach().clone().requires_grad_()
+    at_work.disagreement(pixels).sum().backward()  # type: ignore[no-untyped-call]
+    assert pixels.grad is not None
+    expected = pixels.grad.flatten()
+    cosines = [float(nn.functional.cosine_similarity(estimate(at_work), expected, dim=0)) for _ in range(40)]
+    assert min(cosines) > -0.05  # a difference along a line never points down it, but for what the curve adds
+    assert sum(cosines) / len(cosines) > 0.05
+
+
+class Saturated(Plate):
+    """Half of the pixels at a border, where only one of the two signs moves them."""
+
+    def __init__(self, chosen: Dfme, facts: Facts) -> None:
+        super().__init__(chosen, facts)
+        with torch.no_grad():
+            self.image[:, :, :2], self.image[:, :, 2:4] = 0, 1
+
+
+@pytest.mark.parametrize("step", [1, 40])
+def test_the_slope_is_that_of_the_change_really_taken(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Along its own probe the estimate of a linear disagreement is exact, saturated pixels or not."""
+    at_work = studio(monkeypatch, lr=0.0, make=Saturated, directions=1, step=step)
+    weight = torch.randn(64, generator=generator("slope"))
+    probes: list[tuple[Tensor, Tensor]] = []
+    real = at_work.working._moved
+
+    def watched(levels: Tensor) -> tuple[Tensor, Tensor]:
+        probes.append((levels, real(levels)[0]))
+        moved = probes[-1][1]
+        return moved, (moved.int() - levels.int()).float() / 255
+
+    at_work.working._moved = watched
+    at_work.working._disagreement = lambda levels: levels.flatten(1).float() / 255 @ weight
+    found = estimate(at_work)
+    ((levels, moved),) = probes
+    taken = (moved.long() - levels.long()).flatten(1).float() / 255
+    assert (taken == 0).float().mean() > 0.1
+    rise = taken @ weight
+    # both images of the batch have a probe of their own; the gradient is their mean
+    expected = (rise / taken.square().sum(1))[:, None] * taken * 64
+    assert torch.allclose(found, expected.mean(0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [0, 0.5, 2.0, -1], ids=str)
+def test_a_step_of_data_free_extraction_is_a_whole_number_of_levels(step: float) -> None:
+    with pytest.raises(UserError, match="step: "):
+        settings("dfme", step=step)
+
+
+def test_every_probe_of_a_generator_is_other_images_than_the_ones_it_painted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step below one level would be rounded away, and the slope with it."""
+    made = bench(12)
+    thief(monkeypatch)
+    steal(settings("dfme", step=1), made.tools)
+    painted, moved = made.batches[0].long(), made.batches[1].long()
+    assert (painted != moved).float().mean() > 0.99
+    assert (painted - moved).abs().max() == 1
 
 
 # ---- transfer sets

@@ -21,6 +21,7 @@ RECIPE = {
     "extract.images": 20,
     "extract.noise": 10,
     "extract.recipe.epochs": 1,
+    "extract.steps": 1,
     "extract.surrogates": {"same": {"kind": "cnn", "width": 2}},
     "extract.robust.steps": 1,
 }
@@ -96,15 +97,29 @@ def test_the_readmes_endpoint_is_asked_and_measured(service: Service, capsys: py
     assert "white_box_asr" not in numbers  # nothing to differentiate
     assert "robust_fidelity" not in numbers
     said = " ".join(capsys.readouterr().out.split())
+    # the test images clean, with random signs, and crafted on the control and on the surrogate; and the noise
+    most = 4 * 20 + 10
+    assert f"endpoint: beside the budget, the exam asks up to {most} images" in said
+    assert 30 + 3 * 20 + 10 <= len(service.images) <= 30 + most
     assert f"endpoint: {len(service.images)} answers" in said
+    assert said.index("the exam asks") < said.index("answers, those to the exam included")
 
 
-def test_what_was_paid_for_before_the_service_went_down_is_not_paid_for_again(service: Service) -> None:
-    service.down_from = 3  # the exam's test images and noise are answered, the rest is not
+@pytest.mark.parametrize(
+    ("down_from", "answered"),
+    [(1, 0), (2, 30), (3, 30 + 20), (4, 30 + 20 + 10)],
+    ids=["at once", "after the thief", "after the test images", "after the noise"],
+)
+def test_what_was_paid_for_before_the_service_went_down_is_not_paid_for_again(
+    project: Path, service: Service, down_from: int, answered: int
+) -> None:
+    """First the thief's 30 queries, which are on disk before the exam asks about 20 test images and 10 of noise."""
+    service.down_from = down_from
     with pytest.raises(UserError, match=r"endpoint\.py:factory raised HTTPError: HTTP Error 503"):
         ask()
     paid = len(service.images)
-    assert paid == 20 + 10
+    assert paid == answered
+    assert len(list(project.glob("runs/*/models/endpoint-top1-seed-0.safetensors"))) == (down_from > 1)
     service.down_from = 10**6
     ask()
     seen = [json.dumps(image) for image in service.images]
@@ -118,10 +133,10 @@ def test_what_was_paid_for_before_the_service_went_down_is_not_paid_for_again(se
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
-        ([[0.5] * 2] * 20, "must answer 20 images with 20 x 10 numbers, gave (20, 2)"),
-        ([[float("nan")] * 10] * 20, "must answer with probabilities"),
-        ([[5.0] * 10] * 20, "must answer with probabilities"),
-        ([17] * 20, "names class 17, but the data has 10"),
+        ([[0.5] * 2] * 30, "must answer 30 images with 30 x 10 numbers, gave (30, 2)"),
+        ([[float("nan")] * 10] * 30, "must answer with probabilities"),
+        ([[5.0] * 10] * 30, "must answer with probabilities"),
+        ([17] * 30, "names class 17, but the data has 10"),
         ("sorry", "raised "),
     ],
     ids=["too few classes", "NaN", "logits", "a class that is not there", "no numbers"],
@@ -135,6 +150,7 @@ def test_a_service_that_answers_nonsense(service: Service, reply: object, expect
 
 
 def test_a_service_that_tells_classes_only(service: Service) -> None:
-    service.reply = [3] * 20
-    with pytest.raises(UserError, match="must answer 10 images"):  # twenty classes for the ten images of noise
+    service.reply = [3] * 30  # the thief's answers, and too many for the exam's twenty test images
+    with pytest.raises(UserError, match="must answer 20 images"):
         ask()
+    assert service.requests == 2

@@ -292,28 +292,41 @@ def zeros(images: Tensor) -> Tensor:
     return torch.zeros(len(images), dtype=torch.int64)
 
 
+def drawn(count: int, *name: object) -> Tensor:
+    """Normal distances around 10."""
+    return 10 + torch.randn(count, generator=generator(*name)).double()
+
+
 def test_normal_distances_pass_the_test_and_two_clusters_do_not() -> None:
-    stream = generator("normality")
-    normal = (10 + torch.randn(300, generator=stream)).tolist()
-    near, far = torch.randn(150, generator=stream) * 0.1 + 1, torch.randn(150, generator=stream) * 0.1 + 10
-    assert prada.normality(normal) > 0.98
-    assert prada.normality(torch.cat([near, far]).tolist()) < 0.75
+    near, far = ((drawn(150, name) - 10) * 0.1 + place for name, place in (("near", 1), ("far", 10)))
+    assert prada.normality(drawn(300, "normality")) > 0.98
+    assert prada.normality(torch.cat([near, far])) < 0.75
 
 
-def test_equal_distances_and_too_few_are_not_normal() -> None:
-    assert prada.normality([1.0] * 50) == 0
-    assert prada.normality([1.0, 2.0]) == 0
+def test_equal_distances_are_not_normal() -> None:
+    assert prada.normality(torch.ones(50)) == 0
+    assert prada.normality(torch.zeros(3)) == 0
 
 
 def test_outliers_beyond_three_deviations_are_left_out() -> None:
-    normal = (10 + torch.randn(300, generator=generator("outliers"))).tolist()
-    assert prada.normality([*normal, 1000.0]) == pytest.approx(prada.normality(normal), abs=1e-12)
+    """Of twenty equal values and one other, that one lies sqrt(20) = 4.5 deviations from the mean; of eight, 2.8."""
+    assert prada.without_outliers([1.0] * 20 + [7.0]).tolist() == [1.0] * 20
+    assert prada.without_outliers([1.0] * 8 + [7.0]).tolist() == [1.0] * 8 + [7.0]
+    # exactly three deviations with the divisor N: nine equal values and one other
+    assert prada.without_outliers([0.0] * 9 + [10.0]).tolist() == [0.0] * 9 + [10.0]
+    # two of nineteen: sqrt(19 / 2) = 3.08 deviations with the divisor N, exactly three with N - 1
+    assert prada.without_outliers([3.0] * 17 + [0.0, 6.0]).tolist() == [3.0] * 17
+    normal = drawn(300, "outliers").clamp(8, 12)
+    assert torch.equal(prada.without_outliers([*normal.tolist(), 1000.0]), normal)
 
 
 def test_a_long_history_is_looked_at_from_its_end() -> None:
-    old = [0.0, 100.0] * 500
-    new = (10 + torch.randn(prada.MOST, generator=generator("history"))).tolist()
-    assert prada.normality([*old, *new]) == prada.normality(new)
+    new = drawn(prada.MOST, "history").clamp(8, 12)
+    assert torch.equal(prada.without_outliers([0.0, 100.0] * 500 + new.tolist()), new)
+
+
+def test_a_single_distance_is_no_outlier() -> None:
+    assert prada.without_outliers([2.5]).tolist() == [2.5]
 
 
 def test_an_honest_user_raises_no_alarm_and_a_thief_does() -> None:
@@ -333,30 +346,108 @@ def test_the_alarm_depends_on_the_order_of_the_queries() -> None:
     assert late > 120 > early
 
 
-def test_only_queries_of_the_same_answered_class_are_compared() -> None:
+def test_queries_of_classes_that_were_never_answered_before_are_compared_with_nothing() -> None:
     images = benign(1).repeat(40, 1, 1, 1)
-    detector = Prada(delta=0.9, least=3, every=1)
-    assert prada.alarm_after(images, torch.arange(40), detector) is None  # nothing to compare
-    assert prada.alarm_after(images, zeros(images), detector) == 4  # three equal distances
+    assert prada.alarm_after(images, torch.arange(40), Prada(delta=0.9, least=3, every=1)) is None
+
+
+def test_a_detector_that_looks_at_every_query_counts_its_distances() -> None:
+    images = benign(1).repeat(60, 1, 1, 1)
+    assert prada.alarm_after(images, zeros(images), Prada(delta=0.9, least=3, every=1)) == 4  # three equal distances
+    assert prada.alarm_after(images, zeros(images), Prada(delta=0.9, least=50, every=1)) == 51
+
+
+def test_only_queries_of_the_same_answered_class_are_compared() -> None:
+    """Equal images, two at a time of one class: every second query has a distance, 0, to the one before."""
+    images = benign(1).repeat(40, 1, 1, 1)
+    pairs = torch.arange(40) // 2
+    assert prada.alarm_after(images, pairs, Prada(delta=0.9, least=5, every=2)) == 10
+    assert prada.alarm_after(images, zeros(images), Prada(delta=0.9, least=5, every=2)) == 6
 
 
 def test_no_alarm_before_so_many_distances_and_between_two_looks() -> None:
     images = benign(1).repeat(60, 1, 1, 1)
-    assert prada.alarm_after(images, zeros(images), Prada(delta=0.9, least=50, every=1)) == 51
+    assert prada.alarm_after(images, zeros(images), Prada(delta=0.9, least=50, every=3)) == 51
+    assert prada.alarm_after(images, zeros(images), Prada(delta=0.9, least=51, every=3)) == 54
     assert prada.alarm_after(images, zeros(images), Prada(delta=0.9, least=50, every=25)) is None
     assert prada.alarm_after(images, zeros(images), Prada(delta=0.9, least=40, every=25)) == 50
 
 
+def on_a_line(places: Sequence[float]) -> Tensor:
+    """Images of one pixel row that differ in one direction only; places in levels."""
+    images = torch.zeros(len(places), 1, 1, 2, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.tensor(places).to(torch.uint8)
+    return images
+
+
+def test_distances_count_towards_the_least_after_outliers_are_removed() -> None:
+    """Twenty images that are all the same, then one far away: of 20 distances one is an outlier."""
+    images = on_a_line([0.0] * 20 + [200.0])
+    assert prada.alarm_after(images, zeros(images), Prada(delta=0.9, least=19, every=21)) == 21
+    assert prada.alarm_after(images, zeros(images), Prada(delta=0.9, least=20, every=21)) is None
+
+
+@pytest.mark.parametrize(("least", "alarm"), [(40, 48), (60, 72), (80, 84), (100, 108)], ids=str)
+def test_a_detector_that_asks_for_more_distances_raises_the_alarm_later(least: int, alarm: int) -> None:
+    images = benign(1).repeat(120, 1, 1, 1)
+    assert prada.alarm_after(images, zeros(images), Prada(delta=0.9, least=least, every=12)) == alarm
+
+
 def test_the_growing_set_by_hand() -> None:
+    """Algorithm 3 of the paper: mean less deviation (divisor N) of 0 and the distances that made the set grow."""
     growing = prada._Growing()
-    told = [growing.distance(torch.tensor([place])) for place in (0.0, 1.0, 0.5, 0.9, 1.4)]
-    # 0.9 is 0.1 away from 1.0, less than mean 0.75 minus deviation 0.354 of the distances 1 and 0.5; 1.4 is 0.4 away
-    assert told[0] is None
-    assert told[1:] == pytest.approx([1.0, 0.5, 0.1, 0.4], abs=1e-6)
-    assert [float(member) for member in growing.members] == pytest.approx([0.0, 1.0, 0.5, 1.4])
-    assert growing.distances == pytest.approx([1.0, 0.5, 0.4], abs=1e-6)
+    assert (growing.distances, growing.threshold) == ([0.0], 0)
+    steps = (  # a place, its distance, and the threshold afterwards
+        (0.0, None, 0.0),
+        (1.0, 1.0, 0.0),  # of 0 and 1 mean and deviation are both 1/2
+        (0.5, 0.5, 0.5 - math.sqrt(1 / 6)),  # 0, 1, 1/2: variance 1/6
+        (0.55, 0.05, 0.5 - math.sqrt(1 / 6)),  # too near: stays out
+        (0.9, 0.1, 0.5 - math.sqrt(1 / 6)),  # 0, 1, 0.5, 0.1 would be 0.4 - 0.394: it never falls
+        (0.95, 0.05, 0.5 - math.sqrt(1 / 6)),
+        (3.0, 2.0, 0.5 - math.sqrt(1 / 6)),  # 0, 1, 0.5, 0.1, 2: 0.72 - 0.736
+    )
+    for place, distance, threshold in steps:
+        told = growing.distance(torch.tensor([place]))
+        assert told == (None if distance is None else pytest.approx(distance, abs=1e-6))
+        assert growing.threshold == pytest.approx(threshold, abs=1e-6)
+    assert [float(member) for member in growing.members] == pytest.approx([0.0, 1.0, 0.5, 0.9, 3.0])
+    assert growing.distances == pytest.approx([0.0, 1.0, 0.5, 0.1, 2.0], abs=1e-6)
     # the one that was left out is nobody's neighbour
-    assert growing.distance(torch.tensor([0.9])) == pytest.approx(0.1, abs=1e-6)
+    assert growing.distance(torch.tensor([0.55])) == pytest.approx(0.05, abs=1e-6)
+
+
+def test_the_threshold_of_a_growing_set_never_falls() -> None:
+    """Near images that just make it into the set would pull the mean less the deviation down."""
+    growing, thresholds, falls = prada._Growing(), [], 0
+    growing.distance(torch.zeros(100))
+    for number, direction in enumerate(torch.eye(100)):  # the nearest member is the one at the origin
+        growing.distance(direction * (1.0 if number < 30 else 1.01 * growing.threshold))
+        thresholds.append(growing.threshold)
+        spread = torch.tensor(growing.distances)
+        falls += float(spread.mean() - spread.std(correction=0)) < growing.threshold - 1e-6
+    assert len(growing.members) == 101
+    assert thresholds == sorted(thresholds)
+    assert thresholds[0] == 0 < thresholds[-1]
+    assert falls > 10
+
+
+def test_an_image_that_was_asked_before_does_not_enter_the_growing_set() -> None:
+    growing = prada._Growing()
+    for place, members in ((0.0, 1), (0.0, 1), (1.0, 2), (1.0, 2), (0.0, 2)):
+        growing.distance(torch.tensor([place]))
+        assert len(growing.members) == members
+    assert growing.distances == [0.0, 1.0]
+    assert growing.threshold == 0
+
+
+def test_what_lies_exactly_at_the_threshold_stays_out() -> None:
+    growing = prada._Growing()
+    growing.distance(torch.tensor([0.0]))
+    growing.threshold = 0.5
+    assert growing.distance(torch.tensor([0.5])) == 0.5
+    assert len(growing.members) == 1
+    growing.distance(torch.tensor([0.75]))
+    assert len(growing.members) == 2
 
 
 def test_distances_are_in_pixels_from_0_to_1() -> None:
@@ -390,6 +481,7 @@ def make_row(answers: str = "soft", budget: int = 100, added: int = 0, fidelity:
             "sha256": "0" * 64,
             "alarm_after": None,
             "honest_alarm_after": 50,
+            "honest_queries": 360,
             "honest_acc": Share.counted(7, 8),
             "honest_distance": 0.125,
         }
@@ -477,7 +569,8 @@ def test_tables_show_the_control_beside_what_was_bought(capsys: pytest.CaptureFi
     assert "(+25.0)" in said  # and how far that is beyond the control
     shown = flat(said)
     assert "one seed, 95 % intervals over images" in shown
-    assert "never" in shown  # the thief's alarm
+    assert "never in 100" in shown  # the thief's alarm
+    assert "50 of 360" in shown  # the honest user's
     assert f"told '{CONTROL}': the control" in shown
 
 
@@ -494,8 +587,34 @@ def test_the_strongest_surrogate_of_the_transfer_table_is_a_bought_one() -> None
     rows[0].found["transfer_asr"] = Share.counted(5, 5)  # the control's
     rows[3].found["transfer_asr"] = Share.counted(3, 5)
     _, ((victim, signs, free, best, ceiling, which),) = report._transfer(rows)
-    assert (victim, which) == ("mixture", "top1, same, 100 queries")
+    assert (victim, which) == ("mixture", "strongest of 3: top1, same, 100 queries")
     assert [text.split()[0] for text in (signs, free, best, ceiling)] == ["20.0", "100.0", "60.0", "80.0"]
+
+
+@pytest.mark.parametrize(
+    ("after", "queries", "expected"),
+    [(None, 360, "never in 360"), (60, 1600, "60 of 1600"), (50, 50, "50 of 50")],
+    ids=["never", "early", "at the end"],
+)
+def test_an_alarm_is_told_with_the_queries_that_it_was_looked_for_in(
+    after: int | None, queries: int, expected: str
+) -> None:
+    assert report._alarm(after, queries) == expected
+
+
+def test_what_answers_cost_is_one_line_for_each_victim_and_mode_at_its_largest_budget() -> None:
+    rows = [*make_rows((0, 1)), make_row("soft", 100, victim="standard")]
+    for row in rows:
+        if row.answers == "soft" and row.budget == 100:
+            row.amounts["alarm_after"] = 60
+    titles, lines = report._cost(rows)
+    assert titles[-2:] == ["alarm, thief", "alarm, honest"]
+    assert [[line[0], line[1], *line[3:]] for line in lines] == [
+        ["mixture", "soft", "0.125", "60 of 100", "50 of 360"],
+        ["mixture", "top1", "0.125", "never in 100", "50 of 360"],
+        ["standard", "soft", "0.125", "60 of 100", "50 of 360"],
+    ]
+    assert all(line[2].startswith("87.5 ") for line in lines)
 
 
 def test_a_sentence_says_who_what_and_how_much() -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmoe import classifiers, paths
+from advmoe import classifiers, paths, user_code
 from advmoe.classifiers import Backbone, Plain
 from advmoe.data import dataset
-from advmoe.data.dataset import digests
+from advmoe.data.dataset import Facts, digests
 from advmoe.errors import UserError
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.threats.extraction import victims
@@ -23,6 +23,7 @@ from advmoe.threats.extraction.oracle import Oracle, told_as
 from advmoe.threats.extraction.transfer_set import asked
 
 CLASSES = 3
+FACTS = Facts(channels=1, height=4, width=4, class_names=("a", "b", "c"), mean=(0.5,), std=(0.3,))
 THIRDS = torch.tensor([[0.123456, 0.654321, 0.222223], [0.9, 0.0999, 0.0001]])
 FUNCTION = """
 from pathlib import Path
@@ -205,8 +206,9 @@ def test_soft_answers_of_a_linear_victim_give_its_weights_away() -> None:
         (torch.tensor([[2.0, 1.0, 4.0], [1.0, 0.0, 0.0]]), "must answer with probabilities"),
         (torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.4, 0.0]]), "must answer with probabilities"),
         (torch.tensor([0, 3]), "names class 3, but the data has 3"),
+        (torch.tensor([-1, 2]), "names class -1, but the data has 3"),
     ],
-    ids=["list", "classes", "images", "numbers", "nan", "inf", "negative", "logits", "sum", "class-3"],
+    ids=["list", "classes", "images", "numbers", "nan", "inf", "negative", "logits", "sum", "class-3", "class-minus-1"],
 )
 def test_an_answer_that_is_none_is_refused_in_one_sentence(told: object, words: str) -> None:
     with pytest.raises(UserError, match=words) as refused:
@@ -215,9 +217,12 @@ def test_an_answer_that_is_none_is_refused_in_one_sentence(told: object, words: 
     assert "\n" not in str(refused.value)
 
 
-def test_the_refusal_of_a_negative_class_names_it() -> None:
-    with pytest.raises(UserError, match="names class -1"):
-        victims.check(torch.tensor([-1, 2]), 2, CLASSES, "endpoint.py:factory")
+@pytest.mark.parametrize(
+    ("told", "named"), [([-1, 2, 0], -1), ([2, 0, -1], -1), ([2, 7, -1], 7), ([0, 3, 9], 3), ([2, -5, -1], -5)], ids=str
+)
+def test_the_refusal_of_a_class_that_is_not_there_names_the_first_one_of_them(told: list[int], named: int) -> None:
+    with pytest.raises(UserError, match=f"names class {named}, but the data has 3$"):
+        victims.check(torch.tensor(told), 3, CLASSES, "endpoint.py:factory")
 
 
 def test_log_probabilities_and_logits_of_a_network_are_refused() -> None:
@@ -259,7 +264,7 @@ def factory():
 
 
 def test_a_victim_left_in_train_mode_answers_in_eval_mode(folder: Path) -> None:
-    victim = victims.load(write_code(folder, LEFT_IN_TRAIN_MODE), None, CLASSES)
+    victim = victims.load(write_code(folder, LEFT_IN_TRAIN_MODE), None, FACTS)
     assert victim.model is not None
     before = {name: tensor.clone() for name, tensor in victim.model.state_dict().items()}
     images = make_images(7)
@@ -343,23 +348,23 @@ def test_answers_paid_before_a_failure_are_reused_after_it(folder: Path) -> None
     """The second batch of 200 fails in its middle: the first is on disk and never asked again."""
     reference, images = write_code(folder, FUNCTION), make_images(300)
     (folder / "broken").touch()
-    oracle = Oracle(victims.load(reference, None, CLASSES).ask, "soft", 300)
+    oracle = Oracle(victims.load(reference, None, FACTS).ask, "soft", 300)
     with pytest.raises(UserError, match="the service did not answer"):
         oracle.ask(images)
     assert bill(folder) == 250
     (folder / "broken").unlink()
-    again = Oracle(victims.load(reference, None, CLASSES).ask, "soft", 300)
+    again = Oracle(victims.load(reference, None, FACTS).ask, "soft", 300)
     told = again.ask(images)
     assert bill(folder) == 250 + 100  # only those of the batch that failed
     assert again.used == 300  # the attacker's budget does not care who paid
     levels = torch.stack([torch.ones(300), torch.full((300,), 2.0), 1 + images[:, 0, 0, 0].float()], dim=1)
     assert torch.allclose(told, levels.softmax(1))
-    assert torch.equal(victims.load(reference, None, CLASSES).ask(images.flip(0)), told.flip(0))
+    assert torch.equal(victims.load(reference, None, FACTS).ask(images.flip(0)), told.flip(0))
     assert bill(folder) == 350
 
 
 def test_an_image_twice_in_one_batch_is_asked_once_and_told_twice(folder: Path) -> None:
-    victim = victims.load(write_code(folder, FUNCTION), None, CLASSES)
+    victim = victims.load(write_code(folder, FUNCTION), None, FACTS)
     images = make_images(2)
     told = victim.ask(images[[0, 1, 0, 0]])
     assert bill(folder) == 2
@@ -369,9 +374,9 @@ def test_an_image_twice_in_one_batch_is_asked_once_and_told_twice(folder: Path) 
 
 def test_another_version_of_the_file_does_not_answer_from_memory(folder: Path) -> None:
     images = make_images(2)
-    first = victims.load(write_code(folder, FUNCTION), None, CLASSES)
+    first = victims.load(write_code(folder, FUNCTION), None, FACTS)
     first.ask(images)
-    second = victims.load(write_code(folder, FUNCTION.replace("2.0", "3.0")), None, CLASSES)
+    second = victims.load(write_code(folder, FUNCTION.replace("2.0", "3.0")), None, FACTS)
     second.ask(images)
     assert bill(folder) == 4
     assert first.identity != second.identity
@@ -390,7 +395,7 @@ def test_another_version_of_the_file_does_not_answer_from_memory(folder: Path) -
 def test_what_goes_wrong_in_a_function_is_one_sentence_and_nothing_is_kept(folder: Path, body: str, words: str) -> None:
     code = f"def factory():\n    def answer(images):\n        {body}\n    return answer\n"
     reference = write_code(folder, code)
-    oracle = Oracle(victims.load(reference, None, CLASSES).ask, "soft", 4)
+    oracle = Oracle(victims.load(reference, None, FACTS).ask, "soft", 4)
     with pytest.raises(UserError, match=words) as refused:
         oracle.ask(make_images(4))
     assert "\n" not in str(refused.value)
@@ -404,7 +409,7 @@ def test_a_function_gets_images_of_its_own_to_write_into(folder: Path) -> None:
     code += "        return torch.zeros(len(images), dtype=torch.int64)\n    return answer\n"
     images = make_images(3)
     before = images.clone()
-    Oracle(victims.load(write_code(folder, code), None, CLASSES).ask, "top1", 3).ask(images)
+    Oracle(victims.load(write_code(folder, code), None, FACTS).ask, "top1", 3).ask(images)
     assert torch.equal(images, before)
 
 
@@ -456,7 +461,7 @@ def factory():
 
 
 def test_an_endpoint_behind_http_is_a_victim_like_any_other(folder: Path, service: str) -> None:
-    victim = victims.load(write_code(folder, CLIENT.format(url=service)), None, CLASSES)
+    victim = victims.load(write_code(folder, CLIENT.format(url=service)), None, FACTS)
     images = make_images(6)
     light = images.flatten(1).float().mean(1) / 255
     told = Oracle(victim.ask, "soft", 6).ask(images)
@@ -466,7 +471,7 @@ def test_an_endpoint_behind_http_is_a_victim_like_any_other(folder: Path, servic
 
 def test_an_endpoint_that_is_not_there_is_one_sentence(folder: Path, service: str) -> None:
     nowhere = service.replace("127.0.0.1", "127.0.0.1:1/no")  # not a port that anybody listens on
-    victim = victims.load(write_code(folder, CLIENT.format(url=nowhere)), None, CLASSES)
+    victim = victims.load(write_code(folder, CLIENT.format(url=nowhere)), None, FACTS)
     with pytest.raises(UserError, match=r"endpoint\.py:factory raised ") as refused:
         victim.ask(make_images(1))
     assert "\n" not in str(refused.value)
@@ -485,7 +490,7 @@ def test_the_mixture_an_expert_a_baseline_and_a_file_are_loaded_by_name(project:
         model = classifiers.build(architecture, data.facts, seed)
         classifiers.save(path, model, architecture, data.facts, params={}, inputs={}, seed=0, metrics={}, seconds=0.0)
     names = ["mixture", "expert/pgd-1", "tiny", "models/mine.safetensors"]
-    found = [victims.load(name, None, 10) for name in names]
+    found = [victims.load(name, None, data.facts) for name in names]
     assert [victim.name for victim in found] == ["mixture", "expert/pgd-1", "tiny", "mine"]
     assert isinstance(found[0].model, MixtureOfExperts)
     assert len({victim.identity for victim in found}) == 4
@@ -500,29 +505,42 @@ def test_the_mixture_an_expert_a_baseline_and_a_file_are_loaded_by_name(project:
 def test_a_mixture_of_probabilities_is_not_normalised_twice(project: Path) -> None:
     """Its output are log-probabilities: the softmax of the oracle gives them back as they were."""
     del project
-    images = dataset.load(paths.DATASET)["test"].images[:5]
+    data = dataset.load(paths.DATASET)
+    images = data["test"].images[:5]
     model = classifiers.load(paths.MIXTURE).model.eval()
     with torch.no_grad():
         expected = model(images.float() / 255).exp()
-    assert torch.allclose(victims.load("mixture", None, 10).ask(images), expected, atol=1e-5)
+    assert torch.allclose(victims.load("mixture", None, data.facts).ask(images), expected, atol=1e-5)
+
+
+SEVEN = {"class_names": tuple("abcdefg")}
+COLOUR = {"channels": 3, "mean": (0.5,) * 3, "std": (0.3,) * 3}
 
 
 @pytest.mark.parametrize(
-    ("name", "weights", "classes", "words"),
+    ("name", "weights", "changes", "words"),
     [
-        ("mixture", None, 7, "mixture: knows 10 classes, but the data has 7"),
-        ("mixture", Path("weights.pt"), 10, "--weights: "),
-        ("nobody", None, 10, "victim 'nobody': there is no artifacts/baseline/nobody.safetensors"),
-        ("expert/nobody", None, 10, "there is no artifacts/pretrain/nobody.safetensors"),
-        ("artifacts/prepare/dataset.safetensors", None, 10, "holds a dataset"),
-        ("nowhere.py:factory", None, 10, "no such file nowhere.py"),
-        ("number.py:factory", None, 10, "must return a network or a function of images, not int"),
-        ("number.py:missing", None, 10, "has no function 'missing'"),
-        ("function.py:factory", Path("weights.pt"), 10, "a function has no weights"),
+        ("mixture", None, SEVEN, "mixture: knows 10 classes, but the data has 7"),
+        ("mixture", None, COLOUR, r"mixture: takes images of \(1, 8, 8\), but the data has \(3, 8, 8\)"),
+        ("mixture", None, {"height": 9}, r"mixture: takes images of \(1, 8, 8\), but the data has \(1, 9, 8\)"),
+        ("mixture", None, {"width": 7}, r"mixture: takes images of \(1, 8, 8\), but the data has \(1, 8, 7\)"),
+        ("mixture", Path("weights.pt"), {}, "--weights: mixture brings its own; weights belong to --victim "),
+        ("nobody", Path("weights.pt"), {}, r"weights belong to --victim path/to/file\.py:factory"),
+        ("nobody", None, {}, "victim 'nobody': there is no artifacts/baseline/nobody.safetensors"),
+        ("expert/nobody", None, {}, "there is no artifacts/pretrain/nobody.safetensors"),
+        ("artifacts/prepare/dataset.safetensors", None, {}, "holds a dataset"),
+        ("nowhere.py:factory", None, {}, "no such file nowhere.py"),
+        ("number.py:factory", None, {}, "must return a network or a function of images, not int"),
+        ("number.py:missing", None, {}, "has no function 'missing'"),
+        ("function.py:factory", Path("weights.pt"), {}, "a function has no weights"),
     ],
     ids=[
         "class-count",
+        "colour",
+        "height",
+        "width",
         "weights-of-mixture",
+        "weights-of-nobody",
         "baseline",
         "expert",
         "dataset",
@@ -533,16 +551,68 @@ def test_a_mixture_of_probabilities_is_not_normalised_twice(project: Path) -> No
     ],
 )
 def test_whoever_cannot_be_asked_is_refused_in_one_sentence(
-    project: Path, name: str, weights: Path | None, classes: int, words: str
+    project: Path, name: str, weights: Path | None, changes: dict[str, Any], words: str
 ) -> None:
     write_code(project, "def factory():\n    return 3\n", "number.py")
     write_code(project, "def factory():\n    return lambda images: images\n", "function.py")
+    facts = dataset.load(paths.DATASET).facts.model_copy(update=changes)
     with pytest.raises(UserError, match=words) as refused:
-        victims.load(name, weights, classes)
+        victims.load(name, weights, facts)
     assert "\n" not in str(refused.value)
 
 
-def test_a_network_with_another_number_of_classes_is_refused_when_asked(folder: Path) -> None:
-    victim = victims.load(write_code(folder, LEFT_IN_TRAIN_MODE), None, 4)
-    with pytest.raises(UserError, match="must answer 2 images with 2 x 4 numbers"):
-        victim.ask(make_images(2))
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"class_names": tuple("ab")}, "knows 3 classes, but the data has 2"),
+        ({"class_names": tuple("abcd")}, "outputs 3 classes, but labels go up to 3"),
+        (COLOUR, r"cannot take images of shape \(3, 4, 4\)"),
+        ({"height": 5}, r"cannot take images of shape \(1, 5, 4\)"),
+    ],
+    ids=["fewer classes", "more classes", "colour", "size"],
+)
+def test_a_strangers_network_for_other_images_is_refused_before_it_is_asked(
+    folder: Path, changes: dict[str, Any], words: str
+) -> None:
+    reference = write_code(folder, LEFT_IN_TRAIN_MODE)
+    assert victims.load(reference, None, FACTS).model is not None
+    with pytest.raises(UserError, match=words) as refused:
+        victims.load(reference, None, FACTS.model_copy(update=changes))
+    assert "\n" not in str(refused.value)
+
+
+WITNESS = """
+import torch
+from torch import nn
+
+SEEN = []
+
+
+class Witness(nn.Module):
+    def forward(self, images):
+        SEEN.append((self.training, torch.is_grad_enabled(), images.clone()))
+        return torch.zeros(len(images), 3)
+
+
+def factory():
+    return Witness()
+"""
+
+
+def test_a_strangers_network_is_tried_on_one_black_image_in_eval_mode(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, modules = write_code(folder, WITNESS), list[Any]()
+    real = user_code.load_function
+
+    def watched(asked_for: str) -> Any:
+        found = real(asked_for)
+        modules.append(found.__globals__)
+        return found
+
+    monkeypatch.setattr(user_code, "load_function", watched)
+    victims.load(reference, None, FACTS)
+    (seen,) = [module["SEEN"] for module in modules]
+    ((training, gradients, images),) = seen
+    assert (training, gradients) == (False, False)
+    assert torch.equal(images, torch.zeros(1, 1, 4, 4))

@@ -5,7 +5,7 @@ import csv
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from advmoe.data import dataset
 from advmoe.data.dataset import digests
 from advmoe.errors import UserError
 from advmoe.params import load_section, validate
-from advmoe.threats.extraction import report, study, surrogate, transfer_set, victims
+from advmoe.threats.extraction import metrics, prada, report, study, surrogate, transfer_set, victims
 from advmoe.threats.extraction.settings import ExtractSection, Study
 from advmoe.threats.extraction.study import Case, Places
 from advmoe.threats.extraction.transfer_set import TransferSet
@@ -45,6 +45,7 @@ SECTION: dict[str, Any] = {
     "robust": {"kind": "pgd", "steps": 1, "step_size": 1.0, "restarts": 1, "loss": "ce", "targets": 0},
     "detector": {"delta": 0.9, "least": 5, "every": 5},
     "surrogates": {"same": TINY, "other": {"kind": "cnn", "width": 3}},
+    "steps": 1,
     "recipe": {
         "epochs": 2,
         "batch_size": 8,
@@ -101,45 +102,62 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @dataclass
 class Lesson:
-    """One surrogate as it was trained: under which name, from which answers, from which start, and what was there."""
+    """One surrogate as it was trained: in which phase, by which name, seed and answers, from which start, and which
+    files were there.
+    """
 
+    phase: str
     name: str
+    seed: int
     known: TransferSet
     start: nn.Module
+    began: dict[str, Tensor]
     end: nn.Module
     written: list[str]
 
 
 class Lessons:
-    """Spies on the training of surrogates."""
+    """Spies on the training of surrogates; `phase` is what the campaign does: ask, controls or learn."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.all: list[Lesson] = []
-        starts: list[nn.Module] = []
+        self.phase = ""
+        starts: list[tuple[nn.Module, dict[str, Tensor]]] = []
         train, fresh = surrogate.train, surrogate.fresh
 
         def made(*arguments: Any) -> nn.Module:
             network = fresh(*arguments)
-            starts.append(network)
+            starts.append((network, {name: tensor.clone() for name, tensor in network.state_dict().items()}))
             return network
 
-        def taught(name: str, backbone: Backbone, known: TransferSet, *rest: Any, **keywords: Any) -> Trained:
+        def taught(name: str, backbone: Backbone, known: TransferSet, *rest: Any, seed: int, epsilon: float) -> Trained:
             before = len(starts)
             there = sorted(str(path) for path in Path().rglob("*.safetensors"))
-            trained = train(name, backbone, known, *rest, **keywords)
-            (start,) = starts[before:]  # one new network for each lesson
-            self.all.append(Lesson(name, known, start, trained.model, there))
+            trained = train(name, backbone, known, *rest, seed=seed, epsilon=epsilon)
+            ((start, began),) = starts[before:]  # one new network for each lesson
+            self.all.append(Lesson(self.phase, name, seed, known, start, began, trained.model, there))
             return trained
 
         monkeypatch.setattr(surrogate, "fresh", made)
         monkeypatch.setattr(surrogate, "train", taught)
+        for phase in ("ask", "controls", "learn"):
+            monkeypatch.setattr(study.Campaign, phase, self._watched(phase))
 
-    def of(self, name: str) -> list[Lesson]:
-        return [lesson for lesson in self.all if lesson.name == name]
+    def _watched(self, phase: str) -> Callable[..., Any]:
+        real = getattr(study.Campaign, phase)
+
+        def watched(*arguments: Any) -> Any:
+            self.phase = phase
+            return real(*arguments)
+
+        return watched
+
+    def of(self, phase: str) -> list[Lesson]:
+        return [lesson for lesson in self.all if lesson.phase == phase]
 
 
 class Questions:
-    """Spies on everything that the mixture is asked through its small interface."""
+    """Spies on everything that victims are asked through their small interface."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[Tensor] = []
@@ -152,7 +170,7 @@ class Questions:
                 self.batches.append(images.clone())
                 return victim.ask(images)
 
-            return Victim(victim.name, victim.identity, ask, victim.model)
+            return Victim(victim.name, victim.identity, ask, victim.model, victim.paid)
 
         monkeypatch.setattr(victims, "load", loaded)
 
@@ -231,8 +249,8 @@ def test_another_seed_asks_and_learns_something_else(pipeline: Path, monkeypatch
     assert [row.added for row in rows] == [0, 0, 0, 1, 1, 1]
     first, second = (transfer_set.load(FOLDER / f"mixture-soft-seed-{added}.safetensors") for added in (0, 1))
     assert not torch.equal(first.images, second.images)
-    starts = [classifiers._stored(lesson.end) for lesson in lessons.of("control-same")]
-    assert not equal(*starts)
+    ends = [classifiers._stored(lesson.end) for lesson in lessons.of("controls")]
+    assert not equal(*ends)
 
 
 # ---- asked once, saved, then trained on
@@ -248,7 +266,7 @@ def test_surrogates_learn_the_saved_transfer_set_and_nothing_else(
     study.run(case)
     (path,) = case.folder.glob("*.safetensors")
     saved = transfer_set.load(path)
-    learned = lessons.of(f"{name}-same")
+    learned = lessons.of("learn")
     assert [len(lesson.known.images) for lesson in learned] == [8, 20]
     for lesson in learned:
         assert str(path) in lesson.written  # saved before anything learns from it
@@ -264,10 +282,11 @@ def test_the_log_on_disk_is_what_the_victim_was_asked(pipeline: Path, monkeypatc
     read = artifacts.load(FOLDER / "mixture-top1-seed-0.safetensors", transfer_set.KIND)
     log = [bytes(row.tolist()).hex() for row in read.tensors["log"]]
     assert log == digests(read.tensors["images"])
-    exam = set(digests(dataset.load(paths.DATASET)["test"].images))
-    asked = [digest for digest in digests(questions.images) if digest not in exam]
-    # the exam's ten images of noise are asked first, the thief's twenty afterwards
-    assert asked[10:] == log
+    # the thief's twenty are asked first, then the exam: its test images and ten of noise
+    asked, exam = digests(questions.images), dataset.load(paths.DATASET)["test"].first(24)
+    assert asked[:20] == log
+    assert asked[20:44] == digests(exam.images)
+    assert len(asked) == 20 + 24 + 10
     assert read.header.about == {"attack": "jbda", "answers": "top1", "victim": "mixture"}
     assert read.tensors["answers"].sum(1).tolist() == [1.0] * 20
 
@@ -290,19 +309,38 @@ def test_without_augmentation_only_images_with_a_paid_answer_are_learned(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del pipeline
-    seen: list[tuple[str, Tensor]] = []
-    step = loop.Run.step
+    lessons, seen, step = Lessons(monkeypatch), list[tuple[str, Tensor]](), loop.Run.step
 
     def watched(run: loop.Run, images: Tensor, labels: Tensor) -> Tensor:
-        seen.append((run.course.name, (images * 255).round().to(torch.uint8)))
+        seen.append((lessons.phase, (images * 255).round().to(torch.uint8)))
         return step(run, images, labels)
 
     monkeypatch.setattr(loop.Run, "step", watched)
     study.run(make_case())
     paid = set(digests(transfer_set.load(FOLDER / "mixture-soft-seed-0.safetensors").images))
-    learned = [digest for name, images in seen if name == "knockoff-same" for digest in digests(images)]
+    learned = [digest for phase, images in seen if phase == "learn" for digest in digests(images)]
     assert set(learned) == paid
     assert len(learned) == 2 * (8 + 20)  # two epochs of both budgets
+
+
+def test_small_transfer_sets_are_learned_for_as_many_steps_as_large_ones(
+    pipeline: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del pipeline
+    edit({"extract.steps": 40})
+    lessons, steps, step = Lessons(monkeypatch), dict[tuple[str, int], int](), loop.Run.step
+
+    def watched(run: loop.Run, images: Tensor, labels: Tensor) -> Tensor:
+        key = lessons.phase, len(run.course.dataset["train"])
+        steps[key] = steps.get(key, 0) + 1
+        return step(run, images, labels)
+
+    monkeypatch.setattr(loop.Run, "step", watched)
+    study.run(make_case())
+    (control,) = lessons.of("controls")
+    own = len(control.known.images)
+    # batches of 8: one an epoch, three, and for the control so many that the recipe's two epochs are enough
+    assert steps == {("learn", 8): 40, ("learn", 20): 14 * 3, ("controls", own): 2 * -(-own // 8)}
 
 
 # ---- every budget from scratch
@@ -312,7 +350,7 @@ def test_every_surrogate_starts_fresh(pipeline: Path, monkeypatch: pytest.Monkey
     del pipeline
     lessons = Lessons(monkeypatch)
     study.run(make_case(answers=("soft", "top1")))
-    learned = lessons.of("knockoff-same")
+    learned = lessons.of("learn")
     assert len(learned) == 4
     assert len({id(lesson.start) for lesson in lessons.all}) == len(lessons.all)
     ends = [classifiers._stored(lesson.end) for lesson in learned]
@@ -328,6 +366,29 @@ def test_a_surrogate_is_the_same_whether_smaller_budgets_were_trained_before_or_
     there = several / path.relative_to(alone)
     assert equal(weights(path), weights(there))
     assert not equal(weights(there), weights(there.with_name("same-8.safetensors")))
+
+
+@pytest.mark.parametrize("name", ["knockoff", "jbda"])
+def test_the_control_and_every_surrogate_start_from_the_same_weights(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Otherwise the difference between them would be one of luck, too."""
+    del tiny
+    lessons = Lessons(monkeypatch)
+    names, modes, networks = ("mixture", "tiny"), ("soft", "top1"), ("same", "other")
+    study.run(make_case(name, victims=names, answers=modes, surrogates=networks, seeds=(0, 1)))
+    began: dict[tuple[str, int], list[Lesson]] = {}
+    for lesson in lessons.all:
+        began.setdefault((lesson.name, lesson.seed), []).append(lesson)
+    assert set(began) == {("same", 0), ("same", 1), ("other", 0), ("other", 1)}
+    for alike in began.values():
+        assert [lesson.phase for lesson in alike].count("controls") == 2
+        assert [lesson.phase for lesson in alike].count("learn") == 2 * 2 * 2
+        assert all(equal(alike[0].began, lesson.began) for lesson in alike)
+        bought = [lesson.end.state_dict() for lesson in alike if lesson.phase == "learn"]
+        assert not any(equal(bought[0], other) for other in bought[1:])
+    first = [alike[0].began for alike in began.values()]
+    assert not any(equal(first[0], other) for other in first[1:])
 
 
 def test_budgets_are_trained_in_the_same_way_in_any_order(pipeline: Path) -> None:
@@ -346,7 +407,7 @@ def test_the_control_never_asks_and_learns_the_attackers_own_labels(
     del pipeline
     lessons = Lessons(monkeypatch)
     rows = study.run(make_case())
-    (control,) = lessons.of("control-same")
+    (control,) = lessons.of("controls")
     pool = dataset.load(paths.DATASET)["pool"]
     assert set(digests(control.known.images)) <= set(digests(pool.images))
     assert len(control.known.images) > 260
@@ -354,6 +415,74 @@ def test_the_control_never_asks_and_learns_the_attackers_own_labels(
     label = dict(zip(digests(pool.images), pool.labels.tolist(), strict=True))
     assert control.known.answers.argmax(1).tolist() == [label[each] for each in digests(control.known.images)]
     assert (rows[0].answers, rows[0].budget, rows[0].amounts) == (report.CONTROL, 0, {})
+
+
+@pytest.mark.parametrize("names", [("mixture", "tiny"), ("tiny", "mixture")], ids=["mixture first", "tiny first"])
+def test_controls_know_nothing_of_a_victim_and_are_written_once_for_all_of_them(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+) -> None:
+    del tiny
+    lessons, written, save = Lessons(monkeypatch), list[str](), classifiers.save
+
+    def watched(path: Path, *rest: Any, **keywords: Any) -> Any:
+        written.append(str(path.relative_to(FOLDER)))
+        return save(path, *rest, **keywords)
+
+    monkeypatch.setattr(classifiers, "save", watched)
+    rows = study.run(make_case(victims=names, seeds=(0, 1), surrogates=("same", "other")))
+    assert len(written) == len(set(written)), "a file was written twice"
+    controls = [f"control-seed-{added}/{network}.safetensors" for added in (0, 1) for network in ("same", "other")]
+    assert [name for name in written if name.startswith("control")] == controls
+    ends = [(lesson.name, lesson.seed, classifiers._stored(lesson.end)) for lesson in lessons.of("controls")]
+    assert len(ends) == 8
+    for name, seed, end in ends:
+        assert equal(end, weights(FOLDER / f"control-seed-{seed}/{name}.safetensors"))
+    # every victim has its rows all the same
+    found = [(row.victim, row.surrogate, row.added) for row in rows if row.answers == report.CONTROL]
+    assert found == [(victim, network, added) for victim in names for added in (0, 1) for network in ("same", "other")]
+
+
+def test_the_victim_sits_its_exam_once_and_after_all_queries(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    del pipeline
+    lessons, phases, sheet = Lessons(monkeypatch), list[tuple[str, int]](), metrics.sheet
+
+    def watched(*arguments: Any) -> Any:
+        phases.append((lessons.phase, len(list(FOLDER.glob("mixture-*.safetensors")))))
+        return sheet(*arguments)
+
+    monkeypatch.setattr(metrics, "sheet", watched)
+    study.run(make_case(answers=("soft", "top1")))
+    assert phases == [("controls", 2)]  # both answer modes are on disk
+
+
+@pytest.mark.parametrize(
+    ("alarm", "expected"),
+    [(None, [None, None]), (5, [5, 5]), (8, [8, 8]), (9, [None, 9]), (20, [None, 20])],
+    ids=str,
+)
+def test_a_budget_smaller_than_the_alarm_would_not_have_been_noticed(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, alarm: int | None, expected: list[int | None]
+) -> None:
+    del pipeline
+    monkeypatch.setattr(prada, "alarm_after", lambda images, *_: alarm if len(images) == 20 else 24)
+    control, *rows = study.run(make_case())
+    assert control.amounts == {}
+    assert [row.amounts["alarm_after"] for row in rows] == expected
+    # the honest user asks about all test images, whatever the thief's budget
+    assert [(row.amounts["honest_alarm_after"], row.amounts["honest_queries"]) for row in rows] == [(24, 24)] * 2
+
+
+def test_the_alarm_of_every_budget_is_the_one_of_its_queries_alone(pipeline: Path, edit: Edit) -> None:
+    del pipeline
+    edit({"extract.detector": {"delta": 0.98, "least": 3, "every": 5}})
+    budgets = (4, 8, 14, 20)
+    rows = study.run(make_case("jbda", FOLDER, budgets=budgets))[1:]
+    saved = transfer_set.load(FOLDER / "mixture-top1-seed-0.safetensors")
+    detector = load_section("extract", ExtractSection).detector
+    alone = [prada.alarm_after(saved.images[:budget], saved.answers[:budget].argmax(1), detector) for budget in budgets]
+    assert [row.amounts["alarm_after"] for row in rows] == alone
+    assert alone[0] is None
+    assert alone[-1] is not None
 
 
 def test_every_attack_and_answer_mode_meets_the_same_pool(pipeline: Path) -> None:
@@ -388,6 +517,102 @@ def test_a_strangers_network_is_stolen_with_its_own_weights(pipeline: Path) -> N
     (row, *_) = study.run(make_case(victims=("mine.py:factory",), budgets=(8,)))
     assert row.victim == "mine"
     assert "white_box_asr" in row.found or row.found["victim_acc_under_transfer"].correct == 0
+
+
+ENDPOINT = """
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def factory():
+    def answer(images):
+        with (HERE / "bill").open("a") as bill:
+            bill.writelines(bytes(image.flatten().tolist()).hex() + "\\n" for image in images)
+        light = images.flatten(1).float().mean(dim=1, keepdim=True) / 255
+        return torch.softmax(light * torch.arange(10), dim=1)
+
+    return answer
+"""
+
+
+def bill(folder: Path) -> list[str]:
+    """The images that were paid for."""
+    return (folder / "bill").read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"budgets": (20,)}, 24 * (2 + 2) + 10),  # clean and signs; crafted on the control and on one surrogate
+        ({"budgets": (8, 20)}, 24 * (2 + 3) + 10),
+        ({"budgets": (8, 20), "surrogates": ("same", "other")}, 24 * (2 + 2 + 4) + 10),
+        ({"answers": ("soft", "top1"), "surrogates": ("same", "other")}, 24 * (2 + 2 + 8) + 10),
+    ],
+    ids=["one", "budgets", "surrogates", "answers"],
+)
+def test_the_line_before_says_how_many_images_the_exam_asks(
+    pipeline: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    most: int,
+) -> None:
+    (pipeline / "endpoint.py").write_text(ENDPOINT)
+    questions = Questions(monkeypatch)
+    case = make_case(victims=("endpoint.py:factory",), **changes)
+    study.run(case)
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"endpoint: beside the budget, the exam asks up to {most} images"
+    # what the interface was asked: every answer mode's budget, and the exam
+    assert len(questions.images) == 20 * len(case.study.answers) + most
+    # what was paid for may be less: an image that was asked before is remembered
+    paid = bill(pipeline)
+    assert len(paid) == len(set(paid)) == len(set(digests(questions.images))) <= 20 + most
+
+
+def test_a_network_of_our_own_costs_nothing_and_no_line_is_said(
+    pipeline: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del pipeline
+    study.run(make_case(budgets=(8,)))
+    assert "the exam asks" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "at_a_time"),
+    [
+        (("mixture", "tiny"), True),
+        (("endpoint.py:factory",), False),
+        (("mixture", "endpoint.py:factory"), False),
+    ],
+    ids=["our own", "endpoint", "both"],
+)
+def test_victims_whose_answers_cost_money_are_asked_one_after_the_other(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], at_a_time: bool
+) -> None:
+    """Two processes would not know of each other's answers, and pay for the exam twice."""
+    del tiny
+    Path("endpoint.py").write_text(ENDPOINT)
+    spread: list[Sequence[Any]] = []
+
+    def watched(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        spread.append(items)
+        return [work(item) for item in items]
+
+    monkeypatch.setattr(study, "spread", watched)
+    rows = study.run(make_case(victims=names, seeds=(0, 1), budgets=(8,)))
+    jobs = [(name, added) for name in names for added in (0, 1)]
+    assert spread == ([jobs] if at_a_time else [])
+    shown = [name.removesuffix(".py:factory") for name in names]
+    assert [(row.victim, row.added) for row in rows] == [
+        (name, added) for name in shown for added in (0, 1) for _ in ("control", "bought")
+    ]
+    if not at_a_time:
+        paid = bill(Path())
+        assert len(paid) == len(set(paid)), "an image was paid for twice"
 
 
 FUNCTIONS = """
@@ -474,7 +699,8 @@ def sentence(ran: Ran) -> str:
         (["knockoff", "--surrogate", "nobody"], "surrogate 'nobody' is not known; there are same, other"),
         (["knockoff", "--answers", "aloud"], "answers.0: "),
         (["knockoff", "--answers", "rounded-0"], "answers.0: "),
-        (["knockoff", "--weights", "weights.pt"], "--weights: "),
+        (["knockoff", "--weights", "weights.pt"], "--weights: mixture brings its own; weights belong to --victim "),
+        (["knockoff", "--victim", "nobody", "--weights", "weights.pt"], "weights belong to --victim path/to/file.py"),
         (["nothing", "--budget", "8"], "extract.attacks has no 'nothing'; there are knockoff, jbda"),
         (["nothing"], "extract.attacks has no 'nothing'"),
     ],
@@ -542,8 +768,23 @@ def test_a_quick_question_leaves_the_record_alone(pipeline: Path, advmoe: Advmoe
         ({"extract.detector.delta": 1.5}, "extract.detector.delta"),
         ({"extract.robust.epsilon": 0.1}, "extract.robust.epsilon: is not a known key"),
         ({"extract.attacks": {}}, "extract.attacks"),
+        ({"extract.steps": 0}, "extract.steps: "),
+        ({"extract.steps": 2.5}, "extract.steps: "),
+        ({"extract": {key: value for key, value in SECTION.items() if key != "steps"}}, "extract.steps: "),
+        ({"extract.attacks.jbda.attack.seeds": 1}, "extract.attacks.jbda.attack"),
     ],
-    ids=["surrogate", "pool", "budgets", "delta", "epsilon", "attacks"],
+    ids=[
+        "surrogate",
+        "pool",
+        "budgets",
+        "delta",
+        "epsilon",
+        "attacks",
+        "no-steps",
+        "half-a-step",
+        "steps-missing",
+        "one-seed",
+    ],
 )
 def test_mistakes_in_params_are_named(
     pipeline: Path, edit: Edit, advmoe: Advmoe, changes: dict[str, Any], words: str
@@ -552,3 +793,58 @@ def test_mistakes_in_params_are_named(
     before = tree(pipeline)
     assert words in sentence(advmoe("extract", "knockoff"))
     assert tree(pipeline) == before
+
+
+BY_SHARES: dict[str, dict[str, Any]] = {
+    "best": {"kind": "best", "rounds": 2, "epsilon": 0.1, "steps": 1, "step_size": 1.0},
+    "knockoff-adaptive": {"kind": "knockoff-adaptive", "pool": {"kind": "noise", "images": 30}, "rounds": 2},
+}
+
+
+@pytest.mark.parametrize("kind", BY_SHARES)
+def test_several_budgets_of_an_attack_that_plans_for_one_are_refused_in_one_sentence(
+    pipeline: Path, edit: Edit, advmoe: Advmoe, kind: str
+) -> None:
+    """The first eight of twenty queries are not what a budget of eight would have bought."""
+    edit({"extract.attacks.knockoff": KNOCKOFF | {"attack": BY_SHARES[kind]}})
+    before = tree(pipeline)
+    words = f"budgets: {kind} plans its rounds for one"
+    said = sentence(advmoe("extract", "knockoff"))
+    assert words in said
+    assert "extract.attacks.knockoff: " in said
+    edit({"extract.attacks.knockoff.budgets": [20]})
+    said = sentence(advmoe("extract", "knockoff", "--budget", "8", "--budget", "20"))
+    assert words in said
+    assert tree(pipeline).keys() == before.keys()
+
+
+@pytest.mark.parametrize("kind", BY_SHARES)
+def test_one_budget_of_an_attack_that_plans_for_it_is_a_study(pipeline: Path, kind: str) -> None:
+    del pipeline
+    rows = study.run(make_case(attack=BY_SHARES[kind], budgets=(8,)))
+    assert [row.amounts.get("queries_used", 0) for row in rows] == [0, 8]
+    with pytest.raises(UserError, match="a budget of 3 queries is less than two in each of 2 rounds"):
+        study.run(make_case(attack=BY_SHARES[kind], budgets=(3,)))
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("nn.Linear(49, 10)", "cannot take images of shape (1, 8, 8)"),
+        ("nn.Linear(64, 9)", "outputs 9 classes, but labels go up to 9"),
+        ("nn.Linear(64, 11)", "knows 11 classes, but the data has 10"),
+    ],
+    ids=["shape", "too few classes", "too many classes"],
+)
+def test_a_strangers_network_that_does_not_fit_is_refused_before_anything_is_asked(
+    pipeline: Path, code: str, words: str
+) -> None:
+    Path("mine.py").write_text(
+        f"from torch import nn\n\n\ndef factory():\n    return nn.Sequential(nn.Flatten(), {code})\n"
+    )
+    before = tree(pipeline)
+    with pytest.raises(UserError) as refused:
+        study.run(make_case(victims=("mixture", "mine.py:factory")))
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert {name for name in tree(pipeline) if "__pycache__" not in name} == before.keys()

@@ -7,29 +7,30 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from advmoe import artifacts, classifiers, paths
+from advmoe import artifacts, classifiers, console, engine, paths
 from advmoe.classifiers import Backbone, Plain
 from advmoe.data import dataset
-from advmoe.data.dataset import Dataset, Facts, Split
+from advmoe.data.dataset import Dataset, Facts, Split, digests
 from advmoe.errors import UserError
-from advmoe.evaluation.intervals import Share
 from advmoe.machine import generator
 from advmoe.params import load_section, validate
 from advmoe.threats import retraining
 from advmoe.threats.membership import report, scores, study
 from advmoe.threats.membership.report import Row
 from advmoe.threats.membership.scores import (
-    Gap,
+    Estimate,
     Leak,
     Scores,
     balanced,
     balanced_accuracy,
+    best_threshold,
     calibrated_scores,
     caught,
     confidence_scores,
@@ -37,6 +38,7 @@ from advmoe.threats.membership.scores import (
     leak,
     lira_scores,
     loss_scores,
+    tpr,
 )
 from advmoe.threats.membership.settings import MembershipSection
 from advmoe.threats.membership.study import Case
@@ -63,24 +65,31 @@ def section(**changes: Any) -> MembershipSection:
 # ---- how well a score tells
 
 
+def share(made: Scores, threshold: float) -> float:
+    """Mean of the shares of members at or above a threshold and of others below it."""
+    found, spared = made.members >= threshold, made.others < threshold
+    return float((found.double().mean() + spared.double().mean()) / 2)
+
+
 @pytest.mark.parametrize(
-    ("members", "others", "auc", "accuracy"),
+    ("members", "others", "auc", "threshold", "accuracy"),
     [
-        ([3, 4], [1, 2], 1.0, 1.0),
-        ([1, 2], [3, 4], 0.0, 0.5),  # the best threshold is then to call nobody a member
-        ([1, 1, 1], [1, 1], 0.5, 0.5),
-        ([1, 3], [2, 2], 0.5, 0.75),
-        ([2, 3], [1, 2], 0.875, 0.75),  # pairs: 2-1, 3-1, 3-2 won, 2-2 a tie
-        ([0, 5], [1], 0.5, 0.75),
+        ([3, 4], [1, 2], 1.0, 3.0, 1.0),
+        ([1, 2], [3, 4], 0.0, 1.0, 0.5),  # to call everybody a member is as good as to call nobody one
+        ([1, 1, 1], [1, 1], 0.5, 1.0, 0.5),
+        ([1, 3], [2, 2], 0.5, 3.0, 0.75),
+        ([2, 3], [1, 2], 0.875, 2.0, 0.75),  # pairs: 2-1, 3-1, 3-2 won, 2-2 a tie
+        ([0, 5], [1], 0.5, 5.0, 0.75),
     ],
     ids=["apart", "reversed", "equal", "between", "tie", "unequal numbers"],
 )
-def test_auc_and_balanced_accuracy_by_hand(
-    members: list[float], others: list[float], auc: float, accuracy: float
+def test_auc_and_the_best_threshold_by_hand(
+    members: list[float], others: list[float], auc: float, threshold: float, accuracy: float
 ) -> None:
     made = make_scores(members, others)
     assert made.auc == pytest.approx(auc)
-    assert balanced_accuracy(made) == pytest.approx(accuracy)
+    assert best_threshold(made) == threshold
+    assert share(made, threshold) == pytest.approx(accuracy)
 
 
 def test_auc_is_the_share_of_pairs_with_ties_half() -> None:
@@ -90,13 +99,74 @@ def test_auc_is_the_share_of_pairs_with_ties_half() -> None:
     assert Scores(members, others).auc == pytest.approx(float(wins.mean()))
 
 
-def test_balanced_accuracy_is_the_best_of_all_thresholds() -> None:
-    stream = generator("balanced")
+@pytest.mark.parametrize("number", range(5))
+def test_no_threshold_is_better_than_the_best(number: int) -> None:
+    stream = generator("balanced", number)
     members, others = (torch.randint(0, 6, (count,), generator=stream).double() for count in (37, 23))
-    best = max(
-        float(((members >= cut).double().mean() + (others < cut).double().mean()) / 2) for cut in (0, 1, 2, 3, 4, 5, 6)
-    )
-    assert balanced_accuracy(Scores(members, others)) == pytest.approx(best)
+    made = Scores(members, others)
+    assert share(made, best_threshold(made)) == pytest.approx(max(share(made, cut) for cut in range(8)))
+
+
+@pytest.mark.parametrize(("members", "others"), [(10, 10), (11, 7), (2, 2), (3, 9)], ids=str)
+def test_every_image_is_told_by_the_threshold_of_the_half_without_it(
+    monkeypatch: pytest.MonkeyPatch, members: int, others: int
+) -> None:
+    halves: list[Scores] = []
+    made = Scores(torch.randperm(members).double(), torch.randperm(others).double() + 0.5)
+
+    def watched(half: Scores) -> float:
+        halves.append(half)
+        return best_threshold(half)
+
+    monkeypatch.setattr(scores, "best_threshold", watched)
+    found = balanced_accuracy(made, generator("halves"))
+    assert len(halves) == 2
+    first, second = halves
+    for whole, one, other in (
+        (made.members, first.members, second.members),
+        (made.others, first.others, second.others),
+    ):
+        assert torch.equal(torch.cat([one, other]).sort().values, whole.sort().values)
+        assert abs(len(one) - len(other)) <= 1
+    expected = (share(first, best_threshold(second)) + share(second, best_threshold(first))) / 2
+    assert found == pytest.approx(expected)
+
+
+def test_the_halves_are_drawn_at_random_by_the_stream_alone() -> None:
+    stream = generator("random halves")
+    made = Scores(torch.randn(41, generator=stream).double() + 0.5, torch.randn(40, generator=stream).double())
+    found = [balanced_accuracy(made, generator("stream", number)) for number in (0, 0, *range(1, 12))]
+    assert found[0] == found[1]
+    assert len(set(found)) > 3
+
+
+@pytest.mark.parametrize("count", [20, 200])
+def test_where_nothing_leaks_the_balanced_accuracy_is_a_coin(count: int) -> None:
+    """The best threshold for the images themselves would find a leak where there is none."""
+    told, best = [], []
+    for number in range(150):
+        stream = generator("no leak", number)
+        made = Scores(*(torch.randn(count, generator=stream).double() for _ in range(2)))
+        told.append(balanced_accuracy(made, stream))
+        best.append(share(made, best_threshold(made)))
+    assert sum(told) / len(told) == pytest.approx(0.5, abs=0.02)
+    assert min(best) >= 0.5
+    assert sum(best) / len(best) > 0.5 + 0.3 / math.sqrt(count)
+
+
+@pytest.mark.parametrize(("members", "others"), [(2, 2), (3, 5), (100, 60)], ids=str)
+def test_where_members_lie_apart_the_balanced_accuracy_is_all(members: int, others: int) -> None:
+    """Far apart: the lowest member of one half still lies above every other image of the other."""
+    made = Scores(torch.full((members,), 2.0), torch.zeros(others))
+    assert balanced_accuracy(made, generator("apart")) == 1
+    assert leak(made, 0).balanced_accuracy == 1
+
+
+def test_the_balanced_accuracy_of_normals_one_deviation_apart() -> None:
+    """The best threshold lies in the middle: Phi(1/2) = 69.1 %."""
+    stream = generator("normals")
+    made = Scores(torch.randn(4000, generator=stream).double() + 1, torch.randn(4000, generator=stream).double())
+    assert balanced_accuracy(made, stream) == pytest.approx(0.691, abs=0.015)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +177,7 @@ def test_balanced_accuracy_is_the_best_of_all_thresholds() -> None:
 def test_members_are_caught_above_the_others_of_that_rate(rate: float, expected: list[bool]) -> None:
     made = make_scores([1.5, 3.5, 4.5], [1, 2, 3, 4])
     assert caught(made, rate).tolist() == expected
+    assert tpr(made, rate) == pytest.approx(sum(expected) / 3)
 
 
 def test_a_tie_with_another_image_is_no_catch() -> None:
@@ -133,23 +204,47 @@ def test_a_leak_has_an_interval_around_its_auc_and_is_repeatable() -> None:
     stream = generator("leak")
     made = Scores(torch.randn(200, generator=stream).double() + 1, torch.randn(200, generator=stream).double())
     found = leak(made, 0)
-    assert found.low < found.auc < found.high
-    assert found.auc == pytest.approx(0.76, abs=0.06)  # of normals one deviation apart
-    assert 0.05 < found.high - found.low < 0.15
+    assert found.auc.low < found.auc.value < found.auc.high
+    assert found.auc.value == pytest.approx(made.auc, abs=1e-6)
+    assert found.auc.value == pytest.approx(0.76, abs=0.06)  # of normals one deviation apart
+    assert 0.05 < found.auc.high - found.auc.low < 0.15
     assert leak(made, 0) == found
-    assert found.tpr["0.01"].total == 200
+    rate = found.tpr["0.01"]
+    assert rate.value == pytest.approx(tpr(made, 0.01), abs=1e-6)
+    assert 0 <= rate.low <= rate.value <= rate.high <= 1
+    assert rate.low < rate.high
+    assert leak(made, 1).auc.value == found.auc.value
+    assert leak(made, 1).auc != found.auc  # other resamples
+
+
+def test_the_interval_of_a_rate_knows_that_its_threshold_rests_on_few_images() -> None:
+    """5000 members would leave 1 % of uncertainty; the highest two of 100 others leave much more."""
+    stream = generator("few others")
+    made = Scores(torch.randn(5000, generator=stream).double() + 1, torch.randn(100, generator=stream).double())
+    rate = leak(made, 0).tpr["0.01"]
+    assert rate.high - rate.low > 0.1
+    assert rate.low <= tpr(made, 0.01) <= rate.high
+
+
+def test_a_leak_that_is_certain_has_intervals_without_width() -> None:
+    made = Scores(torch.full((150,), 2.0), torch.zeros(120))
+    assert leak(made, 0) == Leak(Estimate(1.0, 1.0, 1.0), 1.0, {"0.01": Estimate(1.0, 1.0, 1.0)})
 
 
 def test_a_gap_is_paired_image_by_image() -> None:
     stream = generator("gap")
     members, others = torch.randn(100, generator=stream).double() + 0.5, torch.randn(100, generator=stream).double()
     first = Scores(members, others)
-    assert gap(first, first, 0) == Gap(0.0, 0.0, 0.0)
-    assert gap(first, Scores(members * 2 + 3, others * 2 + 3), 0) == Gap(0.0, 0.0, 0.0)  # the same order
-    nearly = gap(first, Scores(members - 0.05, others), 0)
-    assert 0 < nearly.difference < 0.05
+    assert gap(first, first, 0) == Estimate(0.0, 0.0, 0.0)
+    assert gap(first, Scores(members * 2 + 3, others * 2 + 3), 0) == Estimate(0.0, 0.0, 0.0)  # the same order
+    other = Scores(members - 0.05, others)
+    nearly = gap(first, other, 0)
+    assert 0 < nearly.value < 0.05
+    assert nearly.value == pytest.approx(first.auc - other.auc, abs=1e-6)
+    assert nearly.low <= nearly.value <= nearly.high
     assert nearly.high - nearly.low < 0.03  # unpaired it would be ten times that
-    assert leak(first, 0).high - leak(first, 0).low > 0.1
+    assert leak(first, 0).auc.high - leak(first, 0).auc.low > 0.1
+    assert gap(other, first, 0).value == -nearly.value
 
 
 # ---- scores
@@ -258,7 +353,7 @@ def test_both_sides_have_as_many_images_of_each_class() -> None:
     assert torch.bincount(others[outside], minlength=4).tolist() == [2, 2, 0, 0]
     assert len(set(inside.tolist())) == len(inside)
     assert len(set(outside.tolist())) == len(outside)
-    with pytest.raises(UserError, match="no class has both"):
+    with pytest.raises(UserError, match="2 training images and as many others of the same classes are needed"):
         balanced(torch.tensor([0, 1]), torch.tensor([2, 3]), generator("balanced"))
 
 
@@ -297,6 +392,59 @@ def test_members_are_training_images_and_the_others_were_never_trained_on() -> N
     assert not set(audit.universe.index.tolist()) & set(data["validation"].index.tolist())
 
 
+def with_copies(data: Dataset, **rows: tuple[str, list[int], list[int]]) -> Dataset:
+    """Images of one split written over those of another, with their labels: what a source holds twice."""
+    splits = dict(data.splits)
+    for name, (source, to, given) in rows.items():
+        mine, theirs = data.splits[name], data.splits[source]  # type: ignore[index]
+        images, labels = mine.images.clone(), mine.labels.clone()
+        images[to], labels[to] = theirs.images[given], theirs.labels[given]
+        splits[name] = Split(images, labels, mine.index)  # type: ignore[index]
+    return Dataset(splits, data.facts, data.sha256)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_non_member_that_equals_a_training_image_is_none(seed: int) -> None:
+    """The source may hold an image twice: whatever split it was drawn into, the network learned it."""
+    data = with_copies(
+        make_data(), pool=("train", list(range(40)), list(range(40))), test=("train", [0, 7, 59], [0, 100, 100])
+    )
+    audit = study.draw(data, seed)
+    known = set(digests(data["train"].images))
+    others = audit.split.images[~audit.is_member]
+    assert not set(digests(others)) & known
+    assert set(digests(audit.split.images[audit.is_member])) <= known
+    assert int(audit.is_member.sum()) == len(others) > 50
+    # shadows do not learn them under a second number either
+    left = {*range(120), *range(160, 180), *range(200, 260)} - {200, 207, 259}
+    assert set(audit.universe.index.tolist()) == left
+    assert len(audit.universe) == len(left)
+    assert torch.equal(audit.universe.images[audit.position], audit.split.images)
+    assert torch.equal(audit.universe.index[audit.position], audit.split.index)
+    counts = [torch.bincount(audit.split.labels[side]).tolist() for side in (audit.is_member, ~audit.is_member)]
+    assert counts[0] == counts[1]
+
+
+def test_an_image_of_one_other_level_is_no_training_image() -> None:
+    data = make_data()
+    pool = data["pool"]
+    images = data["train"].images[:60].clone()
+    images[:, 0, 0, 1] ^= 1
+    near = Split(images, data["train"].labels[:60], pool.index)
+    audit = study.draw(Dataset({**data.splits, "pool": near}, data.facts, data.sha256), 0)
+    assert set(pool.index.tolist()) <= set(audit.universe.index.tolist())
+
+
+def test_nobody_is_left_where_all_others_are_training_images() -> None:
+    data = with_copies(
+        make_data(),
+        pool=("train", list(range(60)), list(range(60))),
+        test=("train", list(range(60)), list(range(60, 120))),
+    )
+    with pytest.raises(UserError, match="2 training images and as many others of the same classes are needed"):
+        study.draw(data, 0)
+
+
 def test_the_draw_is_the_seeds_alone() -> None:
     first, again, other = (study.draw(make_data(), seed).position for seed in (0, 0, 1))
     assert torch.equal(first, again)
@@ -318,7 +466,26 @@ class Memory(nn.Module):
         levels = (images_BCHW[:, 0] * 255).round().long()
         number = (levels[:, 1, 0] * 256 + levels[:, 1, 1]).clamp(0, 999)
         sure = levels[:, 0, 1] / 255 * 6 + self.lift * self.is_known[number]
-        return sure[:, None] * nn.functional.one_hot(levels[:, 0, 0].clamp(0, CLASSES - 1), CLASSES)
+        own = nn.functional.one_hot(levels[:, 0, 0].clamp(0, CLASSES - 1), CLASSES)
+        # a slope for an attack to climb, too small to be seen elsewhere
+        return sure[:, None] * own + 1e-6 * images_BCHW.flatten(1)[:, :CLASSES]
+
+
+class SmallRecipes:
+    """What the audit itself reads of the recipes."""
+
+    seed, pretrain = 0, SimpleNamespace(precision="float32")
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = epsilon
+
+    def under(self, added: int) -> int:
+        return added
+
+
+def make_case(epsilon: float = 0.25 / 255, **changes: Any) -> Case:
+    """Attacks stay within a quarter of a level, which the memory rounds away."""
+    return Case(section(**changes), cast(Recipes, SmallRecipes(epsilon)))
 
 
 def audited(monkeypatch: pytest.MonkeyPatch, lift: float) -> dict[tuple[str, str], Scores]:
@@ -331,20 +498,24 @@ def audited(monkeypatch: pytest.MonkeyPatch, lift: float) -> dict[tuple[str, str
         return knows, [Memory(audit.universe.index[row], lift).eval() for row in knows]
 
     monkeypatch.setattr(study, "train_shadows", train_shadows)
-    queries = {study.CLEAN: audit.split.pixels()}
-    answers = study.told(Memory(data["train"].index, lift).eval(), queries)
-    return study._scores(Case(section(), cast(Any, None)), audit, "mixture", queries, answers)
+    case = make_case()
+    answers = study.told(Memory(data["train"].index, lift).eval(), case, audit)
+    return study._scores(case, audit, "mixture", answers)
 
 
-def test_a_model_that_memorises_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {test: made.auc for (test, _), made in audited(monkeypatch, lift=2.0).items()}
+@pytest.mark.parametrize("queries", [study.CLEAN, study.ADVERSARIAL])
+def test_a_model_that_memorises_is_found_out(monkeypatch: pytest.MonkeyPatch, queries: str) -> None:
+    found = {test: made.auc for (test, kind), made in audited(monkeypatch, lift=2.0).items() if kind == queries}
     assert found["LiRA"] > 0.999
     assert found["calibrated"] > 0.999
     assert 0.6 < found["loss"] < 0.9  # hard images hide among the others
 
 
-def test_a_model_that_knows_its_training_images_by_heart_needs_no_shadows(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {test: made.auc for (test, _), made in audited(monkeypatch, lift=20.0).items()}
+@pytest.mark.parametrize("queries", [study.CLEAN, study.ADVERSARIAL])
+def test_a_model_that_knows_its_training_images_by_heart_needs_no_shadows(
+    monkeypatch: pytest.MonkeyPatch, queries: str
+) -> None:
+    found = {test: made.auc for (test, kind), made in audited(monkeypatch, lift=20.0).items() if kind == queries}
     assert found["loss"] > 0.999
     assert found["LiRA"] > 0.999
 
@@ -365,10 +536,92 @@ def test_shadows_are_on_the_side_of_what_they_learned(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(study, "lira_scores", watched)
     audited(monkeypatch, lift=2.0)
-    ((with_SN, without_SN),) = sides
-    assert (with_SN.isnan() ^ without_SN.isnan()).all()
-    assert (with_SN.isnan().sum(0) == 2).all()  # of four
-    assert float((with_SN.nanmean(0) - without_SN.nanmean(0)).min()) > 1.9
+    assert len(sides) == 2  # clean and adversarial
+    for with_SN, without_SN in sides:
+        assert (with_SN.isnan() ^ without_SN.isnan()).all()
+        assert (with_SN.isnan().sum(0) == 2).all()  # of four
+        assert float((with_SN.nanmean(0) - without_SN.nanmean(0)).min()) > 1.9
+
+
+class Asked:
+    """Spies on what is crafted on which network, and what which network is asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.crafted: list[tuple[nn.Module, Tensor]] = []
+        self.asked: list[tuple[nn.Module, Tensor]] = []
+        ascend_all, log_probs = engine.ascend_all, study.log_probs
+
+        def crafted(model: nn.Module, *rest: Any, **keywords: Any) -> Tensor:
+            found = ascend_all(model, *rest, **keywords)
+            self.crafted.append((model, found))
+            return found
+
+        def asked(model: nn.Module, pixels_NCHW: Tensor) -> Tensor:
+            self.asked.append((model, pixels_NCHW))
+            return log_probs(model, pixels_NCHW)
+
+        monkeypatch.setattr(engine, "ascend_all", crafted)
+        monkeypatch.setattr(study, "log_probs", asked)
+
+
+class Linear(nn.Module):
+    """logits = W x."""
+
+    def __init__(self, *seed: object) -> None:
+        super().__init__()
+        self.weight_KP = nn.Parameter(torch.randn(CLASSES, 4, generator=generator(*seed)))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW.flatten(1) @ self.weight_KP.T
+
+
+def test_adversarial_queries_are_crafted_on_the_network_that_is_asked_victim_and_shadows_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    audit, case = study.draw(make_data(), 0), make_case()
+    victim, shadows_S = Linear("victim"), [Linear("shadow", number) for number in range(4)]
+    knows = study.halves(4, len(audit.universe), generator("test"))
+    monkeypatch.setattr(study, "train_shadows", lambda *_: (knows, shadows_S))
+    spy = Asked(monkeypatch)
+    found = study._scores(case, audit, "mixture", study.told(victim, case, audit))
+    networks = [victim, *shadows_S]
+    assert [id(model) for model, _ in spy.crafted] == [id(model) for model in networks]
+    assert [id(model) for model, _ in spy.asked] == [id(model) for model in networks for _ in ("clean", "adversarial")]
+    clean = audit.split.pixels()
+    for (_, crafted), (_, first), (_, second) in zip(spy.crafted, spy.asked[::2], spy.asked[1::2], strict=True):
+        assert torch.equal(first, clean)
+        assert torch.equal(second, crafted)
+        assert 0 < (second - clean).abs().max() <= case.recipes.epsilon + 1e-6
+    attacked = [images for _, images in spy.crafted]
+    assert not any(torch.equal(attacked[0], other) for other in attacked[1:])
+    assert set(found) == {
+        (test, kind) for test in ("loss", "calibrated", "LiRA") for kind in (study.CLEAN, study.ADVERSARIAL)
+    }
+
+
+def test_a_network_answers_worse_to_queries_crafted_on_itself_than_to_those_of_another() -> None:
+    audit, case = study.draw(make_data(), 0), make_case(0.1, attack=PGD | {"steps": 5})
+    labels, loss = audit.split.labels, {}
+    mine, other = Linear("mine"), Linear("other")
+    with pytest.MonkeyPatch.context() as patch:
+        spy = Asked(patch)
+        for name, network in (("mine", mine), ("other", other)):
+            told = study.told(network, case, audit)
+            assert (loss_scores(told["adversarial"], labels) <= loss_scores(told["clean"], labels) + 1e-6).all()
+            loss[name] = float(loss_scores(told["adversarial"], labels).mean())
+    ((_, on_mine), (_, on_other)) = spy.crafted
+    assert float(loss_scores(study.log_probs(mine, on_other), labels).mean()) > loss["mine"] + 0.01
+    assert float(loss_scores(study.log_probs(other, on_mine), labels).mean()) > loss["other"] + 0.01
+
+
+def test_answers_are_log_probabilities_on_the_cpu_in_double_precision() -> None:
+    model, pixels = Linear("answers"), torch.rand(7, 1, 2, 2, generator=generator("pixels"))
+    told = study.log_probs(model, pixels)
+    assert (told.dtype, told.device.type, told.shape) == (torch.float64, "cpu", (7, CLASSES))
+    assert torch.allclose(told.exp().sum(1), torch.ones(7).double())
+    with torch.no_grad():
+        assert torch.allclose(told, model(pixels).double().log_softmax(1), atol=1e-6)
+    assert not told.requires_grad
 
 
 def test_shadows_are_trained_as_the_victim_on_their_halves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,15 +631,9 @@ def test_shadows_are_trained_as_the_victim_on_their_halves(monkeypatch: pytest.M
         orders.extend(ordered)
         return [Trained(nn.Flatten(), [], {}, [], 0.0) for _ in ordered]
 
-    class Under:
-        seed, epsilon = 3, 0.1
-
-        def under(self, added: int) -> int:
-            return added
-
     monkeypatch.setattr(study, "train_all", train_all)
     audit = study.draw(make_data(), 3)
-    knows, models = study.train_shadows(Case(section(), cast(Recipes, Under())), audit, "mixture")
+    knows, models = study.train_shadows(make_case(), audit, "mixture")
     assert (knows.shape, len(models)) == ((4, len(audit.universe)), 4)
     assert [cast(int, order.recipes) for order in orders] == [1000, 1001, 1002, 1003]
     assert [order.victim for order in orders] == ["mixture"] * 4
@@ -431,10 +678,12 @@ def test_the_stage_audits_its_victims_and_writes_it_down(pipeline: Path, capsys:
     assert "0.1 % of them would be less than one image" in said
     for row in rows:
         assert list(row.leak.tpr) == ["0.01"]
-        assert row.leak.auc == pytest.approx(0.5, abs=0.1)  # nobody was trained
+        assert row.leak.auc.value == pytest.approx(0.5, abs=0.1)  # nobody was trained
+        assert row.leak.balanced_accuracy == pytest.approx(0.5, abs=0.08)
+        assert row.leak.auc.low < row.leak.auc.value < row.leak.auc.high
         assert (row.beyond is None) == (row.victim == "standard")
     head = json.loads(Path("metrics/membership.json").read_text())
-    assert head["mixture"]["loss"]["clean"]["auc"] == rows[0].leak.auc
+    assert head["mixture"]["loss"]["clean"]["auc"] == rows[0].leak.auc.value
     assert head["standard"]["loss"]["adversarial"].keys() == {"auc", "balanced_accuracy", "tpr_at_0.01"}
     before = Path("metrics/membership/all.json").read_bytes()
     stage.run()
@@ -455,8 +704,7 @@ def test_a_network_that_overfits_is_told_by_its_loss(pipeline: Path) -> None:
     aucs = []
     for number in range(150):
         if number in (0, 149):
-            told = study.told(model.eval(), {study.CLEAN: images})[study.CLEAN]
-            found = loss_scores(told, labels)
+            found = loss_scores(study.log_probs(model.eval(), images), labels)
             aucs.append(Scores(found[few], found[~audit.is_member]).auc)
         steps.zero_grad()
         nn.functional.cross_entropy(model(images[few]), labels[few]).backward()  # type: ignore[no-untyped-call]
@@ -466,9 +714,10 @@ def test_a_network_that_overfits_is_told_by_its_loss(pipeline: Path) -> None:
 
 
 def test_shadows_of_a_baseline_are_trained_by_its_own_recipe(
-    pipeline: Path, edit: Edit, capsys: pytest.CaptureFixture[str]
+    pipeline: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del pipeline
+    spy = Asked(monkeypatch)
     edit({"membership.victims": {"standard": 2}, "membership.against": "standard"})
     stage.run()
     assert "standard: 2 shadow models" in capsys.readouterr().out
@@ -476,19 +725,22 @@ def test_shadows_of_a_baseline_are_trained_by_its_own_recipe(
     assert {row.score for row in rows} == {"loss", "calibrated", "LiRA"}
     for row in rows:
         assert row.shadows == 2
-        assert row.leak.auc == pytest.approx(0.5, abs=0.1)  # this victim was never trained, its shadows were
+        assert row.leak.auc.value == pytest.approx(0.5, abs=0.1)  # this victim was never trained, its shadows were
+    assert len({id(model) for model, _ in spy.crafted}) == len(spy.crafted) == 3  # the victim and both shadows
+    assert [id(model) for model, _ in spy.asked[1::2]] == [id(model) for model, _ in spy.crafted]
+    assert all(asked is made for (_, asked), (_, made) in zip(spy.asked[1::2], spy.crafted, strict=True))
 
 
 # ---- results on disk
 
 
-def make_row(victim: str = "mixture", beyond: Gap | None = None, rates: tuple[str, ...] = ("0.01",)) -> Row:
-    tpr = {rate: Share.counted(3, 100) for rate in rates}
-    return Row(victim, "LiRA", "clean", 4, Leak(0.61, 0.55, 0.66, 0.58, tpr), beyond)
+def make_row(victim: str = "mixture", beyond: Estimate | None = None, rates: tuple[str, ...] = ("0.01",)) -> Row:
+    found = Leak(Estimate(0.61, 0.55, 0.66), 0.58, {rate: Estimate(0.03, 0.01, 0.085) for rate in rates})
+    return Row(victim, "LiRA", "clean", 4, found, beyond)
 
 
 def test_results_are_read_back_as_they_were_written(tmp_path: Path) -> None:
-    rows = [make_row("mixture", Gap(0.1, -0.05, 0.2)), make_row("standard")]
+    rows = [make_row("mixture", Estimate(0.1, -0.05, 0.2)), make_row("standard")]
     about = {"epsilon": 0.1, "members": 100, "others": 100}
     report.write(rows, about, tmp_path / "head.json", tmp_path / "all.json")
     assert report.read(tmp_path / "all.json") == (rows, about)
@@ -512,6 +764,17 @@ def test_the_table_says_which_rate_is_too_small_to_measure(
     said = capsys.readouterr().out
     assert ("less than one image" in said) == ("0.001" not in rates)
     assert "0.610 [0.550," in said
+
+
+def test_every_number_of_the_table_has_its_interval() -> None:
+    """Differences with their sign, shares in percent."""
+    shown: list[list[list[str]]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "table", lambda _title, _columns, lines: shown.append(lines))
+        report.show([make_row(beyond=Estimate(0.1, -0.05, 0.2)), make_row("standard")], {"members": 9, "others": 9})
+    ((first, second),) = shown
+    assert first[3:] == ["0.610 [0.550, 0.660]", "+0.100 [-0.050, +0.200]", "58.0", "3.0 [1.0, 8.5]"]
+    assert second[3:] == ["0.610 [0.550, 0.660]", "", "58.0", "3.0 [1.0, 8.5]"]
 
 
 def test_nothing_is_shown_where_nothing_is_on_record(inputs_only: Path, capsys: pytest.CaptureFixture[str]) -> None:

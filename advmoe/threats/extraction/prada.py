@@ -70,6 +70,8 @@ class _Growing:
 
 
 def _suspicious(distances: Sequence[float], settings: Prada) -> bool:
+    if len(distances) < settings.least:
+        return False
     inliers = without_outliers(distances)
     return len(inliers) >= settings.least and normality(inliers) < settings.delta
 

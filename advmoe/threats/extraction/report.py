@@ -150,11 +150,11 @@ def _transfer(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         bought = [row for row in mine if row.answers != CONTROL]
         best = max(bought, key=lambda row: row.found["transfer_asr"].accuracy)
         free = max(control, key=lambda row: row.found["transfer_asr"].accuracy)
-        strongest = f"{best.answers}, {best.surrogate}, {best.budget} queries (of {len(bought)})"
+        strongest = f"strongest of {len(bought)}: {best.answers}, {best.surrogate}, {best.budget} queries"
         ends = [str(best.found[name]) if name in best.found else "" for name in ("random_sign_asr", "white_box_asr")]
         shares = [str(free.found["transfer_asr"]), str(best.found["transfer_asr"])]
         lines.append([victim, ends[0], *shares, ends[1], strongest])
-    return ["victim", "random signs", "control", "strongest surrogate", "white box", "which"], lines
+    return ["victim", "random signs", "control", "surrogate", "white box", "which surrogate"], lines
 
 
 def _cost(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

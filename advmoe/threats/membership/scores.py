@@ -19,13 +19,14 @@ from advmoe.threats.numbers import DIGITS
 RATES = (0.001, 0.01)  # false positive rates that are asked for (Carlini et al. 2022)
 RESAMPLES = 1000  # of the bootstrap
 TAIL = 0.025
+LEAST = 2  # members, and as many others: the threshold for one half is chosen on the other
 TINY = 1e-30
 
 
 def balanced(members: Tensor, others: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
     """Positions among members (labels, M) and among others (labels, N): as many of each class on both sides.
 
-    Raises UserError when no class has both.
+    Raises UserError when there are hardly any.
     """
     chosen_members, chosen_others = [], []
     for label in sorted(set(members.tolist()) & set(others.tolist())):
@@ -33,8 +34,11 @@ def balanced(members: Tensor, others: Tensor, stream: torch.Generator) -> tuple[
         count = min(len(inside), len(outside))
         chosen_members.append(inside[torch.randperm(len(inside), generator=stream)[:count]])
         chosen_others.append(outside[torch.randperm(len(outside), generator=stream)[:count]])
-    if not chosen_members:
-        raise UserError("membership: no class has both training images and images that were never trained on")
+    if sum(map(len, chosen_members)) < LEAST:
+        raise UserError(
+            f"membership: {LEAST} training images and as many others of the same classes are needed; "
+            "prepare.splits.pool and test hold the others"
+        )
     return torch.cat(chosen_members).sort().values, torch.cat(chosen_others).sort().values
 
 
