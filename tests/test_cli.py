@@ -33,6 +33,8 @@ COMMANDS = (
     "baseline",
     "evaluate",
     "poison",
+    "extract",
+    "membership",
     "attacks",
     "results",
     "use",
@@ -48,6 +50,8 @@ STAGE_COMMANDS = [
     ["baseline", "standard"],
     ["evaluate"],
     ["poison", "badnets"],
+    ["extract", "knockoff"],
+    ["membership"],
 ]
 
 Edit = Callable[[dict[str, Any]], None]
@@ -721,8 +725,11 @@ def test_check_asks_dvc(advmoe: Advmoe, inputs_only: Path) -> None:
     assert ran.code == 0, ran.err
     pending = ran.out.partition("dvc repro would run: ")[2].split(", ")
     assert pending[0] == "prepare"
-    assert {stage.strip() for stage in pending[-4:]} == {
+    assert {stage.strip() for stage in pending[-7:]} == {
         "evaluate",
+        "extract@jbda",
+        "extract@knockoff",
+        "membership",
         "poison@badnets",
         "poison@blended",
         "poison@label-flip",

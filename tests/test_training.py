@@ -543,9 +543,10 @@ def scripted(monkeypatch: pytest.MonkeyPatch, rows: list[Row]) -> None:
     """Let validation say what the test needs; training stays real."""
     left = iter(rows)
 
-    def validate(model: nn.Module, split: Split, course: Course) -> tuple[Row, Tensor, Tensor]:
-        del model, course
-        return next(left), split.pixels(), split.pixels()
+    def validate(model: nn.Module, course: Course) -> tuple[Row, Tensor, Tensor]:
+        del model
+        pixels = course.dataset["validation"].pixels()
+        return next(left), pixels, pixels
 
     monkeypatch.setattr(loop, "validate", validate)
 
@@ -791,10 +792,11 @@ def test_a_student_that_hides_what_it_reads_is_refused(adversary: Adversary, rea
 def test_validation_radius_is_the_threat_models_or_the_fixed_one(monkeypatch: pytest.MonkeyPatch) -> None:
     radii: list[float] = []
 
-    def validate(model: nn.Module, split: Split, course: Course) -> tuple[Row, Tensor, Tensor]:
+    def validate(model: nn.Module, course: Course) -> tuple[Row, Tensor, Tensor]:
         del model
         radii.append(course.epsilon)
-        return score(0.5), split.pixels(), split.pixels()
+        pixels = course.dataset["validation"].pixels()
+        return score(0.5), pixels, pixels
 
     monkeypatch.setattr(loop, "validate", validate)
     recipe = single_recipe(epochs=1)
