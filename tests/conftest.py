@@ -3,7 +3,9 @@
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from advmoe import classifiers, machine, paths
+from advmoe import classifiers, cli, machine, paths
 from advmoe.classifiers import Backbone, GateSettings, Mixture
 from advmoe.data import dataset
 from advmoe.files import write_text
@@ -50,6 +52,26 @@ SMALL: dict[str, Any] = {  # what makes a run of seconds out of params.yaml, wha
             "defences": [],
         }
     },
+}
+
+LEARNING: dict[str, Any] = {  # a surrogate's recipe of a moment
+    "epochs": 1,
+    "batch_size": 16,
+    "optimizer": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005},
+    "schedule": {"warmup": 0.1, "decay": "cosine"},
+    "clip": 0.0,
+    "ema": 0.0,
+    "augmentation": {"crop": 0, "flip": False},
+    "precision": "float32",
+}
+EXTRACT: dict[str, Any] = {  # what extraction studies share, as little of it as there can be
+    "images": None,
+    "noise": 1,
+    "robust": {"kind": "pgd", "steps": 1, "step_size": 1.0, "restarts": 1, "loss": "ce", "targets": 0},
+    "detector": {"delta": 0.9, "least": 5, "every": 5},
+    "surrogates": {"same": {"kind": "cnn", "width": 2}},
+    "steps": 1,
+    "recipe": LEARNING,
 }
 
 Edit = Callable[[dict[str, Any]], None]
@@ -156,3 +178,42 @@ def params_file(tmp_path: Path) -> Callable[[str], Path]:
         return tmp_path / "params.yaml"
 
     return write
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+Advmoe = Callable[..., Ran]
+
+
+@pytest.fixture
+def advmoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Advmoe:
+    """`advmoe("use", "cifar10")`: the real entry point, in this process, on one thread."""
+    monkeypatch.setenv("ADVMOE_THREADS", "1")
+
+    def call(*arguments: str | Path) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["advmoe", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        said = capsys.readouterr()
+        return Ran(code if isinstance(code, int) else int(code is not None), said.out, said.err)
+
+    return call
+
+
+def sentence(ran: Ran) -> str:
+    """The one sentence of a refusal."""
+    assert ran.code == 2, ran
+    assert "Traceback" not in ran.out + ran.err
+    lines = ran.err.splitlines()
+    assert len(lines) == 1, ran.err
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")

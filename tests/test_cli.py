@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import Advmoe, Ran, sentence
 from PIL import Image
 
 from advmoe import artifacts, checking, classifiers, cli, engine, files, paths
@@ -57,51 +57,12 @@ STAGE_COMMANDS = [
 Edit = Callable[[dict[str, Any]], None]
 
 
-@dataclass(frozen=True)
-class Ran:
-    """How a command ended and what it said."""
-
-    code: int
-    out: str
-    err: str
-
-
-Advmoe = Callable[..., Ran]
-
-
-@pytest.fixture
-def advmoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Advmoe:
-    """`advmoe("use", "cifar10")`: the real entry point, in this process, on one thread."""
-    monkeypatch.setenv("ADVMOE_THREADS", "1")
-
-    def call(*arguments: str | Path) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["advmoe", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        said = capsys.readouterr()
-        return Ran(code if isinstance(code, int) else int(code is not None), said.out, said.err)
-
-    return call
-
-
 def in_a_process(*arguments: str, cwd: Path) -> Ran:
     """`python -m advmoe ...` as DVC calls it."""
     environment = os.environ | {"ADVMOE_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "advmoe", *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=120)
     return Ran(done.returncode, done.stdout, done.stderr)
-
-
-def sentence(ran: Ran) -> str:
-    """The one sentence of a refusal."""
-    assert ran.code == 2, ran
-    assert "Traceback" not in ran.out + ran.err
-    lines = ran.err.splitlines()
-    assert len(lines) == 1, ran.err
-    assert lines[0].startswith("error: ")
-    return lines[0].removeprefix("error: ")
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from conftest import EXTRACT
 from torch import Tensor, nn
 
 from advmoe import engine
@@ -37,28 +38,7 @@ from advmoe.training.loop import Run, Trained
 CLASSES, POOL = 3, 40
 GREY = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.3,))
 COLOUR = Facts(channels=3, height=32, width=32, class_names=("a", "b", "c"), mean=(0.5,) * 3, std=(0.3,) * 3)
-COMMON = validate(
-    {
-        "images": None,
-        "noise": 1,
-        "robust": {"kind": "pgd", "steps": 1, "step_size": 1.0, "restarts": 1, "loss": "ce", "targets": 0},
-        "detector": {"delta": 0.9, "least": 5, "every": 5},
-        "surrogates": {"same": {"kind": "cnn", "width": 2}},
-        "steps": 1,
-        "recipe": {
-            "epochs": 1,
-            "batch_size": 16,
-            "optimizer": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005},
-            "schedule": {"warmup": 0.1, "decay": "cosine"},
-            "clip": 0.0,
-            "ema": 0.0,
-            "augmentation": {"crop": 0, "flip": False},
-            "precision": "float32",
-        },
-    },
-    Common,
-    "test",
-)
+COMMON = validate(EXTRACT, Common, "test")
 NOISE = {"kind": "noise", "images": 50}
 KINDS: dict[str, dict[str, Any]] = {
     "knockoff": {"kind": "knockoff", "pool": NOISE},

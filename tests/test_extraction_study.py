@@ -4,7 +4,6 @@ import contextlib
 import csv
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import EXTRACT, LEARNING, Advmoe, sentence
 from torch import Tensor, nn
 
-from advmoe import artifacts, classifiers, cli, engine, paths
+from advmoe import artifacts, classifiers, engine, paths
 from advmoe.classifiers import Backbone, Plain
 from advmoe.data import dataset
 from advmoe.data.dataset import digests
@@ -39,23 +39,11 @@ KNOCKOFF: dict[str, Any] = {
     "seeds": [0],
 }
 JBDA = KNOCKOFF | {"attack": {"kind": "jbda", "seeds": 5, "doublings": 2, "step": 0.1}, "answers": ["top1"]}
-SECTION: dict[str, Any] = {
+SECTION: dict[str, Any] = EXTRACT | {
     "images": 24,
     "noise": 10,
-    "robust": {"kind": "pgd", "steps": 1, "step_size": 1.0, "restarts": 1, "loss": "ce", "targets": 0},
-    "detector": {"delta": 0.9, "least": 5, "every": 5},
     "surrogates": {"same": TINY, "other": {"kind": "cnn", "width": 3}},
-    "steps": 1,
-    "recipe": {
-        "epochs": 2,
-        "batch_size": 8,
-        "optimizer": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005},
-        "schedule": {"warmup": 0.1, "decay": "cosine"},
-        "clip": 0.0,
-        "ema": 0.0,
-        "augmentation": {"crop": 0, "flip": False},
-        "precision": "float32",
-    },
+    "recipe": LEARNING | {"epochs": 2, "batch_size": 8},
     "attacks": {"knockoff": KNOCKOFF, "jbda": JBDA},
 }
 
@@ -647,45 +635,6 @@ def test_two_victims_are_never_taken_for_two_seeds_of_one(tiny: Path, names: tup
 
 
 # ---- refusals
-
-
-@dataclass(frozen=True)
-class Ran:
-    """How a command ended and what it said."""
-
-    code: int
-    out: str
-    err: str
-
-
-Advmoe = Callable[..., Ran]
-
-
-@pytest.fixture
-def advmoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Advmoe:
-    """`advmoe("extract", "knockoff")`: the real entry point, in this process, on one thread."""
-    monkeypatch.setenv("ADVMOE_THREADS", "1")
-
-    def call(*arguments: str | Path) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["advmoe", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        said = capsys.readouterr()
-        return Ran(code if isinstance(code, int) else int(code is not None), said.out, said.err)
-
-    return call
-
-
-def sentence(ran: Ran) -> str:
-    """The one sentence of a refusal."""
-    assert ran.code == 2, ran
-    assert "Traceback" not in ran.out + ran.err
-    lines = ran.err.splitlines()
-    assert len(lines) == 1, ran.err
-    assert lines[0].startswith("error: ")
-    return lines[0].removeprefix("error: ")
 
 
 @pytest.mark.parametrize(

@@ -658,10 +658,8 @@ def pipeline(project: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch) -> Iter
     model = classifiers.build(architecture, data.facts, 7)
     path = paths.artifact("baseline", "standard")
     classifiers.save(path, model, architecture, data.facts, params={}, inputs={}, seed=0, metrics={}, seconds=0.0)
-    study._data.cache_clear()
     retraining._clean.cache_clear()
     yield project
-    study._data.cache_clear()
     retraining._clean.cache_clear()
 
 

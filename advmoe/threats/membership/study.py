@@ -8,7 +8,7 @@ Shapes: N audited images, C channel, H/W pixels, K classes, S shadow models, U i
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from advmoe.attacks.pgd import pgd
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset, Split, digests
 from advmoe.machine import derive_seed, device, generator
+from advmoe.threats.extraction.victims import file_of
 from advmoe.threats.membership import report
 from advmoe.threats.membership.report import Row
 from advmoe.threats.membership.scores import (
@@ -34,7 +35,7 @@ from advmoe.threats.membership.scores import (
     loss_scores,
 )
 from advmoe.threats.membership.settings import MembershipSection
-from advmoe.threats.retraining import MIXTURE, Order, Recipes, train_all
+from advmoe.threats.retraining import Order, Recipes, train_all
 from advmoe.workers import spread
 
 BATCH = 200
@@ -81,9 +82,9 @@ def conduct(case: Case, places: Places) -> None:
 
 def run(case: Case) -> tuple[list[Row], Audit]:
     """Every victim, score and kind of query."""
-    audit = draw(_data(), case.recipes.seed)
+    audit = draw(dataset.load(paths.DATASET), case.recipes.seed)
     victims = list(case.section.victims)
-    found = dict(zip(victims, spread(partial(_asked, case), victims), strict=True))
+    found = dict(zip(victims, spread(partial(_asked, case, audit), victims), strict=True))
     scores = {victim: _scores(case, audit, victim, found[victim]) for victim in victims}
     rows = []
     for victim, by_test in scores.items():
@@ -92,11 +93,6 @@ def run(case: Case) -> tuple[list[Row], Audit]:
             beyond = None if other is None else gap(mine, other, case.recipes.seed)
             rows.append(Row(victim, *test, case.section.victims[victim], leak(mine, case.recipes.seed), beyond))
     return rows, audit
-
-
-@lru_cache(maxsize=1)
-def _data() -> Dataset:
-    return dataset.load(paths.DATASET)
 
 
 def draw(data: Dataset, seed: int) -> Audit:
@@ -123,10 +119,9 @@ def _rows(split: Split, rows: Tensor) -> Split:
 Told = Mapping[str, Tensor]  # by kind of query: log-probabilities (N, K)
 
 
-def _asked(case: Case, victim: str) -> Told:
+def _asked(case: Case, audit: Audit, victim: str) -> Told:
     """What a victim answers."""
-    path = paths.MIXTURE if victim == MIXTURE else paths.artifact("baseline", victim)
-    return told(classifiers.load(path).model, case, draw(_data(), case.recipes.seed))
+    return told(classifiers.load(file_of(victim)).model, case, audit)
 
 
 def told(model: nn.Module, case: Case, audit: Audit) -> Told:
