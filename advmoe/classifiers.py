@@ -18,18 +18,26 @@ from advmoe.errors import UserError
 from advmoe.machine import derive_seed
 from advmoe.models.cnn import SmallCnn
 from advmoe.models.gate import Gate
-from advmoe.models.moe import MixtureOfExperts, UniformGate
+from advmoe.models.moe import ConfidenceHeads, ConfidentExperts, Mixing, MixtureOfExperts, UniformGate
 from advmoe.models.resnet import ResNet18
+from advmoe.models.resnet50 import ResNet50
+from advmoe.models.wideresnet import WideResNet28
 from advmoe.params import PositiveFloat, PositiveInt, Settings, validate
 
 KIND = "classifier"
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"resnet18": ResNet18, "cnn": SmallCnn}
+BackboneKind = Literal["resnet18", "resnet50", "wideresnet28", "cnn"]
+BACKBONES: dict[BackboneKind, Callable[..., nn.Module]] = {
+    "resnet18": ResNet18,
+    "resnet50": ResNet50,
+    "wideresnet28": WideResNet28,
+    "cnn": SmallCnn,
+}
 
 
 class Backbone(Settings):
-    """A single network. `width`: channels of the first stage; 64 is the full ResNet-18."""
+    """A single network. `width`: 64 is the full ResNet-18, ResNet-50 and WideResNet-28-10; others are scaled by it."""
 
-    kind: Literal["resnet18", "cnn"]
+    kind: BackboneKind
     width: PositiveInt
 
 
@@ -37,6 +45,19 @@ class GateSettings(Settings):
     """`width`: channels of the gate's first layer; `temperature`: above 1 the weights get softer, below 1 sharper."""
 
     width: PositiveInt
+    temperature: PositiveFloat
+
+
+class NoGate(Settings):
+    """All experts weigh alike."""
+
+    kind: Literal["uniform"]
+
+
+class OwnConfidence(Settings):
+    """No gate beside the experts: each says how sure it is; `temperature` of the softmax over that."""
+
+    kind: Literal["confidence"]
     temperature: PositiveFloat
 
 
@@ -53,8 +74,8 @@ class Mixture(Settings):
     kind: Literal["mixture"]
     backbone: Backbone
     experts: tuple[str, ...]
-    gate: GateSettings
-    mixing: Literal["probabilities", "logits"]
+    gate: GateSettings | NoGate | OwnConfidence
+    mixing: Mixing
 
 
 Architecture = Annotated[Plain | Mixture, Field(discriminator="kind")]
@@ -95,15 +116,24 @@ def _backbone(backbone: Backbone, facts: Facts) -> nn.Module:
 
 def _mixture(architecture: Mixture, facts: Facts) -> MixtureOfExperts:
     experts = [_backbone(architecture.backbone, facts) for _ in architecture.experts]
-    gate = Gate(
-        channels=facts.channels,
-        experts=len(experts),
-        width=architecture.gate.width,
-        temperature=architecture.gate.temperature,
-        mean=facts.mean,
-        std=facts.std,
-    )
-    return MixtureOfExperts(experts, gate, architecture.mixing)
+    match architecture.gate:
+        case NoGate():
+            return MixtureOfExperts(experts, UniformGate(len(experts)), architecture.mixing)
+        case OwnConfidence(temperature=temperature):
+            features = experts[0].get_submodule("classify").in_features
+            assert isinstance(features, int)
+            heads = ConfidenceHeads(experts=len(experts), features=features, temperature=temperature)
+            return ConfidentExperts(experts, heads, architecture.mixing)
+        case GateSettings(width=width, temperature=temperature):
+            gate = Gate(
+                channels=facts.channels,
+                experts=len(experts),
+                width=width,
+                temperature=temperature,
+                mean=facts.mean,
+                std=facts.std,
+            )
+            return MixtureOfExperts(experts, gate, architecture.mixing)
 
 
 def save(

@@ -4,7 +4,7 @@ Shapes: N images, C channel, H/W pixels, E experts.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advmoe import engine
 from advmoe.models.moe import MixtureOfExperts
@@ -14,7 +14,18 @@ BATCH = 200  # images of a forward pass
 
 def gate_weights(mixture: MixtureOfExperts, images_NCHW: Tensor) -> Tensor:
     """The gate's weights (N, E), in float32 and eval mode."""
-    return engine.predict(mixture.gate, images_NCHW, BATCH).exp()
+    return engine.predict(_GateOf(mixture), images_NCHW, BATCH).exp()
+
+
+class _GateOf(nn.Module):
+    """Pixels to log gate weights, whether a network of its own decides or the experts' own features."""
+
+    def __init__(self, mixture: MixtureOfExperts) -> None:
+        super().__init__()
+        self.mixture = mixture
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.mixture.log_gate(images_BCHW)
 
 
 def entropy(weights_NE: Tensor) -> Tensor:

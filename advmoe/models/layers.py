@@ -78,6 +78,13 @@ def linear_in_float32(layer: nn.Linear, features_BF: Tensor) -> Tensor:
     return scores
 
 
+def initialise(model: nn.Module) -> None:
+    """Draw the convolutions' weights, Kaiming normal over the fan-out (He et al. 2015); all else keeps its default."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+
 @contextmanager
 def folded(model: nn.Module, dtypes: set[torch.dtype]) -> Iterator[None]:
     """Run every ConvNorm in eval mode as one convolution, prepared in the given `dtypes`.

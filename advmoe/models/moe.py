@@ -1,6 +1,6 @@
 """The mixture: every expert votes, the gate weighs the votes (arXiv 2512.20821: soft gate, flat topology).
 
-Shapes: B batch, C channel, H/W pixels, E experts, K classes.
+Shapes: B batch, C channel, H/W pixels, E experts, K classes, F features.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Mixing = Literal["probabilities", "logits"]
+from advmoe.models.layers import linear_in_float32
+
+Mixing = Literal["probabilities", "logits", "top1"]
 
 
 class Parts(NamedTuple):
@@ -25,11 +27,22 @@ def mix(log_gate_BE: Tensor, logits_BEK: Tensor, mixing: Mixing) -> Tensor:
     """Mixed log-probabilities (B, K).
 
     probabilities: log p(y|x) = logsumexp_e(log g_e(x) + log p_e(y|x)), in log space so that nothing underflows;
-    logits: log_softmax(sum_e g_e(x) z_e(x)), a different model.
+    logits: log_softmax(sum_e g_e(x) z_e(x)), a different model;
+    top1: log p_e*(y|x) of the one expert e* = argmax_e g_e(x). Its gradient goes straight through the choice (Bengio et
+    al. 2013): backwards the weights are the soft ones, or an attack would see no routing at all.
     """
     if mixing == "probabilities":
         return torch.logsumexp(log_gate_BE.unsqueeze(2) + functional.log_softmax(logits_BEK, dim=2), dim=1)
+    if mixing == "top1":
+        return (_chosen(log_gate_BE).unsqueeze(2) * functional.log_softmax(logits_BEK, dim=2)).sum(dim=1)
     return functional.log_softmax((log_gate_BE.exp().unsqueeze(2) * logits_BEK).sum(dim=1), dim=1)
+
+
+def _chosen(log_gate_BE: Tensor) -> Tensor:
+    """1 for the expert with the most weight, 0 for the others (B, E); the gradient is that of the weights."""
+    soft_BE = log_gate_BE.exp()
+    hard_BE = functional.one_hot(soft_BE.argmax(dim=1), soft_BE.shape[1]).to(soft_BE)
+    return hard_BE + (soft_BE - soft_BE.detach())  # the bracket is exactly 0
 
 
 class MixtureOfExperts(nn.Module):
@@ -48,8 +61,13 @@ class MixtureOfExperts(nn.Module):
     def parts(self, images_BCHW: Tensor) -> Parts:
         """The forward pass with its intermediate results."""
         logits_BEK = torch.stack([expert(images_BCHW) for expert in self.experts], dim=1)
-        log_gate_BE = self.gate(images_BCHW)
+        log_gate_BE = self.log_gate(images_BCHW)
         return Parts(mix(log_gate_BE, logits_BEK, self.mixing), log_gate_BE, logits_BEK)
+
+    def log_gate(self, images_BCHW: Tensor) -> Tensor:
+        """Log gate weights (B, E) alone."""
+        log_gate_BE: Tensor = self.gate(images_BCHW)
+        return log_gate_BE
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return self.parts(images_BCHW).log_probs_BK
@@ -65,3 +83,68 @@ class UniformGate(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         log_share = -torch.log(torch.tensor(float(self.experts)))
         return log_share.to(images_BCHW.device).expand(len(images_BCHW), self.experts)
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _each(layers: Sequence[nn.Module], features_BEF: Tensor) -> list[Tensor]:
+    """Each expert's layer on that expert's features."""
+    found = []
+    for layer, features_BF in zip(layers, features_BEF.unbind(dim=1), strict=True):
+        assert isinstance(layer, nn.Linear)
+        found.append(linear_in_float32(layer, features_BF))
+    return found
+
+
+class ConfidenceHeads(nn.Module):
+    """One number for each expert, from that expert's own features: how sure it is that its answer is right.
+
+    Features (B, E, F) -> log weights (B, E): log_softmax(confidence / temperature), confidences as logits. The heads
+    start at zero: at first all experts are equally sure.
+    """
+
+    def __init__(self, *, experts: int, features: int, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.heads = nn.ModuleList([_zero(nn.Linear(features, 1)) for _ in range(experts)])
+
+    def confidence(self, features_BEF: Tensor) -> Tensor:
+        """Confidences as logits (B, E)."""
+        return torch.cat(_each(list(self.heads), features_BEF), dim=1)
+
+    def forward(self, features_BEF: Tensor) -> Tensor:
+        return functional.log_softmax(self.confidence(features_BEF) / self.temperature, dim=1)
+
+
+class ConfidentExperts(MixtureOfExperts):
+    """Experts that say how sure they are; there is no gate beside them (Cui et al. 2022, Synergy-of-Experts).
+
+    The experts are backbones with `features` and a last layer `classify`.
+    """
+
+    gate: ConfidenceHeads
+
+    def parts(self, images_BCHW: Tensor) -> Parts:
+        """The forward pass with its intermediate results."""
+        features_BEF = self.features(images_BCHW)
+        logits_BEK = self.votes(features_BEF)
+        log_gate_BE = self.gate(features_BEF)
+        return Parts(mix(log_gate_BE, logits_BEK, self.mixing), log_gate_BE, logits_BEK)
+
+    def log_gate(self, images_BCHW: Tensor) -> Tensor:
+        """Log weights (B, E) alone."""
+        log_gate_BE: Tensor = self.gate(self.features(images_BCHW))
+        return log_gate_BE
+
+    def votes(self, features_BEF: Tensor) -> Tensor:
+        """The experts' logits (B, E, K)."""
+        layers = [expert.get_submodule("classify") for expert in self.experts]
+        return torch.stack(_each(layers, features_BEF), dim=1)
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """The experts' pooled features (B, E, F)."""
+        return torch.stack([expert.features(images_BCHW) for expert in self.experts], dim=1)  # type: ignore[operator]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.models.layers import ConvNorm, Normalize, linear_in_float32
+from advmoe.models.layers import ConvNorm, Normalize, initialise, linear_in_float32
 
 STAGES = ((1, 1), (2, 2), (4, 2), (8, 2))  # (multiple of the width, stride of the first block)
 BLOCKS_PER_STAGE = 2
@@ -47,7 +47,7 @@ class ResNet18(nn.Module):
                 channels_in = multiple * width
         self.blocks = nn.Sequential(*blocks)
         self.classify = nn.Linear(channels_in, classes)
-        _initialise(self)
+        initialise(self)
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """The pooled features (B, F) that the last layer reads."""
@@ -57,9 +57,3 @@ class ResNet18(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return linear_in_float32(self.classify, self.features(images_BCHW))
-
-
-def _initialise(model: nn.Module) -> None:
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -14,6 +14,8 @@ from advmoe.data.dataset import Split
 from advmoe.models.cnn import SmallCnn
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.models.resnet import ResNet18
+from advmoe.models.resnet50 import ResNet50
+from advmoe.models.wideresnet import WideResNet28
 
 BATCH = 200  # images of a forward pass
 
@@ -36,7 +38,7 @@ def features(model: nn.Module, images_NCHW: Tensor) -> Tensor:
 def _features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     if isinstance(model, MixtureOfExperts):
         return torch.cat([_features(expert, images_BCHW) for expert in model.experts], dim=1)
-    assert isinstance(model, ResNet18 | SmallCnn)
+    assert isinstance(model, ResNet18 | ResNet50 | WideResNet28 | SmallCnn)
     return model.features(images_BCHW)
 
 
