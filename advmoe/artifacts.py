@@ -23,6 +23,7 @@ from torch import Tensor
 
 from advmoe.errors import UserError
 from advmoe.files import canonical_json, write_bytes, write_json
+from advmoe.machine import peak_memory
 from advmoe.params import validate
 
 SCHEMA = 1
@@ -161,6 +162,7 @@ def _circumstances(seconds: float) -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "seconds": round(seconds, 1),
+        "peak_memory": peak_memory(),
     }
 
 

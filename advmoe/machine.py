@@ -7,6 +7,8 @@ where DVC sees it; an unknown `ADVMOE_*` variable is an error because it was pro
 import hashlib
 import os
 import platform
+import resource
+import sys
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +80,15 @@ def prepare_torch() -> None:
 def usable_cores() -> int:
     """Cores this process may use, which on a shared node are fewer than the node has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> int:
+    """The most memory this process has held so far, in bytes: on the GPU where it computes on one."""
+    place = device()
+    if place.type == "cuda":
+        return torch.cuda.max_memory_allocated(place)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
 
 
 def describe() -> list[tuple[str, str]]:

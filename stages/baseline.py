@@ -1,21 +1,72 @@
-"""baseline@NAME: one plain network to compare the mixture with: the experts' recipe, for as many epochs in total.
+"""baseline@NAME: what the mixture is compared with, a plain network or a mixture of others.
 
-Reads `seed`, `model`, `pretrain`, `train.epochs`, `baseline.NAME` (and `epsilon` if it meets the threat model) and the
-data set. Writes artifacts/baseline/NAME.safetensors, metrics/baseline/NAME.json and plots/baseline/NAME.csv.
+Reads `seed`, `model`, `pretrain`, `baseline.NAME`, the data set and, as that entry says, `epsilon`, `train` or only its
+epochs, and the pre-trained experts. Writes artifacts/baseline/NAME.safetensors, metrics/baseline/NAME.json and
+plots/baseline/NAME.csv.
 """
 
 from advmoe import paths
 from advmoe.classifiers import Backbone
 from advmoe.data import dataset
+from advmoe.data.dataset import Dataset
 from advmoe.params import Epsilon, PositiveInt, Seed, load_section
-from advmoe.training.single import SingleRecipe, Student, baseline_recipe, train_and_record
+from advmoe.training import comparators, cost
+from advmoe.training.comparators import OfExperts, SingleNetwork
+from advmoe.training.experts import backbone_of, hashes, load_experts
+from advmoe.training.joint import JointRecipe, train_mixture
+from advmoe.training.record import record
+from advmoe.training.single import SingleRecipe, baseline_recipe, train_and_record
+
+STAGE = "baseline"
 
 
 def run(name: str) -> None:
-    """Train the baseline called `name` in params.yaml."""
+    """Train the comparator called `name` in params.yaml."""
+    comparator, data = comparators.load(f"{STAGE}.{name}"), dataset.load(paths.DATASET)
+    if isinstance(comparator, SingleNetwork):
+        _train_single(name, comparator, data)
+    else:
+        _train_mixture(name, comparator, data)
+
+
+def _train_single(name: str, student: SingleNetwork, data: Dataset) -> None:
     seed, backbone = load_section("seed", Seed), load_section("model", Backbone)
-    student, recipe = load_section(f"baseline.{name}", Student), load_section("pretrain", SingleRecipe)
-    recipe = baseline_recipe(recipe, load_section("train.epochs", PositiveInt))
     epsilon = load_section("epsilon", Epsilon) if student.meets_threat_model else None
-    data = dataset.load(paths.DATASET)
-    train_and_record("baseline", name, f"baseline-{name}", student, backbone, data, recipe, seed=seed, epsilon=epsilon)
+    recipe = baseline_recipe(load_section("pretrain", SingleRecipe), load_section("train.epochs", PositiveInt))
+    own = comparators.plain(student, backbone).backbone
+    if student.match == "parameters":
+        own = comparators.widened(
+            student.backbone, comparators.the_mixture(backbone, load_section("train", JointRecipe)), data.facts
+        )
+    elif student.match == "passes":
+        joint = load_section("train", JointRecipe)
+        spent = cost.spent(load_experts(joint.experts, data))
+        recipe = comparators.lengthened(recipe, student, backbone, joint, spent, data)
+    train_and_record(STAGE, name, f"baseline-{name}", student, own, data, recipe, seed=seed, epsilon=epsilon)
+
+
+def _train_mixture(name: str, comparator: OfExperts, data: Dataset) -> None:
+    seed, epsilon = load_section("seed", Seed), load_section("epsilon", Epsilon)
+    recipe = load_section("train", JointRecipe)
+    experts = load_experts(recipe.experts, data)
+    trained, architecture = train_mixture(
+        [expert.model for expert in experts.values()],
+        backbone_of(experts),
+        data,
+        recipe,
+        seed=seed,
+        epsilon=epsilon,
+        spent=cost.spent(experts),
+        name=f"baseline-{name}",
+        design=comparators.design(comparator, recipe),
+    )
+    record(
+        STAGE,
+        name,
+        trained,
+        architecture,
+        data.facts,
+        params={"recipe": recipe, "comparator": comparator, "epsilon": epsilon},
+        inputs=hashes(data, experts),
+        seed=seed,
+    )

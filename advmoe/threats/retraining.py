@@ -18,6 +18,8 @@ from advmoe.classifiers import Backbone, Classifier, Mixture, Plain
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset, Split
 from advmoe.params import Epsilon, Seed, Settings, load_section
+from advmoe.training import comparators
+from advmoe.training.comparators import Comparator, SingleNetwork
 from advmoe.training.joint import JointRecipe, train_mixture
 from advmoe.training.loop import Trained
 from advmoe.training.single import SingleRecipe, Student, baseline_recipe, train_single
@@ -36,7 +38,7 @@ class Recipes:
     pretrain: SingleRecipe
     experts: dict[str, Student]
     joint: JointRecipe
-    baselines: dict[str, Student]
+    baselines: dict[str, SingleNetwork]
     added: int = 0
 
     @classmethod
@@ -49,7 +51,7 @@ class Recipes:
             pretrain=load_section("pretrain", SingleRecipe),
             experts=load_section("experts", dict[str, Student]),
             joint=load_section("train", JointRecipe),
-            baselines=load_section("baseline", dict[str, Student]),
+            baselines=retrainable(load_section("baseline", dict[str, Comparator])),
         )
 
     def under(self, added: int) -> "Recipes":
@@ -66,6 +68,12 @@ class Recipes:
         """The recipe of plain networks."""
         return baseline_recipe(self.pretrain, self.joint.epochs)
 
+    def backbone_of(self, student: Student) -> Backbone:
+        """What kind of network an expert or a baseline is."""
+        if isinstance(student, SingleNetwork):
+            return comparators.plain(student, self.backbone).backbone
+        return self.backbone
+
     def met_by(self, student: Student) -> float | None:
         """The threat model's epsilon, for a student that meets it."""
         return self.epsilon if student.meets_threat_model else None
@@ -73,11 +81,17 @@ class Recipes:
     def architecture(self, victim: str) -> Plain | Mixture:
         """What kind of network a victim is."""
         if not is_mixture(victim):
-            return Plain(kind="plain", backbone=self.backbone)
-        joint = self.joint
-        return Mixture(
-            kind="mixture", backbone=self.backbone, experts=joint.experts, gate=joint.gate, mixing=joint.mixing
-        )
+            return comparators.plain(self.baselines[victim], self.backbone)
+        return comparators.the_mixture(self.backbone, self.joint)
+
+
+def retrainable(baselines: Mapping[str, Comparator]) -> dict[str, SingleNetwork]:
+    """Those that a study can train anew from a recipe alone: plain networks that match nobody's work."""
+    return {
+        name: single
+        for name, single in baselines.items()
+        if isinstance(single, SingleNetwork) and single.match == "nothing"
+    }
 
 
 @dataclass(frozen=True)
@@ -141,7 +155,7 @@ def _train_single(single: _Single) -> Trained:
     return train_single(
         single.name if single.is_expert else f"baseline-{single.name}",
         student,
-        recipes.backbone,
+        recipes.backbone_of(student),
         _data(single.train),
         recipes.pretrain if single.is_expert else recipes.for_baselines,
         seed=recipes.run_seed,
@@ -180,7 +194,7 @@ def train_proxy(baseline: str, recipes: Recipes, proxy_seed: int) -> nn.Module:
     trained = train_single(
         f"proxy-{baseline}",
         student.model_copy(update={"seed": proxy_seed}),
-        recipes.backbone,
+        recipes.backbone_of(student),
         _clean(),
         recipes.for_baselines,
         seed=proxy_seed,
@@ -196,13 +210,14 @@ def pipeline_twin(victim: str, recipes: Recipes) -> nn.Module | None:
     """The pipeline's own model as a victim's clean twin; None unless it was made with this seed, recipe and data."""
     if not is_mixture(victim):
         wanted = _single_params(victim, recipes, is_expert=False)
-        return _model(_made_as(paths.artifact("baseline", victim), wanted, recipes))
+        backbone = recipes.backbone_of(recipes.baselines[victim])
+        return _model(_made_as(paths.artifact("baseline", victim), wanted, recipes, backbone))
     experts = _pipeline_experts(recipes)
     if experts is None:
         return None
     wanted = {"recipe": recipes.joint.model_dump(mode="json"), "epsilon": recipes.epsilon}
     inputs = {f"expert {name}": expert.header.sha256 for name, expert in experts.items()}
-    return _model(_made_as(paths.MIXTURE, wanted, recipes, inputs))
+    return _model(_made_as(paths.MIXTURE, wanted, recipes, recipes.backbone, inputs))
 
 
 def _pipeline_experts(recipes: Recipes) -> dict[str, Classifier] | None:
@@ -210,7 +225,7 @@ def _pipeline_experts(recipes: Recipes) -> dict[str, Classifier] | None:
     found = {}
     for name in recipes.joint.experts:
         wanted = _single_params(name, recipes, is_expert=True)
-        expert = _made_as(paths.artifact("pretrain", name), wanted, recipes)
+        expert = _made_as(paths.artifact("pretrain", name), wanted, recipes, recipes.backbone)
         if expert is None:
             return None
         found[name] = expert
@@ -229,7 +244,11 @@ def _single_params(name: str, recipes: Recipes, *, is_expert: bool) -> dict[str,
 
 
 def _made_as(
-    path: Path, params: dict[str, object], recipes: Recipes, experts: Mapping[str, str] = MappingProxyType({})
+    path: Path,
+    params: dict[str, object],
+    recipes: Recipes,
+    backbone: Backbone,
+    experts: Mapping[str, str] = MappingProxyType({}),
 ) -> Classifier | None:
     """The classifier in a file, None unless it was made with these params, seed, data and (a mixture) experts."""
     if not path.exists():
@@ -237,5 +256,5 @@ def _made_as(
     found = classifiers.load(path)
     made_from = {"dataset": _clean().sha256, **experts}
     same = found.header.params == params and found.header.seed == recipes.run_seed
-    same = same and found.header.inputs == made_from and found.about.architecture.backbone == recipes.backbone
+    same = same and found.header.inputs == made_from and found.about.architecture.backbone == backbone
     return found if same else None

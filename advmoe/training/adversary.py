@@ -17,6 +17,7 @@ from advmoe.attacks.fgsm import Fgsm, fgsm
 from advmoe.attacks.model import Craft
 from advmoe.attacks.pgd import Pgd, pgd
 from advmoe.params import Epsilon, NonNegativeFloat, PositiveFloat, PositiveInt, Settings
+from advmoe.training.trades import Trades, trades
 
 T = TypeVar("T")
 
@@ -42,6 +43,17 @@ class PgdBatches(Settings):
     step_size: PositiveFloat
 
 
+class TradesBatches(Settings):
+    """TRADES' inner maximisation with a number of steps drawn from `steps`; `step_size` relative to epsilon. `beta` is
+    the weight of the outer loss's second term (`advmoe.training.trades`).
+    """
+
+    kind: Literal["trades"]
+    steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    step_size: PositiveFloat
+    beta: PositiveFloat
+
+
 class MixedBatches(Settings):
     """One of several kinds, drawn with the given weights, then its own draw."""
 
@@ -57,33 +69,45 @@ class MixedBatches(Settings):
 
 
 Adversary = Annotated[CleanBatches | FgsmBatches | PgdBatches | MixedBatches, Field(discriminator="kind")]
+# TRADES is a loss as much as an attack, and one for plain networks
+SingleAdversary = Annotated[
+    CleanBatches | FgsmBatches | PgdBatches | TradesBatches | MixedBatches, Field(discriminator="kind")
+]
 
 
 class Drawn(NamedTuple):
     """The attack that one batch gets."""
 
-    attack: Fgsm | Pgd
+    attack: Fgsm | Pgd | Trades
     ball: LInf
 
 
-def bind(attack: Fgsm | Pgd) -> Craft:
+def bind(attack: Fgsm | Pgd | Trades) -> Craft:
     """The attack as a function. Not through the catalogue, or training would depend on every attack there is."""
     match attack:
         case Fgsm():
             return partial(fgsm, settings=attack)
         case Pgd():
             return partial(pgd, settings=attack)
+        case Trades():
+            return partial(trades, settings=attack)
 
 
 def craft(
-    model: nn.Module, images_BCHW: Tensor, labels_B: Tensor, drawn: Drawn, draws: Draws, precision: engine.Precision
+    model: nn.Module,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    drawn: Drawn,
+    draws: Draws,
+    precision: engine.Precision,
+    passes: engine.Passes | None = None,
 ) -> Tensor:
-    """Adversarial images for one training batch, every image attacked to the last step."""
-    with engine.crafting(model, precision) as cheap:
+    """Adversarial images for one training batch, every image attacked to the last step; `passes` counts the work."""
+    with engine.crafting(model, precision, passes) as cheap:
         return bind(drawn.attack)(cheap, images_BCHW, labels_B, ball=drawn.ball, draws=draws)
 
 
-def draw(adversary: Adversary, epsilon: float, stream: torch.Generator) -> Drawn | None:
+def draw(adversary: SingleAdversary, epsilon: float, stream: torch.Generator) -> Drawn | None:
     """Draw the attack of one batch; None for a clean one. `epsilon` is the threat model's."""
     match adversary:
         case CleanBatches():
@@ -94,9 +118,26 @@ def draw(adversary: Adversary, epsilon: float, stream: torch.Generator) -> Drawn
             steps = _pick(adversary.steps, stream)
             attack = Pgd(kind="pgd", steps=steps, step_size=adversary.step_size, restarts=1, loss="ce", targets=0)
             return Drawn(attack, LInf(epsilon))
+        case TradesBatches():
+            steps = _pick(adversary.steps, stream)
+            return Drawn(Trades(kind="trades", steps=steps, step_size=adversary.step_size), LInf(epsilon))
         case MixedBatches():
             chosen = torch.multinomial(torch.tensor(adversary.weights), 1, generator=stream)
             return draw(adversary.of[int(chosen)], epsilon, stream)
+
+
+def expected_passes(adversary: SingleAdversary) -> float:
+    """Passes forwards and back to the pixels that an image is attacked with, on average over the draws."""
+    match adversary:
+        case CleanBatches():
+            return 0.0
+        case FgsmBatches():
+            return 1.0
+        case PgdBatches() | TradesBatches():
+            return sum(adversary.steps) / len(adversary.steps)
+        case MixedBatches():
+            shares = [weight / sum(adversary.weights) for weight in adversary.weights]
+            return sum(share * expected_passes(kind) for share, kind in zip(shares, adversary.of, strict=True))
 
 
 def _pick(choices: Sequence[T], stream: torch.Generator) -> T:

@@ -3,6 +3,8 @@
 Shapes: B batch, C channel, H/W pixels, E experts.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from advmoe import classifiers
-from advmoe.classifiers import Backbone, GateSettings, Mixture
+from advmoe.classifiers import Backbone, GateSettings, Mixture, NoGate, OwnConfidence
 from advmoe.data.dataset import Dataset
-from advmoe.models.moe import MixtureOfExperts
+from advmoe.models.moe import Mixing, MixtureOfExperts
 from advmoe.params import Fraction01, NonNegativeFloat, PositiveFloat, Settings
 from advmoe.routing import entropy, gate_weights, shift
 from advmoe.training.adversary import Adversary
-from advmoe.training.loop import DIGITS, Course, Row, Trained, fit
+from advmoe.training.loop import DIGITS, Course, Learner, Row, Trained, fit
 from advmoe.training.recipe import Recipe, sgd
 
 
@@ -68,6 +70,11 @@ class MixtureLearner:
         pairs = [(self.mixture.experts, self.recipe.optimizer.lr), (self.mixture.gate, self.recipe.gate_lr)]
         return sgd(pairs, self.recipe.optimizer)
 
+    def begin(self, clean_BCHW: Tensor) -> None:
+        """All of the mixture learns."""
+        del clean_BCHW
+        self.mixture.train()
+
     def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
         """NLL of the mixture (its output is a log-probability already) plus the weighted imbalance of the load."""
         parts = self.mixture.parts(images_BCHW)
@@ -75,16 +82,17 @@ class MixtureLearner:
         return loss + self.recipe.load_balance * load_imbalance(parts.log_gate_BE)
 
     def after_backward(self) -> None:
-        """Remember the norm of the gate's gradient."""
+        """Remember the norm of the gate's gradient, where it has one."""
         gradients = [parameter.grad for parameter in self.mixture.gate.parameters() if parameter.grad is not None]
-        self.gate_norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm())
+        if gradients:
+            self.gate_norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm())
 
     def health(self, model: nn.Module, clean_NCHW: Tensor, attacked_NCHW: Tensor) -> Row:
         """Gate gradient, entropy (nats), shift under attack (total variation) and each expert's mean weight."""
         assert isinstance(model, MixtureOfExperts)
         clean_NE, attacked_NE = gate_weights(model, clean_NCHW), gate_weights(model, attacked_NCHW)
-        row = {
-            "gate_gradient": float(torch.stack(self.gate_norms).mean()),
+        row = {"gate_gradient": float(torch.stack(self.gate_norms).mean())} if self.gate_norms else {}
+        row |= {
             "gate_entropy": float(entropy(clean_NE)),
             "gate_shift": float(shift(clean_NE, attacked_NE)),
         }
@@ -102,29 +110,57 @@ def alarms(history: list[Row], kept: Row, recipe: JointRecipe) -> list[str]:
         for name, share in load.items()
         if share > recipe.alarms.load and len(load) > 1
     ]
-    dead = [row["epoch"] for row in history if row["gate_gradient"] < recipe.alarms.gradient]
+    dead = [row["epoch"] for row in history if row.get("gate_gradient", torch.inf) < recipe.alarms.gradient]
     if dead:
         found.append(f"gate: no gradient in epoch {dead[0]}, it does not learn")
     return found
 
 
+@dataclass(frozen=True)
+class Design:
+    """What tells one mixture from another: what weighs the experts, how votes are mixed, and how all of it learns."""
+
+    gate: GateSettings | NoGate | OwnConfidence
+    mixing: Mixing
+    learner: Callable[[MixtureOfExperts, JointRecipe], Learner]
+
+
+def the_papers(recipe: JointRecipe) -> Design:
+    """The defence of arXiv 2512.20821: a soft gate, and everything learns together."""
+    return Design(recipe.gate, recipe.mixing, MixtureLearner)
+
+
 def train_mixture(
-    experts: list[nn.Module], backbone: Backbone, dataset: Dataset, recipe: JointRecipe, *, seed: int, epsilon: float
+    experts: list[nn.Module],
+    backbone: Backbone,
+    dataset: Dataset,
+    recipe: JointRecipe,
+    *,
+    seed: int,
+    epsilon: float,
+    spent: int = 0,
+    name: str = "mixture",
+    design: Design | None = None,
 ) -> tuple[Trained, Mixture]:
-    """Train gate and copies of `experts` (in the order of `recipe.experts`) jointly; the architecture comes along."""
+    """Train gate and copies of `experts` (in the order of `recipe.experts`) jointly; the architecture comes along.
+
+    `spent`: operations that the experts took; `name`: whose random numbers these are; `design`: the paper's, if none.
+    """
+    design = design or the_papers(recipe)
     architecture = Mixture(
-        kind="mixture", backbone=backbone, experts=recipe.experts, gate=recipe.gate, mixing=recipe.mixing
+        kind="mixture", backbone=backbone, experts=recipe.experts, gate=design.gate, mixing=design.mixing
     )
-    mixture = classifiers.assemble(architecture, dataset.facts, experts, seed, "mixture")
+    mixture = classifiers.assemble(architecture, dataset.facts, experts, seed, name)
     course = Course(
-        name="mixture",
+        name=name,
         seed=seed,
         dataset=dataset,
         recipe=recipe,
         adversary=recipe.adversary,
         epsilon=epsilon,
         select_by="pgd",
+        spent=spent,
     )
-    trained = fit(MixtureLearner(mixture, recipe), course)
+    trained = fit(design.learner(mixture, recipe), course)
     trained.alarms.extend(alarms(trained.history, trained.kept, recipe))
     return trained, architecture

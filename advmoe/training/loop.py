@@ -23,9 +23,11 @@ from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.pgd import Pgd
 from advmoe.data.batches import batches, batches_per_epoch
 from advmoe.data.dataset import Dataset
+from advmoe.engine import Passes
 from advmoe.errors import UserError
 from advmoe.machine import derive_seed, device, generator
-from advmoe.training.adversary import Adversary, CleanBatches, bind, craft, draw
+from advmoe.training.adversary import CleanBatches, SingleAdversary, bind, craft, draw
+from advmoe.training.cost import SAMPLE, Cost, cost, rates
 from advmoe.training.recipe import Learning, Recipe, Validation, rate
 
 VALIDATION_BATCH = 200
@@ -41,6 +43,10 @@ class Learner(Protocol):
 
     def optimizer(self) -> torch.optim.Optimizer:
         """A fresh optimiser over the model's parameters."""
+        ...
+
+    def begin(self, clean_BCHW: Tensor) -> None:
+        """A step begins: put the model into train mode, or those parts that learn in it; look at the clean images."""
         ...
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
@@ -61,26 +67,29 @@ class Course:
     """One training run: what is learned from, under which attacks, and what `best` means.
 
     `epsilon`: L-inf radius of PGD batches and of validation; `select_by`: the column of the history to be highest. A
-    recipe without validation is not watched: its history holds losses only.
+    recipe without validation is not watched: its history holds losses only. `spent`: floating-point operations that
+    went into what training starts from.
     """
 
     name: str
     seed: int
     dataset: Dataset
     recipe: Learning
-    adversary: Adversary
+    adversary: SingleAdversary
     epsilon: float
     select_by: str
+    spent: int = 0
 
 
 @dataclass
 class Trained:
-    """The outcome: the model that was kept, one row per epoch, the row of the kept epoch, and its alarms."""
+    """The outcome: the model that was kept, one row per epoch, the row of the kept epoch, its alarms and its cost."""
 
     model: nn.Module
     history: list[Row]
     kept: Row
     alarms: list[str]
+    cost: Cost
     seconds: float = field(compare=False)
 
 
@@ -98,6 +107,7 @@ class Run:
         steps = recipe.epochs * self.steps_per_epoch
         self.scheduler = LambdaLR(self.optimizer, lambda step: rate(recipe.schedule, step, steps))
         self.average = _averaged(learner.model, recipe.ema)
+        self.passes, self.learned = Passes(), 0
         # a stream for each purpose: an attack with more restarts must not change the order of the images
         self.shuffle, self.adversary, self.noise = (
             generator(course.seed, course.name, purpose) for purpose in ("shuffle", "adversary", "noise")
@@ -121,10 +131,11 @@ class Run:
         """Attack one batch as drawn, learn from it; returns its loss."""
         course, model = self.course, self.learner.model
         recipe = course.recipe
-        drawn = draw(course.adversary, course.epsilon, self.adversary)
+        drawn, clean = draw(course.adversary, course.epsilon, self.adversary), images
         if drawn is not None:
-            images = craft(model, images, labels, drawn, BatchDraws(self.noise), recipe.precision)
-        model.train()
+            images = craft(model, images, labels, drawn, BatchDraws(self.noise), recipe.precision, self.passes)
+        self.learner.begin(clean.contiguous(memory_format=torch.channels_last))
+        self.learned += len(labels)
         self.optimizer.zero_grad(set_to_none=True)
         with engine.autocast(images.device, recipe.precision):
             loss = self.learner.loss(images.contiguous(memory_format=torch.channels_last), labels)
@@ -147,6 +158,7 @@ def fit(learner: Learner, course: Course) -> Trained:
     """
     started = time.monotonic()
     run, recipe = Run(learner, course), course.recipe
+    each = rates(learner, run.images[:SAMPLE].float() / 255, run.labels)
     history: list[Row] = []
     kept: Row = {}
     weights: Mapping[str, Tensor] = {}
@@ -159,7 +171,8 @@ def fit(learner: Learner, course: Course) -> Trained:
         kept, weights = history[-1], copy.deepcopy(run.model.state_dict())
     learner.model.load_state_dict(weights)
     alarms = _overfitting(course, recipe.validation, kept) if isinstance(recipe, Recipe) else []
-    return Trained(learner.model.eval(), history, kept, alarms, time.monotonic() - started)
+    worth = cost(learner.model, each, run.passes, run.learned, course.spent)
+    return Trained(learner.model.eval(), history, kept, alarms, worth, time.monotonic() - started)
 
 
 def _mean(losses: list[Tensor], name: str, epoch: int) -> float:

@@ -22,7 +22,7 @@ def record(
     seed: int,
 ) -> None:
     """Write a trained classifier with its numbers. The artifact comes last: where it is, all of it is."""
-    metrics = {"validation": trained.kept, "alarms": trained.alarms}
+    metrics = {"validation": trained.kept, "alarms": trained.alarms, "cost": trained.cost.as_dict()}
     files.write_json(paths.metrics(stage, name), metrics)
     files.write_csv(paths.plots(stage, name), trained.history)
     classifiers.save(

@@ -11,10 +11,11 @@ from advmoe.classifiers import Backbone, Plain
 from advmoe.data.dataset import Dataset
 from advmoe.machine import derive_seed
 from advmoe.params import Epsilon, Seed, Settings
-from advmoe.training.adversary import Adversary, CleanBatches, FgsmBatches
-from advmoe.training.loop import Course, Row, Trained, fit
+from advmoe.training.adversary import CleanBatches, FgsmBatches, SingleAdversary, TradesBatches
+from advmoe.training.loop import Course, Learner, Row, Trained, fit
 from advmoe.training.recipe import Learning, Recipe, sgd
 from advmoe.training.record import record
+from advmoe.training.trades import trades_loss
 
 
 class Student(Settings):
@@ -24,7 +25,7 @@ class Student(Settings):
     `seed` (which everybody reads anyway) for the others, so that `-S epsilon=...` does not retrain them.
     """
 
-    adversary: Adversary
+    adversary: SingleAdversary
     seed: Seed
     reads: Literal["seed", "epsilon"]
 
@@ -63,6 +64,11 @@ class PlainLearner:
         """SGD over all parameters."""
         return sgd([(self.model, self.recipe.optimizer.lr)], self.recipe.optimizer)
 
+    def begin(self, clean_BCHW: Tensor) -> None:
+        """Train mode; what the batch was before the attack does not matter."""
+        del clean_BCHW
+        self.model.train()
+
     def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
         """Mean cross-entropy."""
         return functional.cross_entropy(self.model(images_BCHW), labels_B)
@@ -74,6 +80,31 @@ class PlainLearner:
         """No further columns."""
         del model, clean_NCHW, attacked_NCHW
         return {}
+
+
+class TradesLearner(PlainLearner):
+    """TRADES' two terms: right on clean images, and the same answer on attacked ones (Zhang et al. 2019)."""
+
+    def __init__(self, model: nn.Module, recipe: Learning, beta: float) -> None:
+        super().__init__(model, recipe)
+        self.beta = beta
+        self.clean_BCHW = torch.zeros(0)
+
+    def begin(self, clean_BCHW: Tensor) -> None:
+        """Remember the clean images of this batch."""
+        super().begin(clean_BCHW)
+        self.clean_BCHW = clean_BCHW
+
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        """Cross-entropy on the clean images plus beta times the divergence on the attacked ones."""
+        return trades_loss(self.model(self.clean_BCHW), self.model(images_BCHW), labels_B, self.beta)
+
+
+def learner_of(student: Student, model: nn.Module, recipe: Learning) -> Learner:
+    """How this student learns: from cross-entropy, or as TRADES does."""
+    if isinstance(student.adversary, TradesBatches):
+        return TradesLearner(model, recipe, student.adversary.beta)
+    return PlainLearner(model, recipe)
 
 
 def train_single(
@@ -103,7 +134,7 @@ def train_single(
         epsilon=recipe.validation_epsilon if epsilon is None else epsilon,
         select_by="pgd" if meets else "clean",
     )
-    return fit(PlainLearner(model, recipe), course)
+    return fit(learner_of(student, model, recipe), course)
 
 
 def train_and_record(

@@ -1,0 +1,118 @@
+"""What training costs, so that comparisons can be made at equal cost: counted work, which equal runs agree on.
+
+Seconds and memory are of the circumstances and stand in an artifact's sidecar.
+
+Shapes: B batch, C channel, H/W pixels.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from advmoe import engine
+from advmoe.classifiers import Classifier
+from advmoe.errors import UserError
+
+SAMPLE = 2  # images to count on: BatchNorm cannot learn from one
+ROUNDS = 2  # learning steps to count: who alternates between two parts has two kinds of steps
+
+
+class Learns(Protocol):
+    """What of a learner is needed to count its work."""
+
+    model: nn.Module
+
+    def begin(self, clean_BCHW: Tensor) -> None:
+        """A step begins."""
+        ...
+
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        """The scalar to minimise."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Floating-point operations (a multiplication and an addition are two) that one image costs: `forward` as in use,
+    `pixels` backwards from the output to the pixels, `learning` for loss and gradients of a training step.
+    """
+
+    forward: int
+    pixels: int
+    learning: int
+
+
+def rates(learner: Learns, images_BCHW: Tensor, labels_B: Tensor) -> Rates:
+    """Counted on the first images of a batch of floats in [0, 1]; the learner is left as it was."""
+    images, labels = images_BCHW[:SAMPLE], labels_B[:SAMPLE]
+    with engine.crafting(learner.model, "float32") as cheap:
+        with _counted() as forward, torch.no_grad():
+            cheap(images)
+        pixels = images.clone().requires_grad_(True)
+        with _counted() as both, torch.enable_grad():
+            cheap(pixels).sum().backward()  # the counter does not bear autograd.grad
+    trial = copy.deepcopy(learner)
+    with _counted() as learning:
+        for _ in range(ROUNDS):
+            trial.begin(images)
+            trial.loss(images, labels).backward()  # type: ignore[no-untyped-call]
+    once = forward.get_total_flops()
+    return Rates(
+        forward=once // len(images),
+        pixels=(both.get_total_flops() - once) // len(images),
+        learning=learning.get_total_flops() // (ROUNDS * len(images)),
+    )
+
+
+@contextmanager
+def _counted() -> Iterator[FlopCounterMode]:
+    with FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`parameters` of the network, `flops_per_image` of one forward pass; images gone through in training: attacked
+    forwards and backwards, and learned from; `training_flops` of all that, and with what the network was built from.
+    """
+
+    parameters: int
+    flops_per_image: int
+    crafting_forward: int
+    crafting_backward: int
+    learning: int
+    training_flops: int
+    total_training_flops: int
+
+    def as_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return asdict(self)
+
+
+def parameters(model: nn.Module) -> int:
+    """Numbers that training may choose."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def cost(model: nn.Module, each: Rates, passes: engine.Passes, learned: int, before: int) -> Cost:
+    """Of a training run that learned from `learned` images; `before`: operations spent on what it started from."""
+    own = each.forward * passes.forward + each.pixels * passes.backward + each.learning * learned
+    return Cost(parameters(model), each.forward, passes.forward, passes.backward, learned, own, own + before)
+
+
+def spent(classifiers: Mapping[str, Classifier]) -> int:
+    """Operations that training these networks took in all. Raises UserError when one does not say."""
+    return sum(_spent(name, classifier.header.metrics) for name, classifier in classifiers.items())
+
+
+def _spent(name: str, metrics: Mapping[str, Any]) -> int:
+    try:
+        return int(metrics["cost"]["total_training_flops"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{name}: does not say what its training cost; `dvc repro` builds it again") from None

@@ -1,0 +1,33 @@
+"""The pre-trained experts that a mixture starts from."""
+
+from collections.abc import Mapping, Sequence
+
+from advmoe import classifiers, paths
+from advmoe.classifiers import Backbone, Classifier, Plain
+from advmoe.data.dataset import Dataset
+from advmoe.errors import UserError
+
+
+def load_experts(names: Sequence[str], data: Dataset) -> dict[str, Classifier]:
+    """The experts, in that order. Raises UserError when one is missing or was trained on other data."""
+    experts = {name: classifiers.load(paths.artifact("pretrain", name)) for name in names}
+    for name, expert in experts.items():
+        if expert.header.inputs.get("dataset") != data.sha256:
+            raise UserError(
+                f"{paths.artifact('pretrain', name)}: trained on other data than {paths.DATASET}; run `dvc repro`"
+            )
+    return experts
+
+
+def backbone_of(experts: Mapping[str, Classifier]) -> Backbone:
+    """What all of them are. Raises UserError when they differ."""
+    architectures = [expert.about.architecture for expert in experts.values()]
+    backbones = {plain.backbone for plain in architectures if isinstance(plain, Plain)}
+    if len(backbones) != 1:
+        raise UserError("train.experts: the experts have different backbones; run `dvc repro`")
+    return backbones.pop()
+
+
+def hashes(data: Dataset, experts: Mapping[str, Classifier]) -> dict[str, str]:
+    """What a mixture was made from, for its header."""
+    return {"dataset": data.sha256} | {f"expert {name}": expert.header.sha256 for name, expert in experts.items()}
