@@ -108,7 +108,7 @@ def save(
     write_bytes(path, to_safetensors(stored, metadata={METADATA_KEY: canonical_json(header.model_dump())}))
     write_json(
         sidecar(path),
-        {"sha256": header.sha256, **_circumstances(seconds), **({"timings": dict(timings)} if timings else {})},
+        {"sha256": header.sha256, **circumstances(seconds), **({"timings": dict(timings)} if timings else {})},
     )
     return header
 
@@ -152,7 +152,8 @@ def sidecar(path: Path) -> Path:
     return path.with_suffix(".run.json")
 
 
-def _circumstances(seconds: float) -> dict[str, Any]:
+def circumstances(seconds: float) -> dict[str, Any]:
+    """What may differ between two runs of the same work: commit, machine, time and memory."""
     commit = _git("rev-parse", "HEAD")
     return {
         "commit": commit,

@@ -153,7 +153,7 @@ def save(
     artifacts.save(
         path,
         KIND,
-        _stored(model),
+        stored(model),
         about=about,
         params=params,
         inputs=inputs,
@@ -168,7 +168,7 @@ def load(path: Path) -> Classifier:
     artifact = artifacts.load(path, KIND)
     about = validate(artifact.header.about, About, f"{path}: header")
     model = build(about.architecture, about.facts, 0)
-    expected = {name: tuple(tensor.shape) for name, tensor in _stored(model).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in stored(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
     if expected != found:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -177,7 +177,7 @@ def load(path: Path) -> Classifier:
     return Classifier(model.eval(), about, artifact.header)
 
 
-def _stored(model: nn.Module) -> dict[str, Tensor]:
+def stored(model: nn.Module) -> dict[str, Tensor]:
     """The tensors worth keeping: BatchNorm's batch counter has no influence on anything here."""
     return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
 

@@ -82,7 +82,7 @@ class UniformGate(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         log_share = -torch.log(torch.tensor(float(self.experts)))
-        return log_share.to(images_BCHW.device).expand(len(images_BCHW), self.experts)
+        return log_share.to(images_BCHW.device).expand(images_BCHW.shape[0], self.experts)
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:
