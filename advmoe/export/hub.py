@@ -45,6 +45,12 @@ def export_hub(artifact: Path, folder: Path, card: str) -> None:
         write(fresh, Pack(classifier, description, card))
 
 
+def card_beside(artifact: Path) -> str:
+    """The model card that lies beside an artifact, as the report stage writes one for the mixture; else nothing."""
+    path = artifact.with_suffix(".md")
+    return _read_card(path) if path.exists() else ""
+
+
 def write(folder: Path, pack: Pack) -> None:
     """Write the files of a pack.
 

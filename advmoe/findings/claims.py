@@ -105,7 +105,7 @@ def show(findings: Findings) -> None:
 
 def _finding(name: str, claim: Claim, found: Evidence | Refusal, adjusted: float | None) -> Finding:
     if isinstance(found, Refusal):
-        return Finding(name, claim, found.status, f"{found.status}: {found.reason}")
+        return Finding(name, claim, found.status, found.reason)
     assert adjusted is not None
     sentence = _sentence(claim, found, adjusted)
     return Finding(name, claim, status(found.paired.difference, adjusted), sentence, found, adjusted)

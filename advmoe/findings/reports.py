@@ -1,13 +1,13 @@
 """What is said of a model in metrics/evaluate/<slug>.json and metrics/verdict.json, as far as findings need it."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from advmoe import paths
 from advmoe.errors import UserError
-from advmoe.findings.decisions import Decisions, slug
+from advmoe.findings.decisions import CLEAN, WORST, Decisions, slug
 from advmoe.params import NonNegativeInt, PositiveInt, validate
 from advmoe.records import Record, read_json
 
@@ -46,11 +46,17 @@ class Report(Part):
 
     model: str
     epsilon: float
-    accuracy: Annotated[dict[str, Counted | None], Field(min_length=1)]
+    accuracy: dict[str, Counted | None]
     verdict: Literal["pass", "warn", "fail", "not asked"]
     withheld: tuple[str, ...]
     attacks: dict[str, Attack]
     terms: Terms
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Report":
+        if not {CLEAN, WORST} <= set(self.accuracy):
+            raise ValueError(f"accuracy must hold {CLEAN} and {WORST}")
+        return self
 
     @property
     def judged(self) -> bool:
@@ -91,8 +97,14 @@ def failures(record: Record, report: Report) -> list[str]:
 
 def check_agreement(record: Record, report: Report, decisions: Decisions) -> None:
     """Report and decisions must be of one run: every accuracy must follow from the decisions. Raises UserError."""
-    for kind, correct in decisions.correct.items():
-        stated, cells = report.accuracy.get(kind), [cell for cell in correct if cell is not None]
-        withheld = stated is None and kind in report.accuracy
-        if not withheld and (stated is None or (stated.correct, stated.total) != (sum(cells), len(cells))):
+    for kind in {**report.accuracy, **decisions.correct}:
+        if not _agrees(kind, report, decisions):
             raise UserError(f"{record.name}: decisions and report on {report.model} do not agree under {kind}")
+
+
+def _agrees(kind: str, report: Report, decisions: Decisions) -> bool:
+    if kind not in report.accuracy or kind not in decisions.correct:
+        return False
+    stated = report.accuracy[kind]
+    cells = [cell for cell in decisions.correct[kind] if cell is not None]
+    return stated is None or (stated.correct, stated.total) == (sum(cells), len(cells))

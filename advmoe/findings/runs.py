@@ -17,7 +17,7 @@ from advmoe.records import Record, commit_of, dotted, read_params
 
 LOCK = Path("dvc.lock")
 STAGES = ("prepare", "pretrain", "train", "baseline", "evaluate")  # what decisions come from
-NO_RESULT = ("seed", "launcher", "claims")  # keys of params.yaml in which the runs of one method may differ
+NO_RESULT = ("seed", "launcher", "report")  # keys of params.yaml in which the runs of one method may differ
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,8 @@ def show(found: Aggregate) -> None:
         for finding in group.findings:
             _warn(finding.left, f"{finding.name}: ")
     _warn(found.left, "")
+    if not found.groups:
+        console.say("no record holds results that claims could be judged by")
 
 
 def _group(runs: Sequence[Run], claims: Mapping[str, Claim], apart: Sequence[str]) -> Group:
@@ -167,7 +169,7 @@ def _before_test(name: str, claim: Claim, runs: Sequence[Run]) -> Finding:
     left = tuple(Left(run.record.name, f"{refusal.status}: {refusal.reason}") for run, refusal in refused)
     failed = [(run, refusal) for run, refusal in refused if refusal.status == "withheld"]
     if failed:  # to go on without these seeds would be to choose seeds
-        sentence = f"withheld: a check failed at seed {files.names(run.seed for run, _ in failed)}"
+        sentence = f"a check failed at seed {files.names(run.seed for run, _ in failed)}"
         return Finding(name, claim, "withheld", f"{sentence}: {failed[0][1].reason}", (), left)
     replicates = tuple(Replicate(run, each) for run, each in found if isinstance(each, Evidence))
     return Finding(name, claim, "not judged", _too_few([each.run.seed for each in replicates]), replicates, left)
@@ -177,7 +179,7 @@ def _too_few(seeds: Sequence[int]) -> str:
     missing = [seed for seed in range(LEAST + len(seeds)) if seed not in seeds][: LEAST - len(seeds)]
     have = f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}" + (f" ({files.names(sorted(seeds))})" if seeds else "")
     more = f"`dvc exp run --queue -S 'seed={','.join(map(str, missing))}'`, `dvc queue start`, `advmoe aggregate`"
-    return f"not judged: {have}, and a method is judged from {LEAST} on; for more: {more}"
+    return f"{have}, and a method is judged from {LEAST} on; for more: {more}"
 
 
 def _after_test(finding: Finding, tested: Tested, adjusted: float) -> Finding:
