@@ -1,15 +1,18 @@
-# make repro            build everything: nine experts, the mixture, two baselines, evaluation, poisoning, extraction, membership; then show the results
+# make repro            build everything: experts, mixture, comparators, evaluation, poisoning, extraction, membership, report; then show the results
 # make repro JOBS=1     one network after another, as `dvc repro` does; default: one to each core, on one thread
 # make repro PROFILE=x  the same after laying profiles/x.yaml over params.yaml (smoke, digits, digits-full, cifar10-cpu, cifar10, svhn)
 # make test, make lint, make clean
 # make bench            our attacks and poison against others', in .venv-bench: their libraries do not get along with DVC's
 PYTHON ?= python3
-# experts and baselines do not need each other; on a GPU (ADVMOE_DEVICE) choose what its memory holds
+# experts do not need each other, nor do the mixture and its comparators; on a GPU (ADVMOE_DEVICE) choose what its memory holds
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 # DVC runs `python -m advmoe`: the environment's python must be the first on PATH
 export PATH := $(BIN):$(PATH)
+# the stages whose names match, one to a core
+side_by_side = dvc stage list --name-only | grep -E '$(1)' \
+	| ADVMOE_THREADS=1 OMP_NUM_THREADS=1 xargs -P $(JOBS) -n 1 dvc --wait-for-lock repro --single-item
 .DEFAULT_GOAL := repro
 .PHONY: repro test lint bench clean
 
@@ -18,9 +21,8 @@ repro: $(VENV)/.installed
 	$(if $(PROFILE),python -m advmoe use $(PROFILE))
 	@python -m advmoe check
 	dvc repro prepare
-	@dvc stage list --name-only \
-		| grep -E '^(pretrain|baseline)@' | sort \
-		| ADVMOE_THREADS=1 OMP_NUM_THREADS=1 xargs -P $(JOBS) -n 1 dvc --wait-for-lock repro --single-item
+	@$(call side_by_side,^pretrain@)
+	@$(call side_by_side,^(train|baseline@.*)$$)
 	dvc repro
 	@python -m advmoe results
 

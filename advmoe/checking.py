@@ -47,7 +47,7 @@ def check_dvc_file(params: Params) -> None:
     for stage, artifacts in needed.items():
         entry = stages.get(stage) or {}
         listed = set(map(str, entry.get("do", entry).get("deps") or []))
-        missing = [str(path) for path in artifacts if str(path) not in listed]
+        missing = [str(path) for path in artifacts if not {str(path), str(path.parent)} & listed]
         if missing:
             raise UserError(f"{DVC_FILE}: stages.{stage}.deps must list {missing[0]}, or DVC will not see it change")
 

@@ -195,6 +195,75 @@ def membership() -> None:
     stage.run()
 
 
+@app.command(rich_help_panel=STAGES)
+def report(
+    records: Annotated[
+        list[str] | None,
+        typer.Argument(help="Two git revisions, DVC experiments or folders to compare; none for the report itself."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Write the report, or compare two experiments side by side."""
+    if records:
+        from advmoe.report import compare
+
+        page = compare.compare_and_write(records)
+    else:
+        _stage()
+        from stages import report as stage
+
+        page = stage.run()
+    if show:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def aggregate(
+    records: Annotated[
+        list[str] | None,
+        typer.Argument(help="Git revisions, DVC experiments or folders; default: all experiments and this folder."),
+    ] = None,
+) -> None:
+    """Test the report's claims over at least three seeds: about methods, not about one set of weights."""
+    from advmoe import schema
+    from advmoe.findings import seeds
+    from advmoe.records import open_record
+
+    claims = schema.load_params().report.claims
+    chosen = [open_record(name) for name in records or ()]
+    found = seeds.aggregate(chosen or seeds.available(), claims, chosen=bool(chosen))
+    seeds.write(found, paths.AGGREGATE)
+    seeds.show(found)
+    console.say(f"written to {paths.AGGREGATE}; `dvc repro report` takes it into the report")
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def export(
+    model: Annotated[Path, typer.Option(help="A classifier artifact.")] = paths.MIXTURE,
+    hub: Annotated[Path | None, typer.Option(help="A folder for huggingface_hub: weights, config, model card.")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="An ONNX file, checked against PyTorch.")] = None,
+) -> None:
+    """Write a classifier in a form that others load, with all that is known of its origin."""
+    if hub is None and onnx is None:
+        raise UserError("nothing to export to: say --hub FOLDER, --onnx FILE, or both")
+    _torch()
+    if hub is not None:
+        from advmoe.export.hub import card_beside, export_hub
+
+        export_hub(model, hub, card_beside(model))
+        console.say(f"{hub}: RobustClassifier.from_pretrained({str(hub)!r}) loads it; `hf upload` publishes it")
+    if onnx is not None:
+        from advmoe.export.onnx import export_onnx
+
+        checked = export_onnx(model, onnx)
+        console.say(
+            f"{onnx}: onnxruntime decides as PyTorch does on {checked.images} images, "
+            f"log-probabilities differ by {checked.difference:.1g} at most"
+        )
+
+
 @app.command(rich_help_panel=QUESTIONS)
 def attacks() -> None:
     """List the attacks: norms, access, cost, source."""

@@ -17,6 +17,11 @@ ADVERSARIAL = ARTIFACTS / "evaluate" / "adversarial.safetensors"
 SUMMARY = METRICS / "evaluate.json"
 EVALUATION = METRICS / "evaluate"
 VERDICT = METRICS / "verdict.json"
+FINDINGS = METRICS / "findings.json"
+AGGREGATE = METRICS / "aggregate.json"
+REPORT = ARTIFACTS / "report"
+CARD = MIXTURE.with_suffix(".md")
+COMPARISONS = RUNS / "comparisons"
 
 
 def artifact(stage: str, name: str) -> Path:

@@ -17,7 +17,7 @@ from advmoe.schema import Params
 NULL_TAG = "tag:yaml.org,2002:null"
 BASE = "digits"  # what every profile is an overlay of
 # lists by name that a profile gives as a whole, or those of another would stay behind
-WHOLE = {"poison.attacks", "extract.attacks", "membership.victims"}
+WHOLE = {"baseline", "poison.attacks", "extract.attacks", "membership.victims", "report.claims"}
 LINE_WIDTH = 4096  # never fold a line: a comment belongs to its key
 
 

@@ -3,7 +3,8 @@ these numbers may be believed.
 
 Reads `seed`, `epsilon`, `evaluate`, the data set, the mixture, the pre-trained experts and the baselines. Writes
 metrics/evaluate.json (the headline), metrics/verdict.json (the checks), metrics/evaluate/ (one file per model),
-plots/evaluate/ and, with the adversarial images, artifacts/evaluate/adversarial.safetensors.
+metrics/decisions/ (who was right, image by image), plots/evaluate/ and, with the adversarial images,
+artifacts/evaluate/adversarial.safetensors.
 
 Shapes: N images, E experts.
 """
@@ -28,6 +29,7 @@ from advmoe.evaluation.minimal import minimal_epsilons
 from advmoe.evaluation.paired import compare
 from advmoe.evaluation.results import Result
 from advmoe.evaluation.suite import Evaluate, fitting, robustness_curve
+from advmoe.findings import decisions
 from advmoe.machine import device
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import Epsilon, Seed, load_section
@@ -182,6 +184,7 @@ def _write(found: dict[str, Result], inputs: Inputs) -> None:
     mixture.extra = {"gate": weights, "oracle_routing": gate.oracle_routing(mixture.target, mixture.measured)}
     for name, result in found.items():
         files.write_json(results.report_path(name), results.report(name, result, inputs.epsilon))
+        files.write_csv(decisions.path(name), decisions.rows(result.measured, inputs.split))
     files.write_json(paths.SUMMARY, results.summary(found, inputs.epsilon))
     judged = {name: result.verdict for name, result in found.items()}
     files.write_json(paths.VERDICT, {name: judgement.as_dict() for name, judgement in judged.items() if judgement})

@@ -1,7 +1,7 @@
 """The results of the pipeline's evaluation: what the metrics hold and how they are shown."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,13 @@ class Result:
 def is_expert(name: str) -> bool:
     """Whether a result is that of a single expert."""
     return name.startswith((PRETRAINED, JOINT))
+
+
+def names(experts: Sequence[str], baselines: Sequence[str]) -> tuple[str, ...]:
+    """What everything that is evaluated is called."""
+    plain = (BASELINE + name for name in baselines)
+    parts = (prefix + name for prefix in (PRETRAINED, JOINT) for name in experts)
+    return (MIXTURE, UNIFORM, BEFORE, *plain, *parts)
 
 
 def report_path(name: str) -> Path:

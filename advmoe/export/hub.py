@@ -48,7 +48,7 @@ def export_hub(artifact: Path, folder: Path, card: str) -> None:
 def card_beside(artifact: Path) -> str:
     """The model card that lies beside an artifact, as the report stage writes one for the mixture; else nothing."""
     path = artifact.with_suffix(".md")
-    return _read_card(path) if path.exists() else ""
+    return _read_card(path)
 
 
 def write(folder: Path, pack: Pack) -> None:

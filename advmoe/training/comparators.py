@@ -1,8 +1,8 @@
 """What the mixture is compared with: plain networks of several sizes and budgets, and mixtures of others.
 
 One recipe for all. A plain network is trained as an expert is, for as many epochs as the mixture's two phases have
-together, unless it is to match the mixture's work; another mixture starts from the mixture's own pre-trained experts and
-takes the place of its joint phase.
+together, unless it is to match the mixture's work; another mixture starts from the mixture's own pre-trained experts,
+and its training takes the place of the joint phase.
 """
 
 from typing import Annotated, Any, Literal
@@ -26,8 +26,8 @@ Beside = Literal["train.epochs", "train"]
 
 
 class SingleNetwork(Student):
-    """A plain network. `backbone` at the project's `model.width`, widened if it is to `match` the mixture's parameters;
-    trained for longer if it is to match the operations that the whole mixture's training takes.
+    """A plain network. `backbone` at the project's `model.width`, widened if it is to `match` the mixture's
+    parameters; trained for longer if it is to match the operations that the whole mixture's training takes.
 
     `beside` and `needs` say what DVC watches: the number of joint epochs or all of `train`; the data or the experts too.
     """

@@ -56,12 +56,12 @@ def rates(learner: Learns, images_BCHW: Tensor, labels_B: Tensor) -> Rates:
             cheap(images)
         pixels = images.clone().requires_grad_(True)
         with _counted() as both, torch.enable_grad():
-            cheap(pixels).sum().backward()  # the counter does not bear autograd.grad
+            torch.autograd.backward(cheap(pixels).sum())  # the counter does not bear autograd.grad
     trial = copy.deepcopy(learner)
     with _counted() as learning:
         for _ in range(ROUNDS):
             trial.begin(images)
-            trial.loss(images, labels).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(trial.loss(images, labels))
     once = forward.get_total_flops()
     return Rates(
         forward=once // len(images),

@@ -1,0 +1,25 @@
+"""The report's files."""
+
+from pathlib import Path
+
+from advmoe import files
+from advmoe.records import HERE, Record
+from advmoe.report import gallery
+from advmoe.report.content import gather
+from advmoe.report.markdown import render_markdown
+from advmoe.report.page import render_html
+
+HTML, MARKDOWN = "report.html", "report.md"
+
+
+def build(record: Record, folder: Path, examples: int, root: Path = HERE) -> tuple[Path, Path]:
+    """Write report.html and report.md into `folder`; returns their paths.
+
+    The gallery shows `examples` images of the artifacts under `root`, if they are those of the record. Raises
+    UserError for a record of another schema, and when `folder` cannot be written.
+    """
+    content = gather(record, lambda sources: gallery.section(sources, root, examples))
+    page, text = render_html(content), render_markdown(content)  # both or none
+    files.write_text(folder / HTML, page)
+    files.write_text(folder / MARKDOWN, text)
+    return folder / HTML, folder / MARKDOWN

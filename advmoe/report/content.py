@@ -1,0 +1,62 @@
+"""All that a report says, gathered from a record."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from advmoe.records import Record
+from advmoe.report import checks, ledger, overview, provenance, robustness, threats, training
+from advmoe.report.document import Section
+from advmoe.report.overview import Head
+from advmoe.report.reading import Sources
+
+TITLE = "Evidence for a robust mixture of experts"
+
+
+@dataclass(frozen=True)
+class Content:
+    """A report before it is rendered. `record`: what it was read from; `subject`: data set, epsilon and seed."""
+
+    title: str
+    subject: str
+    record: str
+    head: Head
+    sections: tuple[Section, ...]
+
+
+Gallery = Callable[[Sources], Section]
+
+
+def gather(record: Record, gallery: Gallery | None = None) -> Content:
+    """Read everything a report needs. `gallery` makes the section of examples, which needs more than the record.
+
+    What did not run is said in a sentence. Raises UserError for files of another schema and for broken ones.
+    """
+    sources = Sources(record)
+    found = [
+        overview.section(sources),
+        robustness.over_epsilon(sources),
+        robustness.matrix(sources),
+        robustness.gate(sources),
+        *([gallery(sources)] if gallery else []),
+        training.curves(sources),
+        threats.poisoning(sources),
+        threats.extraction(sources),
+        threats.membership(sources),
+        training.cost(sources),
+        checks.section(sources),
+        ledger.section(sources),
+        provenance.section(sources),
+    ]
+    return Content(TITLE, subject(sources), record.name, overview.head(sources), tuple(found))
+
+
+def subject(sources: Sources) -> str:
+    """What the run was about, in a line."""
+    params = sources.params
+    source = params.get("prepare", {}).get("source", {})
+    parts = [
+        f"data: {source['kind']}" if "kind" in source else "",
+        f"L-inf epsilon {params['epsilon']}" if "epsilon" in params else "",
+        f"seed {params['seed']}" if "seed" in params else "",
+    ]
+    return ", ".join(filter(None, parts)) or "no params.yaml in this record"

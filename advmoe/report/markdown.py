@@ -1,0 +1,99 @@
+"""The report as Markdown, short enough for a pull request."""
+
+import html
+import re
+from collections.abc import Callable, Iterable
+
+from advmoe.report.content import Content
+from advmoe.report.document import Block, Folded, Link, Listing, Paragraph, Row, Section, Table
+from advmoe.report.overview import Head
+
+SPECIAL = re.compile(r"([\\`*_\[\]~])")
+ENTITIES = {"|": "&#124;", "@": "&#64;", "\n": " ", "\r": " "}  # a bar would end a cell, an @ call somebody
+
+
+def escape(text: str) -> str:
+    """Text that GitHub shows as it is, in a paragraph or in the cell of a table."""
+    safe = SPECIAL.sub(r"\\\1", html.escape(text, quote=False))
+    for character, entity in ENTITIES.items():
+        safe = safe.replace(character, entity)
+    return safe
+
+
+def render_markdown(content: Content) -> str:
+    """Verdict, headline, findings and the brief sections; figures are left to the page."""
+    parts = [f"# {escape(content.title)}", escape(f"{content.subject}; record: {content.record}"), *_head(content.head)]
+    for section in content.sections:
+        if section.brief:
+            parts += _section(section)
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(head: Head) -> Iterable[str]:
+    yield f"**Verdict: {escape(head.verdict)}.** {escape(head.meaning)}"
+    if head.number:
+        between = head.interval.replace(" to ", ", ")
+        yield f"**{head.number} %** [{between}] {escape(head.caption)}; clean {escape(head.clean)}."
+    if head.reasons:
+        yield "\n".join(f"- withheld: {escape(reason)}" for reason in head.reasons)
+    if head.findings:
+        rows = [[escape(text) for text in (f.claim, f.status, f.sentence, f.basis)] for f in head.findings]
+        yield _grid(["claim", "finding", "evidence", "rests on"], rows)
+    yield from map(escape, head.notes)
+
+
+def _section(section: Section) -> list[str]:
+    return [f"## {escape(section.title)}", *blocks(section.blocks)]
+
+
+def blocks(found: Iterable[Block]) -> list[str]:
+    """Each block as Markdown; what can only be seen is left out."""
+    return [text for block in found if (text := _block(block))]
+
+
+def _block(block: Block) -> str:
+    kind = type(block)
+    return RENDERERS[kind](block) if kind in RENDERERS else ""
+
+
+def _paragraph(block: Paragraph) -> str:
+    return f"**{escape(block.text)}**" if block.loud else escape(block.text)
+
+
+def _table(block: Table) -> str:
+    rows = [_cells(each) for each in block.rows]
+    return f"{escape(block.caption)}:\n\n{_grid([escape(each) for each in block.columns], rows)}"
+
+
+def _cells(row: Row) -> list[str]:
+    texts = [escape(cell.text) for cell in row.cells]
+    return [f"**{texts[0]}**", *texts[1:]] if row.emphasis else texts
+
+
+def _grid(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _folded(block: Folded) -> str:
+    inside = "\n\n".join(blocks(block.blocks))
+    title = html.escape(block.title)
+    return f"<details><summary>{title}</summary>\n\n{inside}\n\n</details>" if inside else ""
+
+
+def _listing(block: Listing) -> str:
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", block.text)), default=0))
+    return f"{fence}\n{block.text}\n{fence}"
+
+
+def _link(block: Link) -> str:
+    return f"[{escape(block.text)}]({block.address})"
+
+
+RENDERERS: dict[type, Callable[..., str]] = {
+    Paragraph: _paragraph,
+    Table: _table,
+    Folded: _folded,
+    Listing: _listing,
+    Link: _link,
+}

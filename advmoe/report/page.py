@@ -1,0 +1,46 @@
+"""The report, and a comparison of two experiments, as HTML pages that need nothing but themselves."""
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from advmoe.report.content import Content
+from advmoe.report.document import Paragraph, Section, row, table
+
+if TYPE_CHECKING:
+    from advmoe.report.compare import Comparison
+    from advmoe.report.compare import Table as Compared
+
+
+@lru_cache(maxsize=1)
+def environment() -> Environment:
+    """The templates of this folder. Everything is escaped; only drawings come as markup."""
+    found = Environment(
+        loader=PackageLoader("advmoe.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters["drawing"] = Markup  # made by advmoe.report.svg, which escapes names itself
+    return found
+
+
+def render_html(content: Content) -> str:
+    """The page: no script, no request to anywhere."""
+    return environment().get_template("report.html.j2").render(content=content) + "\n"
+
+
+def render_comparison(comparison: "Comparison") -> str:
+    """Two experiments side by side, as a page of the same kind."""
+    sections = [_compared(place, each) for place, each in enumerate(comparison.tables)]
+    page = environment().get_template("compare.html.j2").render(comparison=comparison, sections=sections)
+    return page + "\n"
+
+
+def _compared(place: int, found: "Compared") -> Section:
+    rows = [row(cells) for cells in found.rows]
+    block = table(found.title, found.columns, rows) if rows else Paragraph(found.none)
+    return Section(f"part-{place}", found.title, (block,))

@@ -1,0 +1,63 @@
+"""How to make it again: the command, the parameters letter by letter, hashes, versions, circumstances."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from advmoe import paths
+from advmoe.evaluation.results import MIXTURE
+from advmoe.params import PARAMS_FILE
+from advmoe.records import commit_of
+from advmoe.report.document import Block, Folded, Listing, Paragraph, Section, row, table
+from advmoe.report.formats import NOT_HERE, count
+from advmoe.report.reading import Sources
+
+CIRCUMSTANCES = ("commit", "dirty", "python", "platform", "threads", "seconds")
+SPLITS = ("train_images", "validation_images", "test_images", "pool_images")
+
+
+def section(sources: Sources) -> Section:
+    """Everything that another person needs to check this page."""
+    return Section("reproduce", "Reproduce it", tuple(_blocks(sources)))
+
+
+def _blocks(sources: Sources) -> Iterable[Block]:
+    commit = commit_of(sources.record)
+    yield Listing(f"git checkout {commit}\nmake repro" if commit else "make repro")
+    yield _data(sources)
+    if sources.params_text:
+        yield Folded(f"{PARAMS_FILE}, all of it", (Listing(sources.params_text),))
+    else:
+        yield Paragraph(f"{PARAMS_FILE} is not in this record.")
+    yield _circumstances(sources)
+    if sources.outputs:
+        rows = [row([path, digest]) for path, digest in sorted(sources.outputs.items())]
+        yield Folded(
+            "Hashes of everything the stages wrote", (table("MD5 as dvc.lock keeps it", ["file", "md5"], rows),)
+        )
+    else:
+        yield Paragraph("Hashes of the artifacts: dvc.lock is not in this record.")
+
+
+def _data(sources: Sources) -> Block:
+    prepared = sources.prepared
+    if not prepared:
+        return Paragraph("The data set: not in this record; `dvc repro prepare` makes it.")
+    source = sources.params.get("prepare", {}).get("source", {}).get("kind", "data")
+    sizes = ", ".join(f"{count(prepared[key])} {key.removesuffix('_images')}" for key in SPLITS if key in prepared)
+    leaked = f" Test images that also occur in training: {prepared['leaked']}." if "leaked" in prepared else ""
+    seed = f" Seed {sources.params['seed']}." if "seed" in sources.params else ""
+    return Paragraph(f"Images of {source}, {prepared.get('classes', '?')} classes: {sizes}.{leaked}{seed}")
+
+
+def _circumstances(sources: Sources) -> Block:
+    ran = {
+        "train": sources.circumstances("train", MIXTURE),
+        "evaluate": sources.circumstances("evaluate", paths.ADVERSARIAL.stem),
+    }
+    rows = [row([key, *(_told(each, key) for each in ran.values())]) for key in CIRCUMSTANCES]
+    return Folded("Circumstances of the last run", (table("What may differ between equal runs", ["", *ran], rows),))
+
+
+def _told(circumstances: Mapping[str, Any], key: str) -> str:
+    found = circumstances.get(key)
+    return NOT_HERE if found is None else str(found)

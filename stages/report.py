@@ -1,0 +1,27 @@
+"""report: everything that is on record, for people: one HTML page, Markdown, and a card beside the mixture.
+
+Reads all of params.yaml, metrics/ and plots/, the mixture and the adversarial images. Writes metrics/findings.json,
+artifacts/report/report.html and report.md, and artifacts/train/mixture.md.
+"""
+
+from pathlib import Path
+
+from advmoe import console, files, paths
+from advmoe.findings import claims
+from advmoe.params import Seed, load_section
+from advmoe.records import HERE, Folder
+from advmoe.report.build import build
+from advmoe.report.card import card
+from advmoe.report.settings import ReportSection
+
+
+def run() -> Path:
+    """Judge the claims, then write the report and the card of what is on record; returns the page."""
+    section, record = load_section("report", ReportSection), Folder(HERE)
+    findings = claims.judge(record, section.claims, load_section("seed", Seed))
+    files.write_json(paths.FINDINGS, findings.as_dict())
+    written = build(record, paths.REPORT, examples=section.gallery)
+    files.write_text(paths.CARD, card(record))
+    claims.show(findings)
+    console.say(f"written to {files.names(written)} and {paths.CARD}")
+    return written[0]
