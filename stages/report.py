@@ -6,7 +6,7 @@ artifacts/report/report.html and report.md, and artifacts/train/mixture.md.
 
 from pathlib import Path
 
-from advmoe import console, files, paths
+from advmoe import artifacts, console, files, paths
 from advmoe.findings import claims
 from advmoe.params import Seed, load_section
 from advmoe.records import HERE, Folder
@@ -21,7 +21,7 @@ def run() -> Path:
     findings = claims.judge(record, section.claims, load_section("seed", Seed))
     files.write_json(paths.FINDINGS, findings.as_dict())
     written = build(record, paths.REPORT, examples=section.gallery)
-    files.write_text(paths.CARD, card(record))
+    files.write_text(paths.CARD, card(record, artifacts.load(paths.MIXTURE).header))
     claims.show(findings)
     console.say(f"written to {files.names(written)} and {paths.CARD}")
     return written[0]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from advmoe.report.content import Content
-from advmoe.report.document import Block, Folded, Link, Listing, Paragraph, Row, Section, Table
+from advmoe.report.document import Block, Folded, Link, Paragraph, Row, Section, Table
 from advmoe.report.overview import Head
 
 SPECIAL = re.compile(r"([\\`*_\[\]~])")
@@ -21,7 +21,7 @@ def escape(text: str) -> str:
 
 
 def render_markdown(content: Content) -> str:
-    """Verdict, headline, findings and the brief sections; figures are left to the page."""
+    """Verdict, headline, findings and the brief sections; figures and listings are left to the page."""
     parts = [f"# {escape(content.title)}", escape(f"{content.subject}; record: {content.record}"), *_head(content.head)]
     for section in content.sections:
         if section.brief:
@@ -37,8 +37,7 @@ def _head(head: Head) -> Iterable[str]:
     if head.reasons:
         yield "\n".join(f"- withheld: {escape(reason)}" for reason in head.reasons)
     if head.findings:
-        rows = [[escape(text) for text in (f.claim, f.status, f.sentence, f.basis)] for f in head.findings]
-        yield _grid(["claim", "finding", "evidence", "rests on"], rows)
+        yield _table(head.evidence)
     yield from map(escape, head.notes)
 
 
@@ -47,7 +46,7 @@ def _section(section: Section) -> list[str]:
 
 
 def blocks(found: Iterable[Block]) -> list[str]:
-    """Each block as Markdown; what can only be seen is left out."""
+    """Each block as Markdown; figures, pictures and listings are left out."""
     return [text for block in found if (text := _block(block))]
 
 
@@ -81,11 +80,6 @@ def _folded(block: Folded) -> str:
     return f"<details><summary>{title}</summary>\n\n{inside}\n\n</details>" if inside else ""
 
 
-def _listing(block: Listing) -> str:
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", block.text)), default=0))
-    return f"{fence}\n{block.text}\n{fence}"
-
-
 def _link(block: Link) -> str:
     return f"[{escape(block.text)}]({block.address})"
 
@@ -94,6 +88,5 @@ RENDERERS: dict[type, Callable[..., str]] = {
     Paragraph: _paragraph,
     Table: _table,
     Folded: _folded,
-    Listing: _listing,
     Link: _link,
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 from advmoe.evaluation.harness import CLEAN, WORST
 from advmoe.evaluation.results import BASELINE, MIXTURE
-from advmoe.report.document import Block, Cell, Paragraph, Row, Section, missing, row, table
+from advmoe.report.document import Block, Cell, Paragraph, Row, Section, Table, missing, row, table
 from advmoe.report.figures import Dot, colours, dots
 from advmoe.report.formats import ABSENT, difference, interval, is_mixture, model_name, p_value, percent, radius
 from advmoe.report.reading import Sources
@@ -50,6 +50,12 @@ class Head:
     clean: str
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+
+    @property
+    def evidence(self) -> Table:
+        """What each finding rests on."""
+        rows = [row([each.claim, each.cell, each.sentence, each.basis]) for each in self.findings]
+        return table("Findings with their evidence", ["claim", "finding", "evidence", "rests on"], rows)
 
 
 def head(sources: Sources) -> Head:

@@ -14,6 +14,7 @@ from advmoe.errors import UserError
 from advmoe.evaluation.harness import WORST
 from advmoe.evaluation.results import BASELINE, MIXTURE
 from advmoe.evaluation.results import SCHEMA as EVALUATION_SCHEMA
+from advmoe.findings.claims import SCHEMA as FINDINGS_SCHEMA
 from advmoe.params import PARAMS_FILE
 from advmoe.records import AbsentError, Record
 from advmoe.threats.extraction.report import RUNS as EXTRACT_RUNS
@@ -22,9 +23,6 @@ from advmoe.threats.membership.report import SCHEMA as MEMBERSHIP_SCHEMA
 from advmoe.threats.poisoning.report import RUNS as POISON_RUNS
 from advmoe.threats.poisoning.report import SCHEMA as POISON_SCHEMA
 
-FINDINGS = paths.METRICS / "findings.json"
-AGGREGATE = paths.METRICS / "aggregate.json"
-FINDINGS_SCHEMA = 1
 LOCK = Path("dvc.lock")
 TRAINING = ("pretrain", "baseline", "train")  # the stages that train networks of the pipeline
 
@@ -103,7 +101,7 @@ class Sources:
 
     @cached_property
     def models(self) -> dict[str, dict[str, Any]]:
-        """What was measured of each model, in the order of the headline; nothing where the mixture is not among them."""
+        """What was measured of each model, in the order of the headline; empty where the mixture is not among them."""
         found = self._folder(paths.EVALUATION, EVALUATION_SCHEMA) if self.summary else []
         order = {name: place for place, name in enumerate(self.summary)}
         found.sort(key=lambda each: (order.get(each["model"], len(order)), each["model"]))
@@ -128,12 +126,12 @@ class Sources:
     @cached_property
     def findings(self) -> dict[str, Any] | None:
         """The claims as this record judges them; None where nobody asked."""
-        return self._claims(FINDINGS)
+        return self._claims(paths.FINDINGS)
 
     @cached_property
     def aggregate(self) -> dict[str, Any] | None:
         """The claims about methods, over several seeds; None where nobody asked."""
-        return self._claims(AGGREGATE)
+        return self._claims(paths.AGGREGATE)
 
     def _claims(self, path: Path) -> dict[str, Any] | None:
         found: dict[str, Any] | None = read_json(self.record, path, FINDINGS_SCHEMA)

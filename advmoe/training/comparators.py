@@ -29,7 +29,7 @@ class SingleNetwork(Student):
     """A plain network. `backbone` at the project's `model.width`, widened if it is to `match` the mixture's
     parameters; trained for longer if it is to match the operations that the whole mixture's training takes.
 
-    `beside` and `needs` say what DVC watches: the number of joint epochs or all of `train`; the data or the experts too.
+    `beside` and `needs` say what DVC watches: the number of joint epochs or all of `train`; the data, or the experts.
     """
 
     kind: Literal["single"]
