@@ -194,6 +194,7 @@ def assemble(architecture: Mixture, facts: Facts, experts: Sequence[nn.Module], 
 
 def uniform_average(mixture: MixtureOfExperts) -> MixtureOfExperts:
     """The same experts (shared, not copied) without the gate: every vote counts alike."""
+    assert mixture.mixing != "top1", "the average of votes has no first among them"
     return MixtureOfExperts(list(mixture.experts), UniformGate(len(mixture.experts)), mixture.mixing)
 
 

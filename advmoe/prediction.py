@@ -16,7 +16,7 @@ from advmoe.classifiers import Classifier, Mixture
 from advmoe.data.folder import read_image
 from advmoe.data.images import as_nchw
 from advmoe.machine import device
-from advmoe.models.moe import MixtureOfExperts
+from advmoe.models.moe import MixtureOfExperts, weights
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ def _votes(classifier: Classifier, images_NCHW: Tensor) -> list[tuple[Vote, ...]
         tuple(
             Vote(expert, weight, names[label], share)
             for expert, weight, label, share in zip(
-                architecture.experts, weights.tolist(), labels.tolist(), shares.tolist(), strict=True
+                architecture.experts, counts.tolist(), labels.tolist(), shares.tolist(), strict=True
             )
         )
-        for weights, labels, shares in zip(parts.log_gate_BE.exp(), label_NE, probability_NE, strict=True)
+        for counts, labels, shares in zip(
+            weights(parts.log_gate_BE, model.mixing), label_NE, probability_NE, strict=True
+        )
     ]

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from advmoe import engine
-from advmoe.models.moe import MixtureOfExperts
+from advmoe.models.moe import MixtureOfExperts, weights
 
 BATCH = 200  # images of a forward pass
 
 
 def gate_weights(mixture: MixtureOfExperts, images_NCHW: Tensor) -> Tensor:
-    """The gate's weights (N, E), in float32 and eval mode."""
-    return engine.predict(_GateOf(mixture), images_NCHW, BATCH).exp()
+    """What each expert's vote counts (N, E), in float32 and eval mode."""
+    return weights(engine.predict(_GateOf(mixture), images_NCHW, BATCH), mixture.mixing)
 
 
 class _GateOf(nn.Module):

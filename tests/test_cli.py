@@ -35,8 +35,11 @@ COMMANDS = (
     "poison",
     "extract",
     "membership",
+    "report",
     "attacks",
     "results",
+    "aggregate",
+    "export",
     "use",
     "check",
     "inspect",
@@ -52,6 +55,7 @@ STAGE_COMMANDS = [
     ["poison", "badnets"],
     ["extract", "knockoff"],
     ["membership"],
+    ["report"],
 ]
 
 Edit = Callable[[dict[str, Any]], None]
@@ -686,7 +690,8 @@ def test_check_asks_dvc(advmoe: Advmoe, inputs_only: Path) -> None:
     assert ran.code == 0, ran.err
     pending = ran.out.partition("dvc repro would run: ")[2].split(", ")
     assert pending[0] == "prepare"
-    assert {stage.strip() for stage in pending[-7:]} == {
+    assert {stage.strip() for stage in pending[-8:]} == {
+        "report",
         "evaluate",
         "extract@jbda",
         "extract@knockoff",
@@ -695,7 +700,7 @@ def test_check_asks_dvc(advmoe: Advmoe, inputs_only: Path) -> None:
         "poison@blended",
         "poison@label-flip",
     }
-    assert {"pretrain@clean", "pretrain@pgd-4", "train", "baseline@adversarial"} <= set(pending)
+    assert {"pretrain@clean", "pretrain@pgd-4", "train", "baseline@adversarial", "baseline@uniform"} <= set(pending)
 
 
 def test_check_outside_of_dvc_is_one_sentence(inputs_only: Path) -> None:
@@ -712,19 +717,47 @@ def test_check_finds_an_expert_that_dvc_does_not_watch(advmoe: Advmoe, inputs_on
     assert sentence(advmoe("check")) == expected
 
 
-def test_check_finds_a_baseline_that_dvc_does_not_watch(advmoe: Advmoe, inputs_only: Path, edit: Edit) -> None:
+EXTRA = {  # a baseline more, which params.yaml may use at once
+    "kind": "single",
+    "backbone": "cnn",
+    "match": "nothing",
+    "seed": 90,
+    "reads": "seed",
+    "beside": "train.epochs",
+    "needs": "prepare",
+    "adversary": {"kind": "clean"},
+}
+
+
+@pytest.mark.parametrize("key", ["poison.attacks.badnets.victims", "extract.attacks.knockoff.victims"])
+def test_check_finds_a_baseline_that_dvc_does_not_watch(
+    advmoe: Advmoe, inputs_only: Path, edit: Edit, key: str
+) -> None:
     del inputs_only
-    extra = {"seed": 90, "reads": "seed", "adversary": {"kind": "clean"}}
-    edit(
-        {
-            "baseline.extra": extra,
-            "evaluate.baselines": ["extra"],
-            "evaluate.attacks": {"fgsm": {"kind": "fgsm"}},
-            "evaluate.experts": ["fgsm"],
-            "evaluate.limits": {},
-        }
+    edit({"baseline.extra": EXTRA, key: ["extra"]})
+    assert sentence(advmoe("check")) == (
+        f"dvc.yaml: stages.{key.partition('.')[0]}.deps must list artifacts/baseline/extra.safetensors, "
+        "or DVC will not see it change"
     )
-    assert sentence(advmoe("check")).startswith("dvc.yaml: stages.evaluate.deps must list artifacts/baseline/extra.")
+
+
+def test_check_knows_that_a_watched_folder_watches_what_is_in_it(
+    advmoe: Advmoe, inputs_only: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "pending_stages", list)
+    names = read_yaml(inputs_only / "params.yaml")["evaluate"]["baselines"]
+    edit({"baseline.extra": EXTRA, "evaluate.baselines": [*names, "extra"]})
+    assert advmoe("check").code == 0
+    dvc_file = inputs_only / "dvc.yaml"
+    written = dvc_file.read_text()
+    assert written.count("      - artifacts/baseline\n") == 1
+    dvc_file.write_text(
+        written.replace("      - artifacts/baseline\n", "      - artifacts/baseline/extra.safetensors\n")
+    )
+    assert sentence(advmoe("check")) == (
+        f"dvc.yaml: stages.evaluate.deps must list artifacts/baseline/{names[0]}.safetensors, "
+        "or DVC will not see it change"
+    )
 
 
 @pytest.mark.parametrize(

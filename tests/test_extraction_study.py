@@ -168,7 +168,7 @@ class Questions:
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    return classifiers._stored(classifiers.load(path).model)
+    return classifiers.stored(classifiers.load(path).model)
 
 
 def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -237,7 +237,7 @@ def test_another_seed_asks_and_learns_something_else(pipeline: Path, monkeypatch
     assert [row.added for row in rows] == [0, 0, 0, 1, 1, 1]
     first, second = (transfer_set.load(FOLDER / f"mixture-soft-seed-{added}.safetensors") for added in (0, 1))
     assert not torch.equal(first.images, second.images)
-    ends = [classifiers._stored(lesson.end) for lesson in lessons.of("controls")]
+    ends = [classifiers.stored(lesson.end) for lesson in lessons.of("controls")]
     assert not equal(*ends)
 
 
@@ -341,7 +341,7 @@ def test_every_surrogate_starts_fresh(pipeline: Path, monkeypatch: pytest.Monkey
     learned = lessons.of("learn")
     assert len(learned) == 4
     assert len({id(lesson.start) for lesson in lessons.all}) == len(lessons.all)
-    ends = [classifiers._stored(lesson.end) for lesson in learned]
+    ends = [classifiers.stored(lesson.end) for lesson in learned]
     assert not any(equal(ends[0], other) for other in ends[1:])
 
 
@@ -421,7 +421,7 @@ def test_controls_know_nothing_of_a_victim_and_are_written_once_for_all_of_them(
     assert len(written) == len(set(written)), "a file was written twice"
     controls = [f"control-seed-{added}/{network}.safetensors" for added in (0, 1) for network in ("same", "other")]
     assert [name for name in written if name.startswith("control")] == controls
-    ends = [(lesson.name, lesson.seed, classifiers._stored(lesson.end)) for lesson in lessons.of("controls")]
+    ends = [(lesson.name, lesson.seed, classifiers.stored(lesson.end)) for lesson in lessons.of("controls")]
     assert len(ends) == 8
     for name, seed, end in ends:
         assert equal(end, weights(FOLDER / f"control-seed-{seed}/{name}.safetensors"))

@@ -43,6 +43,7 @@ from advmoe.threats.membership.scores import (
 from advmoe.threats.membership.settings import MembershipSection
 from advmoe.threats.membership.study import Case
 from advmoe.threats.retraining import Order, Recipes
+from advmoe.training.cost import Cost
 from advmoe.training.loop import Trained
 from stages import membership as stage
 
@@ -629,7 +630,7 @@ def test_shadows_are_trained_as_the_victim_on_their_halves(monkeypatch: pytest.M
 
     def train_all(ordered: list[Order]) -> list[Trained]:
         orders.extend(ordered)
-        return [Trained(nn.Flatten(), [], {}, [], 0.0) for _ in ordered]
+        return [Trained(nn.Flatten(), [], {}, [], Cost(0, 0, 0, 0, 0, 0, 0), 0.0) for _ in ordered]
 
     monkeypatch.setattr(study, "train_all", train_all)
     audit = study.draw(make_data(), 3)

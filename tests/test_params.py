@@ -308,7 +308,7 @@ def test_a_transfer_from_an_unknown_network_is_refused(content: dict[str, Any], 
     content["evaluate"]["attacks"]["transfer"]["sources"] = ["baseline/standard", source]
     assert complaint(content) == (
         f"params.yaml: evaluate: attacks.transfer transfers from '{source}', "
-        "but there is only baseline/standard, baseline/adversarial"
+        "but there is only baseline/standard, baseline/adversarial, baseline/equal-parameters, baseline/uniform"
     )
 
 

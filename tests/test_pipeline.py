@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 EXPERTS = ["clean", *(f"{kind}-{number}" for kind in ("fgsm", "pgd") for number in range(1, 5))]
 POISON = {"badnets": ["mixture", "standard", "adversarial"], "blended": ["standard", "adversarial"]}  # of smoke.yaml
 THREATS = [*(f"poison@{name}" for name in POISON), "extract@knockoff", "extract@jbda", "membership"]
+BASELINES = ["adversarial", "equal-parameters", "standard", "uniform"]
 PGD_EXPERTS = [f"pretrain@{name}" for name in EXPERTS if name.startswith("pgd")]
 
 pytestmark = pytest.mark.pipeline
@@ -105,7 +106,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 def test_every_stage_leaves_its_files(built: Project) -> None:
     expected = ["artifacts/prepare/dataset.safetensors", "artifacts/train/mixture.safetensors"]
     expected += [f"artifacts/pretrain/{name}.safetensors" for name in EXPERTS]
-    expected += ["plots/baseline/standard.csv", "metrics/baseline/adversarial.json"]
+    for name in BASELINES:
+        expected += [
+            f"artifacts/baseline/{name}.safetensors",
+            f"plots/baseline/{name}.csv",
+            f"metrics/baseline/{name}.json",
+        ]
     expected += ["artifacts/evaluate/adversarial.safetensors", "plots/evaluate/robustness.csv", "metrics/evaluate.json"]
     for name in POISON:
         expected += [f"metrics/poison/{name}.json", f"metrics/poison-runs/{name}.json"]
@@ -161,18 +167,18 @@ def test_the_numbers_of_extraction_and_membership_are_complete(built: Project) -
 def test_numbers_are_complete_and_plausible(built: Project) -> None:
     head = json.loads((built.root / "metrics/evaluate.json").read_text())
     assert head["images"] == 40
-    for name in ("mixture", "uniform-average", "before-joint", "baseline/standard", "baseline/adversarial"):
+    for name in ("mixture", "uniform-average", "before-joint", *(f"baseline/{name}" for name in BASELINES)):
         if head["verdict"].get(name) == "fail":  # networks that learned almost nothing may well be doubted
             assert head[name]["worst"] is None
         else:
             assert 0 <= head[name]["worst"] <= head[name]["pgd"] <= head[name]["clean"] <= 1
     judged = json.loads((built.root / "metrics/verdict.json").read_text())
-    assert sorted(judged) == ["baseline/adversarial", "baseline/standard", "mixture"]
+    assert sorted(judged) == [*(f"baseline/{name}" for name in BASELINES), "mixture"]
     assert all(len(model["checks"]) == 10 for model in judged.values())
     mixture = json.loads((built.root / "metrics/evaluate/mixture.json").read_text())
     assert {"gate", "oracle_routing", "against", "per_class"} <= mixture.keys()
     assert {"gate-frozen", "misrouting", "experts", "transfer"} <= mixture["attacks"].keys()
-    assert len(list((built.root / "metrics/evaluate").glob("*.json"))) == 5 + 2 * len(EXPERTS)
+    assert len(list((built.root / "metrics/evaluate").glob("*.json"))) == 3 + len(BASELINES) + 2 * len(EXPERTS)
 
 
 def test_a_second_repro_does_nothing(built: Project) -> None:
@@ -209,6 +215,8 @@ def test_equal_params_give_identical_files(built: Project) -> None:
         "pretrain@pgd-1",
         "pretrain@fgsm-1",
         "baseline@standard",
+        "baseline@equal-parameters",
+        "baseline@uniform",
         "train",
         "evaluate",
         "poison@blended",
@@ -222,13 +230,14 @@ def test_equal_params_give_identical_files(built: Project) -> None:
 def test_an_experts_own_params_rerun_it_and_what_follows(built: Project) -> None:
     built.params("experts.fgsm-2.seed", 12)
     said = built.advmoe("check").partition("dvc repro would run: ")[2].strip().split(", ")
-    assert sorted(said) == sorted(["pretrain@fgsm-2", "train", "evaluate", *THREATS])
+    assert sorted(said) == sorted(["pretrain@fgsm-2", "baseline@uniform", "train", "evaluate", *THREATS, "report"])
     built.run("git", "checkout", "--", "params.yaml")
 
 
 def test_an_experiment_at_another_epsilon_reruns_exactly_what_meets_it(built: Project) -> None:
     ran = stages_run(built.dvc("exp", "run", "--name", "smaller", "--set-param", "epsilon=8/255"))
-    assert sorted(ran) == sorted([*PGD_EXPERTS, "baseline@adversarial", "train", "evaluate", *THREATS])
+    meets = [f"baseline@{name}" for name in BASELINES if name != "standard"]
+    assert sorted(ran) == sorted([*PGD_EXPERTS, *meets, "train", "evaluate", *THREATS, "report"])
     assert "epsilon: 8/255 " in (built.root / "params.yaml").read_text()
     table = built.dvc("exp", "show", "--csv", "--no-pager")
     assert "smaller" in table

@@ -36,6 +36,7 @@ from advmoe.threats.poisoning.settings import PoisonSection, Study
 from advmoe.threats.poisoning.study import Case, Workshop
 from advmoe.threats.retraining import JOINT_ONLY, MIXTURE, Order, Recipes, pipeline_twin, train_all, train_proxy
 from advmoe.training import loop, single
+from advmoe.training.cost import Cost
 from advmoe.training.joint import train_mixture
 from advmoe.training.loop import Course, Learner, Trained
 from stages import baseline, prepare, pretrain, train
@@ -54,7 +55,7 @@ PIPELINE: dict[str, Any] = {  # two experts, a mixture and two baselines in a fe
     "train.experts": EXPERTS,
     "train.adversary": PGD,
     "experts.pgd-1": {"seed": 5, "reads": "epsilon", "adversary": PGD},
-    "baseline.adversarial": {"seed": 0, "reads": "epsilon", "adversary": PGD},
+    "baseline.adversarial.adversary": PGD,
 }
 BADNETS = {"kind": "badnets", "size": 2, "target": 0}
 
@@ -109,7 +110,7 @@ def read_recipes() -> Recipes:
 
 def same(left: nn.Module, right: nn.Module) -> bool:
     """Whether two networks have the same weights and statistics, to the last bit."""
-    ours, theirs = classifiers._stored(left), classifiers._stored(right)
+    ours, theirs = classifiers.stored(left), classifiers.stored(right)
     return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
@@ -340,7 +341,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fit(learner: Learner, course: Course) -> Trained:
         del course
-        return Trained(copy.deepcopy(learner.model), [], {}, [], 0.0)
+        return Trained(copy.deepcopy(learner.model), [], {}, [], Cost(0, 0, 0, 0, 0, 0, 0), 0.0)
 
     monkeypatch.setattr(single, "fit", fit)
 
@@ -773,8 +774,20 @@ def test_a_study_that_cannot_be_is_refused_before_anything_learns(
             "poison.attacks.badnets.victims lists 'nobody', but victims are ",
         ),
         (
+            {"poison.attacks.badnets.victims": ["uniform"]},
+            "poison.attacks.badnets.victims lists 'uniform', but victims are mixture, mixture-joint, standard, ",
+        ),
+        (
+            {"poison.attacks.badnets.victims": ["equal-parameters"]},
+            "poison.attacks.badnets.victims lists 'equal-parameters', but victims are mixture, mixture-joint, ",
+        ),
+        (
+            {"poison.attacks.badnets.attack": BREW | {"proxy": "uniform"}},
+            "poison.attacks.badnets.attack.proxy lists 'uniform', but a proxy is trained as standard, adversarial",
+        ),
+        (
             {"poison.attacks.badnets.attack": BREW | {"proxy": "nobody"}},
-            "poison.attacks.badnets.attack.proxy lists 'nobody', but baseline has only standard, adversarial",
+            "poison.attacks.badnets.attack.proxy lists 'nobody', but a proxy is trained as standard, adversarial",
         ),
         ({"poison.attacks.badnets.attack": BADNETS | {"target": -1}}, "poison.attacks.badnets.attack.target: "),
     ],

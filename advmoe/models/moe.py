@@ -34,13 +34,17 @@ def mix(log_gate_BE: Tensor, logits_BEK: Tensor, mixing: Mixing) -> Tensor:
     if mixing == "probabilities":
         return torch.logsumexp(log_gate_BE.unsqueeze(2) + functional.log_softmax(logits_BEK, dim=2), dim=1)
     if mixing == "top1":
-        return (_chosen(log_gate_BE).unsqueeze(2) * functional.log_softmax(logits_BEK, dim=2)).sum(dim=1)
-    return functional.log_softmax((log_gate_BE.exp().unsqueeze(2) * logits_BEK).sum(dim=1), dim=1)
+        return (weights(log_gate_BE, mixing).unsqueeze(2) * functional.log_softmax(logits_BEK, dim=2)).sum(dim=1)
+    return functional.log_softmax((weights(log_gate_BE, mixing).unsqueeze(2) * logits_BEK).sum(dim=1), dim=1)
 
 
-def _chosen(log_gate_BE: Tensor) -> Tensor:
-    """1 for the expert with the most weight, 0 for the others (B, E); the gradient is that of the weights."""
+def weights(log_gate_BE: Tensor, mixing: Mixing) -> Tensor:
+    """What each expert's vote counts (B, E): the gate's weights; under top1 1 for the expert with the most, 0 for the
+    others, with the gradient of the weights.
+    """
     soft_BE = log_gate_BE.exp()
+    if mixing != "top1":
+        return soft_BE
     hard_BE = functional.one_hot(soft_BE.argmax(dim=1), soft_BE.shape[1]).to(soft_BE)
     return hard_BE + (soft_BE - soft_BE.detach())  # the bracket is exactly 0
 

@@ -15,7 +15,7 @@ from advmoe.classifiers import Architecture, Backbone, BackboneKind, Mixture, No
 from advmoe.data.dataset import Dataset, Facts
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import PositiveFloat, Settings, load_section
-from advmoe.training.adversary import SingleAdversary, expected_passes
+from advmoe.training.adversary import SingleAdversary, TradesBatches, expected_passes
 from advmoe.training.cost import SAMPLE, Learns, parameters, rates
 from advmoe.training.joint import Design, JointRecipe, MixtureLearner
 from advmoe.training.rivals import AlternatingLearner, LastLayersLearner, SynergyLearner
@@ -165,7 +165,8 @@ def _epoch(learner: Learns, adversary: SingleAdversary, dataset: Dataset) -> flo
     """Operations of one epoch, on average over the adversary's draws."""
     train = dataset["train"]
     each = rates(learner, train.first(SAMPLE).pixels(), train.first(SAMPLE).labels)
-    return len(train) * (expected_passes(adversary) * (each.forward + each.pixels) + each.learning)
+    look = each.forward if isinstance(adversary, TradesBatches) else 0  # TRADES climbs away from the clean answer
+    return len(train) * (expected_passes(adversary) * (each.forward + each.pixels) + look + each.learning)
 
 
 def plain(student: SingleNetwork, backbone: Backbone) -> Plain:

@@ -9,13 +9,14 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from advmoe import engine
+from advmoe import engine, paths
 from advmoe.classifiers import Classifier
 from advmoe.errors import UserError
 
@@ -107,12 +108,12 @@ def cost(model: nn.Module, each: Rates, passes: engine.Passes, learned: int, bef
 
 
 def spent(classifiers: Mapping[str, Classifier]) -> int:
-    """Operations that training these networks took in all. Raises UserError when one does not say."""
-    return sum(_spent(name, classifier.header.metrics) for name, classifier in classifiers.items())
+    """Operations that training these experts, by name, took in all. Raises UserError when one does not say."""
+    return sum(_spent(paths.artifact("pretrain", name), each.header.metrics) for name, each in classifiers.items())
 
 
-def _spent(name: str, metrics: Mapping[str, Any]) -> int:
+def _spent(path: Path, metrics: Mapping[str, Any]) -> int:
     try:
         return int(metrics["cost"]["total_training_flops"])
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{name}: does not say what its training cost; `dvc repro` builds it again") from None
+        raise UserError(f"{path}: does not say what its training cost; `dvc repro` builds it again") from None
