@@ -114,10 +114,12 @@ def edit() -> Edit:
 
 
 def copy_inputs(folder: Path) -> None:
-    """The project's own params.yaml, dvc.yaml and profiles."""
+    """The project's own params.yaml, dvc.yaml and profiles, and the one input that other seeds give."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "profiles", folder / "profiles")
+    (folder / "metrics").mkdir()
+    shutil.copy(ROOT / "metrics" / "aggregate.json", folder / "metrics")
 
 
 @pytest.fixture(scope="session")

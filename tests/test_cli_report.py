@@ -24,7 +24,7 @@ def commit_all(message: str) -> None:
 @pytest.fixture
 def evaluated(project: Path) -> Path:
     """The small project with the repository's own record of an evaluation."""
-    shutil.copytree(ROOT / "metrics", project / "metrics")
+    shutil.copytree(ROOT / "metrics", project / "metrics", dirs_exist_ok=True)
     shutil.copytree(ROOT / "plots", project / "plots")
     shutil.copy(ROOT / "params.yaml", project)
     return project
