@@ -35,7 +35,7 @@ def test_report_writes_page_markdown_card_and_findings(advmoe: Advmoe, evaluated
     ran = advmoe("report")
     assert ran.code == 0, ran.err
     page = (paths.REPORT / "report.html").read_text()
-    assert page.startswith("<!doctype html>")
+    assert page.lower().startswith("<!doctype html>")
     claims = json.loads(paths.FINDINGS.read_text())["claims"]
     assert claims["more-robust-than-adversarial"]["status"] in {"supported", "not supported", "contradicted"}
     assert "mixture" in (paths.REPORT / "report.md").read_text()
@@ -85,7 +85,7 @@ def test_experiments_on_other_data_are_not_compared(advmoe: Advmoe, evaluated: P
     edit({"prepare.source": {"kind": "svhn"}})
     commit_all("other data")
     said = sentence(advmoe("report", "HEAD~1", "HEAD"))
-    assert "data" in said
+    assert "prepare.source" in said
     assert not paths.COMPARISONS.exists()
 
 
