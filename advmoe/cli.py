@@ -220,6 +220,16 @@ def report(
 
 
 @app.command(rich_help_panel=QUESTIONS)
+def findings(
+    record: Annotated[str, typer.Argument(help="A git revision, a DVC experiment or a folder.")] = ".",
+) -> None:
+    """Judge a record's claims again, from its decisions image by image."""
+    from advmoe.findings import again
+
+    again.show(record)
+
+
+@app.command(rich_help_panel=QUESTIONS)
 def aggregate(
     records: Annotated[
         list[str] | None,

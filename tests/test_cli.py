@@ -39,6 +39,7 @@ COMMANDS = (
     "attacks",
     "results",
     "aggregate",
+    "findings",
     "export",
     "use",
     "check",

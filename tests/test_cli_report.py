@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, Advmoe, Edit, sentence
 
 from advmoe import paths
-from conftest import ROOT, Advmoe, Edit, sentence
 
 
 def commit_all(message: str) -> None:
@@ -122,3 +122,17 @@ def test_export_to_a_folder_takes_the_card_along(advmoe: Advmoe, project: Path) 
     assert ran.code == 0, ran.err
     assert (Path("out") / "README.md").read_text() == paths.CARD.read_text()
     assert (Path("out") / "model.safetensors").read_bytes() == paths.MIXTURE.read_bytes()
+
+
+def test_the_findings_in_the_readme_can_be_computed_again(advmoe: Advmoe) -> None:
+    ran = advmoe("findings", ROOT / "records" / "digits-full")
+    assert ran.code == 0, ran.err
+    assert ran.out.count("contradicted") == 1
+    assert ran.out.count("not supported") == 12
+    assert "1 images against 15" in " ".join(ran.out.replace("│", " ").split())
+
+
+def test_findings_of_no_record_are_refused(advmoe: Advmoe, tmp_path: Path) -> None:
+    assert "has no params.yaml" in sentence(advmoe("findings", tmp_path))
+    (tmp_path / "params.yaml").write_text("seed: 0\n")
+    assert "makes no claims" in sentence(advmoe("findings", tmp_path))
