@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from advmoe import console, files, paths
+from advmoe import console, files, interruption, paths
 from advmoe.errors import UserError
 
 app = typer.Typer(
@@ -17,19 +17,20 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 STAGES, QUESTIONS = "Stages (dvc repro runs them)", "Questions and tools"
-EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+EXIT_MISTAKE = 2
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends with one sentence and exit code 2."""
+    """Run the command line; a user's mistake ends with one sentence and code 2, a signal with 128 and its number."""
     try:
-        app()
+        with interruption.heard():
+            app()
     except UserError as error:
         console.err.print(f"error: {error}", style="red", markup=False)
         sys.exit(EXIT_MISTAKE)
-    except KeyboardInterrupt:
-        console.err.print("interrupted", style="red")
-        sys.exit(EXIT_INTERRUPTED)
+    except interruption.Interrupted as signalled:
+        console.err.print(f"interrupted; {interruption.GO_ON}", style="red")
+        sys.exit(signalled.exit_code)
 
 
 def _stage() -> None:
@@ -338,6 +339,21 @@ def predict(
         if found.votes:
             rows = [[vote.expert, f"{vote.weight:.3f}", vote.label, f"{vote.probability:.1%}"] for vote in found.votes]
             console.table("", ["expert", "gate weight", "votes for", "probability"], rows)
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def clean(
+    everything: Annotated[bool, typer.Option("--all", help="What could still go on, too.")] = False,
+) -> None:
+    """Remove what killed work of other versions left behind; never what is in use."""
+    from advmoe import state
+
+    found = state.clean(everything=everything)
+    console.say(f"{found.removed} pieces of unfinished work removed, {found.freed / 1e6:.1f} MB")
+    if found.resumable:
+        console.say(f"{found.resumable} can go on where they were; `advmoe clean --all` removes them too")
+    if found.in_use:
+        console.say(f"{found.in_use} left alone: a process is at work on them")
 
 
 @app.command(rich_help_panel=QUESTIONS)

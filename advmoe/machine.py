@@ -1,4 +1,4 @@
-"""What may differ between machines and must not change a result: device, threads, cache folder.
+"""What may differ between machines and must not change a result: device, threads, folders.
 
 Read from `ADVMOE_*` environment variables and nowhere else. Anything that changes a number belongs in params.yaml,
 where DVC sees it; an unknown `ADVMOE_*` variable is an error because it was probably meant to do that.
@@ -26,13 +26,17 @@ PREFIX = "ADVMOE_"
 
 
 class Machine(BaseSettings):
-    """Settings of this machine."""
+    """Settings of this machine. `cache_dir`: for downloads; `state_dir`: for unfinished work, written there by training
+    every `state_seconds`.
+    """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     cache_dir: Path = user_cache_path("advmoe")
+    state_dir: Path = user_cache_path("advmoe") / "state"
+    state_seconds: Annotated[float, Field(ge=0)] = 30.0
 
 
 @lru_cache(maxsize=1)
@@ -100,6 +104,7 @@ def describe() -> list[tuple[str, str]]:
         ("device", f"{place} ({name})"),
         ("threads", f"{torch.get_num_threads()} of {usable_cores()} cores"),
         ("cache folder", str(machine().cache_dir)),
+        ("unfinished work", f"{machine().state_dir}, every {machine().state_seconds:g} s"),
         ("python", platform.python_version()),
         *versions,
     ]

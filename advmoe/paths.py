@@ -7,7 +7,6 @@ ARTIFACTS = Path("artifacts")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 RUNS = Path("runs")
-RESUME = RUNS / "resume"  # finished batches of evaluations that are still running, or were killed
 PAID = RUNS / "queries"  # answers of victims that somebody else runs: they may have cost money
 PROFILES = Path("profiles")
 

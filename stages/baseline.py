@@ -5,7 +5,7 @@ epochs, and the pre-trained experts. Writes artifacts/baseline/NAME.safetensors,
 plots/baseline/NAME.csv.
 """
 
-from advmoe import paths
+from advmoe import paths, state
 from advmoe.classifiers import Backbone
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset
@@ -49,24 +49,26 @@ def _train_mixture(name: str, comparator: OfExperts, data: Dataset) -> None:
     seed, epsilon = load_section("seed", Seed), load_section("epsilon", Epsilon)
     recipe = load_section("train", JointRecipe)
     experts = load_experts(recipe.experts, data)
-    trained, architecture = train_mixture(
-        [expert.model for expert in experts.values()],
-        backbone_of(experts),
-        data,
-        recipe,
-        seed=seed,
-        epsilon=epsilon,
-        spent=cost.spent(experts),
-        name=f"baseline-{name}",
-        design=comparators.design(comparator, recipe),
-    )
-    record(
-        STAGE,
-        name,
-        trained,
-        architecture,
-        data.facts,
-        params={"recipe": recipe, "comparator": comparator, "epsilon": epsilon},
-        inputs=hashes(data, experts),
-        seed=seed,
-    )
+    with state.work(f"{STAGE}-{name}", comparator, recipe, seed, epsilon, hashes(data, experts)) as shelf:
+        trained, architecture = train_mixture(
+            [expert.model for expert in experts.values()],
+            backbone_of(experts),
+            data,
+            recipe,
+            seed=seed,
+            epsilon=epsilon,
+            spent=cost.spent(experts),
+            name=f"baseline-{name}",
+            design=comparators.design(comparator, recipe),
+            shelf=shelf,
+        )
+        record(
+            STAGE,
+            name,
+            trained,
+            architecture,
+            data.facts,
+            params={"recipe": recipe, "comparator": comparator, "epsilon": epsilon},
+            inputs=hashes(data, experts),
+            seed=seed,
+        )

@@ -4,7 +4,7 @@ Reads `seed`, `epsilon`, `train`, the data set and the pre-trained experts. Writ
 metrics/train/mixture.json and plots/train/mixture.csv.
 """
 
-from advmoe import paths
+from advmoe import paths, state
 from advmoe.data import dataset
 from advmoe.params import Epsilon, Seed, load_section
 from advmoe.training import cost
@@ -22,22 +22,24 @@ def run() -> None:
     )
     data = dataset.load(paths.DATASET)
     experts = load_experts(recipe.experts, data)
-    trained, architecture = train_mixture(
-        [expert.model for expert in experts.values()],
-        backbone_of(experts),
-        data,
-        recipe,
-        seed=seed,
-        epsilon=epsilon,
-        spent=cost.spent(experts),
-    )
-    record(
-        "train",
-        "mixture",
-        trained,
-        architecture,
-        data.facts,
-        params={"recipe": recipe, "epsilon": epsilon},
-        inputs=hashes(data, experts),
-        seed=seed,
-    )
+    with state.work("train", recipe, seed, epsilon, hashes(data, experts)) as shelf:
+        trained, architecture = train_mixture(
+            [expert.model for expert in experts.values()],
+            backbone_of(experts),
+            data,
+            recipe,
+            seed=seed,
+            epsilon=epsilon,
+            spent=cost.spent(experts),
+            shelf=shelf,
+        )
+        record(
+            "train",
+            "mixture",
+            trained,
+            architecture,
+            data.facts,
+            params={"recipe": recipe, "epsilon": epsilon},
+            inputs=hashes(data, experts),
+            seed=seed,
+        )

@@ -78,11 +78,14 @@ Edit = Callable[[dict[str, Any]], None]
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_a_clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def one_thread_and_a_clean_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """No ADVMOE_* variable of the caller, nothing left behind by a test that set threads or determinism."""
     for name in [name for name in os.environ if name.startswith(machine.PREFIX)]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("ADVMOE_STATE_DIR", str(tmp_path_factory.mktemp("state")))  # what others left is not taken over
     machine.machine.cache_clear()
     torch.set_num_threads(1)
     yield

@@ -16,7 +16,7 @@ import torch
 from conftest import Advmoe, Ran, sentence
 from PIL import Image
 
-from advmoe import artifacts, checking, classifiers, cli, engine, files, paths
+from advmoe import artifacts, checking, classifiers, cli, engine, files, machine, paths
 from advmoe.attacks import presets
 from advmoe.data import dataset
 from advmoe.errors import UserError
@@ -43,6 +43,7 @@ COMMANDS = (
     "export",
     "use",
     "check",
+    "clean",
     "inspect",
     "predict",
     "info",
@@ -331,9 +332,7 @@ def test_the_adversarial_images_of_an_answer_replay(advmoe: Advmoe, project: Pat
     again = engine.predict(classifiers.load(paths.MIXTURE).model, images, 7).argmax(1)
     assert torch.equal(again, kept["mixture.pgd.predicted"])
     assert torch.equal((again == labels) & kept["mixture.clean.correct"], kept["mixture.pgd.correct"])
-    assert not (project / paths.RESUME).exists() or not list(
-        (project / paths.RESUME).iterdir()
-    )  # answered: nothing to resume
+    assert not list(machine.machine().state_dir.iterdir())  # answered: nothing to resume
 
 
 def test_a_question_with_checks_writes_its_verdict(advmoe: Advmoe, project: Path) -> None:

@@ -118,10 +118,10 @@ class Lessons:
             starts.append((network, {name: tensor.clone() for name, tensor in network.state_dict().items()}))
             return network
 
-        def taught(name: str, backbone: Backbone, known: TransferSet, *rest: Any, seed: int, epsilon: float) -> Trained:
+        def taught(name: str, backbone: Backbone, known: TransferSet, *rest: Any, seed: int, **more: Any) -> Trained:
             before = len(starts)
             there = sorted(str(path) for path in Path().rglob("*.safetensors"))
-            trained = train(name, backbone, known, *rest, seed=seed, epsilon=epsilon)
+            trained = train(name, backbone, known, *rest, seed=seed, **more)
             ((start, began),) = starts[before:]  # one new network for each lesson
             self.all.append(Lesson(self.phase, name, seed, known, start, began, trained.model, there))
             return trained

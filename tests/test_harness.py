@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmoe import engine, paths
+from advmoe import engine, machine, state
 from advmoe.attacks.ball import L2, Ball, LInf
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.draws import ImageDraws
@@ -23,7 +23,7 @@ from advmoe.attacks.pgd import Pgd, pgd
 from advmoe.attacks.square import Square
 from advmoe.engine import Precision
 from advmoe.errors import UserError
-from advmoe.evaluation import harness, resume
+from advmoe.evaluation import harness
 from advmoe.evaluation.harness import CLEAN, WORST, Measured, Outcome, Target, Terms, forget, measure
 from advmoe.machine import generator
 from advmoe.models.moe import MixtureOfExperts, UniformGate
@@ -468,7 +468,7 @@ def kill_after_two_batches(target: Target, attacks: Mapping[str, AnyAttack], ter
 
 
 def stored() -> list[Path]:
-    return sorted(paths.RESUME.rglob("*.safetensors"))
+    return sorted(machine.machine().state_dir.rglob("*.safetensors"))
 
 
 def test_a_killed_run_goes_on_where_it_was(capsys: pytest.CaptureFixture[str]) -> None:
@@ -533,7 +533,7 @@ def test_results_of_another_version_are_not_taken(monkeypatch: pytest.MonkeyPatc
     attacks, target = {"own": own(COUNTED_PGD)}, make_target(wrong=False)
     measure(target, attacks, make_terms())
     calls()
-    monkeypatch.setattr(resume, "code_digest", lambda: "another version")
+    monkeypatch.setattr(state, "code_digest", lambda: "another version")
     measure(target, attacks, make_terms())
     assert calls() == [6, 6, 6, 2]
 

@@ -29,6 +29,13 @@ def test_without_variables_there_are_defaults() -> None:
     settings = machine.machine()
     assert (settings.device, settings.threads) == ("auto", 0)
     assert settings.cache_dir.name == "advmoe"
+    assert settings.state_seconds == 30
+
+
+def test_unfinished_work_lies_beside_the_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADVMOE_STATE_DIR", raising=False)
+    machine.machine.cache_clear()
+    assert machine.machine().state_dir == machine.machine().cache_dir / "state"
 
 
 def test_variables_are_read(variable: SetVariable) -> None:
@@ -43,7 +50,7 @@ def test_variables_are_read(variable: SetVariable) -> None:
 @pytest.mark.parametrize("name", ["ADVMOE_EPSILON", "ADVMOE_DEVISE", "ADVMOE_"])
 def test_an_unknown_variable_is_refused(variable: SetVariable, name: str) -> None:
     variable(name, "0.1")
-    known = "ADVMOE_CACHE_DIR, ADVMOE_DEVICE, ADVMOE_THREADS"
+    known = "ADVMOE_CACHE_DIR, ADVMOE_DEVICE, ADVMOE_STATE_DIR, ADVMOE_STATE_SECONDS, ADVMOE_THREADS"
     with pytest.raises(UserError, match=f"^environment: {name} is not known; known are {known}$"):
         machine.machine()
 
@@ -57,6 +64,7 @@ def test_an_unknown_variable_is_refused(variable: SetVariable, name: str) -> Non
         ("ADVMOE_THREADS", "two"),
         ("ADVMOE_THREADS", "-1"),
         ("ADVMOE_THREADS", "1.5"),
+        ("ADVMOE_STATE_SECONDS", "-1"),
     ],
 )
 def test_a_bad_value_is_refused(variable: SetVariable, name: str, value: str) -> None:
@@ -107,6 +115,7 @@ def test_describe_says_what_computes(variable: SetVariable) -> None:
     assert rows["device"].startswith("cpu (")
     assert rows["threads"].startswith("1 of ")
     assert (rows["cache folder"], rows["torch"]) == ("/somewhere", version("torch"))
+    assert rows["unfinished work"] == f"{machine.machine().state_dir}, every 30 s"
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

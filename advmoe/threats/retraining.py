@@ -30,7 +30,10 @@ MIXTURE, JOINT_ONLY = "mixture", "mixture-joint"
 
 @dataclass(frozen=True)
 class Recipes:
-    """All that the pipeline's training stages read from params.yaml; `added` to the seed, 0 is the pipeline's own."""
+    """All that the pipeline's training stages read from params.yaml; `added` to the seed, 0 is the pipeline's own.
+
+    `shelf`: where networks are kept until the study that trains them is on record, see `advmoe.state`.
+    """
 
     seed: int
     epsilon: float
@@ -40,6 +43,7 @@ class Recipes:
     joint: JointRecipe
     baselines: dict[str, SingleNetwork]
     added: int = 0
+    shelf: Path | None = None
 
     @classmethod
     def read(cls) -> "Recipes":
@@ -160,6 +164,7 @@ def _train_single(single: _Single) -> Trained:
         recipes.pretrain if single.is_expert else recipes.for_baselines,
         seed=recipes.run_seed,
         epsilon=recipes.met_by(student),
+        shelf=recipes.shelf,
     )
 
 
@@ -174,6 +179,7 @@ def _train_joint(joint: _Joint) -> Trained:
         recipes.joint,
         seed=recipes.run_seed,
         epsilon=recipes.epsilon,
+        shelf=recipes.shelf,
     )
     return trained
 
@@ -199,6 +205,7 @@ def train_proxy(baseline: str, recipes: Recipes, proxy_seed: int) -> nn.Module:
         recipes.for_baselines,
         seed=proxy_seed,
         epsilon=recipes.met_by(student),
+        shelf=recipes.shelf,
     )
     return trained.model
 

@@ -3,8 +3,9 @@
 Shapes: B batch, C channel, H/W pixels, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -101,6 +102,14 @@ class MixtureLearner:
         row |= {f"load_{name}": load for name, load in loads}
         return {name: round(value, DIGITS) for name, value in row.items()}
 
+    def state(self) -> dict[str, Tensor]:
+        """The norms of this epoch."""
+        return {"gate_norms": torch.stack(self.gate_norms)} if self.gate_norms else {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with these norms."""
+        self.gate_norms = list(state["gate_norms"]) if state else []
+
 
 def alarms(history: list[Row], kept: Row, recipe: JointRecipe) -> list[str]:
     """What went wrong with the gate, judged on the epoch that was kept (load) and on every epoch (gradient)."""
@@ -141,10 +150,12 @@ def train_mixture(
     spent: int = 0,
     name: str = "mixture",
     design: Design | None = None,
+    shelf: Path | None = None,
 ) -> tuple[Trained, Mixture]:
     """Train gate and copies of `experts` (in the order of `recipe.experts`) jointly; the architecture comes along.
 
-    `spent`: operations that the experts took; `name`: whose random numbers these are; `design`: the paper's, if none.
+    `spent`: operations that the experts took; `name`: whose random numbers these are; `design`: the paper's, if none;
+    `shelf`: where to keep what is unfinished.
     """
     design = design or the_papers(recipe)
     architecture = Mixture(
@@ -160,6 +171,7 @@ def train_mixture(
         epsilon=epsilon,
         select_by="pgd",
         spent=spent,
+        shelf=shelf,
     )
     trained = fit(design.learner(mixture, recipe), course)
     trained.alarms.extend(alarms(trained.history, trained.kept, recipe))

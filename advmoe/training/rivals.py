@@ -5,6 +5,8 @@ What differs is what their papers are about: what weighs the experts, and what l
 Shapes: B batch, C channel, H/W pixels, E experts, K classes.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -60,6 +62,16 @@ class AlternatingLearner(MixtureLearner):
             self.mixture.experts.eval()
         else:
             self.mixture.gate.eval()
+
+    def state(self) -> dict[str, Tensor]:
+        """Whose turn it is, too."""
+        return {**super().state(), "turn": torch.tensor(self.turn)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with that turn."""
+        norms = dict(state)
+        self.turn = int(norms.pop("turn"))
+        super().restore(norms)
 
 
 class SynergyLearner(MixtureLearner):

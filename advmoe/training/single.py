@@ -1,12 +1,14 @@
 """Training one plain network: an expert or a baseline, the same code."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe import classifiers
+from advmoe import classifiers, state
 from advmoe.classifiers import Backbone, Plain
 from advmoe.data.dataset import Dataset
 from advmoe.machine import derive_seed
@@ -81,6 +83,14 @@ class PlainLearner:
         del model, clean_NCHW, attacked_NCHW
         return {}
 
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to remember."""
+        del state
+
 
 class TradesLearner(PlainLearner):
     """TRADES' two terms: right on clean images, and the same answer on attacked ones (Zhang et al. 2019)."""
@@ -116,8 +126,10 @@ def train_single(
     *,
     seed: int,
     epsilon: float | None,
+    shelf: Path | None = None,
 ) -> Trained:
-    """Train one plain network. `epsilon` is the threat model's, None for students that do not meet it.
+    """Train one plain network. `epsilon` is the threat model's, None for students that do not meet it; `shelf`: where
+    to keep what is unfinished.
 
     Students that meet the threat model are validated and selected at its epsilon, the others at the recipe's fixed
     one; those are selected by clean accuracy.
@@ -133,6 +145,7 @@ def train_single(
         adversary=student.adversary,
         epsilon=recipe.validation_epsilon if epsilon is None else epsilon,
         select_by="pgd" if meets else "clean",
+        shelf=shelf,
     )
     return fit(learner_of(student, model, recipe), course)
 
@@ -150,14 +163,15 @@ def train_and_record(
     epsilon: float | None,
 ) -> None:
     """Train one plain network, its random numbers drawn under `label`, and write it as `name` of `stage`."""
-    trained = train_single(label, student, backbone, dataset, recipe, seed=seed, epsilon=epsilon)
-    record(
-        stage,
-        name,
-        trained,
-        Plain(kind="plain", backbone=backbone),
-        dataset.facts,
-        params={"recipe": recipe, "student": student, "epsilon": epsilon},
-        inputs={"dataset": dataset.sha256},
-        seed=seed,
-    )
+    with state.work(f"{stage}-{name}", student, backbone, recipe, seed, epsilon, dataset.sha256) as shelf:
+        trained = train_single(label, student, backbone, dataset, recipe, seed=seed, epsilon=epsilon, shelf=shelf)
+        record(
+            stage,
+            name,
+            trained,
+            Plain(kind="plain", backbone=backbone),
+            dataset.facts,
+            params={"recipe": recipe, "student": student, "epsilon": epsilon},
+            inputs={"dataset": dataset.sha256},
+            seed=seed,
+        )

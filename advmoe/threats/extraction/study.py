@@ -4,12 +4,12 @@ Shapes: N images, K classes.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from advmoe import classifiers, console, files, paths, user_code
+from advmoe import classifiers, console, files, paths, state, user_code
 from advmoe.classifiers import Plain
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset
@@ -30,7 +30,9 @@ from advmoe.workers import spread
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that a study starts from. `weights`: of a stranger; `folder`: for transfer sets and surrogates."""
+    """Everything that a study starts from. `weights`: of a stranger; `folder`: for transfer sets and surrogates;
+    `shelf`: for surrogates until the study is on record, see `advmoe.state`.
+    """
 
     name: str
     study: Study
@@ -39,6 +41,7 @@ class Case:
     epsilon: float
     weights: Path | None
     folder: Path
+    shelf: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,15 @@ class Places:
 
 
 def conduct(case: Case, places: Places) -> None:
-    """Run a study, write it down and show it. Raises UserError for what cannot be."""
+    """Run a study, write it down and show it; surrogates trained before a kill are taken over.
+
+    Raises UserError for what cannot be.
+    """
+    with state.work(f"extract-{case.name}", case, _data().sha256) as shelf:
+        _conduct(replace(case, shelf=shelf), places)
+
+
+def _conduct(case: Case, places: Places) -> None:
     rows = run(case)
     images = len(_data()["test"].first(case.common.images))
     about = {"attack": case.study.attack.kind, "epsilon": case.epsilon, "images": images}
@@ -209,9 +220,17 @@ class Campaign:
         return pools.gather(pool, self.data, generator(self.run_seed, "extract", "pool", pool.kind))
 
     def _train(self, name: str, known: TransferSet) -> Trained:
-        common = self.case.common
-        backbone = common.surrogates[name]
-        return surrogate.train(name, backbone, known, self.data, common, seed=self.run_seed, epsilon=self.case.epsilon)
+        case = self.case
+        return surrogate.train(
+            name,
+            case.common.surrogates[name],
+            known,
+            self.data,
+            case.common,
+            seed=self.run_seed,
+            epsilon=case.epsilon,
+            shelf=case.shelf,
+        )
 
     def _save(self, title: str, name: str, trained: Trained, inputs: dict[str, str]) -> None:
         common = self.case.common

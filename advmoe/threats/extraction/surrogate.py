@@ -4,6 +4,7 @@ The last epoch is kept: an attacker has no test set to select by.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
@@ -33,12 +34,21 @@ def long_enough(recipe: Learning, images: int, steps: int) -> Learning:
 
 
 def train(
-    name: str, backbone: Backbone, found: TransferSet, data: Dataset, common: Common, *, seed: int, epsilon: float
+    name: str,
+    backbone: Backbone,
+    found: TransferSet,
+    data: Dataset,
+    common: Common,
+    *,
+    seed: int,
+    epsilon: float,
+    shelf: Path | None = None,
 ) -> Trained:
     """A fresh network that learns the answers: cross-entropy with soft labels, of classes where only those were told.
 
     `name` and `seed` alone say where it starts: what two transfer sets make of it can be compared. `data` lends its
-    facts only. Raises UserError when there is just one image, which BatchNorm cannot learn from.
+    facts only; `shelf`: where to keep what is unfinished. Raises UserError when there is just one image, which
+    BatchNorm cannot learn from.
     """
     if len(found.images) < 2:
         raise UserError("a surrogate needs two images at least; prepare.splits.pool or the budget is too small")
@@ -52,5 +62,6 @@ def train(
         adversary=CleanBatches(kind="clean"),
         epsilon=epsilon,
         select_by="loss",
+        shelf=shelf,
     )
     return fit(PlainLearner(fresh(backbone, data, seed, name), recipe), course)

@@ -7,7 +7,7 @@ Shapes: N audited images, C channel, H/W pixels, K classes, S shadow models, U i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe import classifiers, console, engine, paths
+from advmoe import classifiers, console, engine, paths, state
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.pgd import pgd
 from advmoe.data import dataset
@@ -71,7 +71,15 @@ class Places:
 
 
 def conduct(case: Case, places: Places) -> None:
-    """Run the audit, write it down and show it. Raises UserError for what cannot be."""
+    """Run the audit, write it down and show it; shadows trained before a kill are taken over.
+
+    Raises UserError for what cannot be.
+    """
+    with state.work("membership", case.section, case.recipes, dataset.load(paths.DATASET).sha256) as shelf:
+        _conduct(replace(case, recipes=replace(case.recipes, shelf=shelf)), places)
+
+
+def _conduct(case: Case, places: Places) -> None:
     rows, audit = run(case)
     members = int(audit.is_member.sum())
     about = {"epsilon": case.recipes.epsilon, "members": members, "others": len(audit.split) - members}

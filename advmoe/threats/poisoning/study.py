@@ -5,14 +5,14 @@ Shapes: N images, E experts.
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from advmoe import classifiers, console, files
+from advmoe import classifiers, console, files, state
 from advmoe.artifacts import hash_tensors
 from advmoe.classifiers import Plain
 from advmoe.data.batches import Augmentation
@@ -137,7 +137,16 @@ class Places:
 
 
 def conduct(case: Case, places: Places) -> None:
-    """Run a study, write it down and show it. Raises UserError for what cannot be."""
+    """Run a study, write it down and show it; networks trained before a kill are taken over.
+
+    Raises UserError for what cannot be.
+    """
+    facts = (case.study, case.common, case.recipes, case.data.sha256)
+    with state.work(f"poison-{case.name}", *facts) as shelf:
+        _conduct(replace(case, recipes=replace(case.recipes, shelf=shelf)), places)
+
+
+def _conduct(case: Case, places: Places) -> None:
     rows, doses = run(case, places.models)
     about = {"attack": case.study.attack.kind, "epsilon": case.recipes.epsilon, "images": len(case.exam.split)}
     report.write(rows, about, places.metrics, places.runs, places.plots / "curve.csv")

@@ -1,0 +1,134 @@
+"""What keeps a training run: its state on disk every now and then, when it is told to end, and when it is done."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from advmoe import console, state
+from advmoe.artifacts import hash_tensors
+from advmoe.data.dataset import Dataset
+from advmoe.errors import UserError
+from advmoe.interruption import GO_ON, Held, Interrupted, held_back
+from advmoe.machine import device, machine
+from advmoe.state import KEY_LENGTH, Snapshot, digest_of
+from advmoe.training.cost import Learns
+
+SHARE = 0.05  # of the time, at most, that saving may take: a large network on a slow disk is saved less often
+
+Look = Callable[[], None]
+
+
+class Resumable(Protocol):
+    """Work whose state can be taken and put back."""
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """How far it is: whole epochs, and steps of the next one."""
+        ...
+
+    def state(self) -> Snapshot:
+        """All that changes from step to step."""
+        ...
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Be as at that moment, to the last bit."""
+        ...
+
+
+def identity(name: str, learner: Learns, dataset: Dataset, settings: object) -> str:
+    """A file name that holds a hash of all that determines a training run: `settings`, the learner and its network as
+    they are now, the images learned from and watched, and what of the machine shows in the last bits.
+    """
+    images = {
+        f"{split}.{part}": tensor
+        for split, rows in dataset.splits.items()
+        if split in {"train", "validation"}
+        for part, tensor in (("images", rows.images), ("labels", rows.labels))
+    }
+    place = device()
+    key = digest_of(
+        name,
+        settings,
+        [type(learner).__qualname__, _plain(vars(learner))],
+        _structure(learner.model),
+        hash_tensors(learner.model.state_dict()),
+        hash_tensors(images),
+        [place.type, torch.cuda.get_device_name(place) if place.type == "cuda" else torch.get_num_threads()],
+        [torch.__version__, torch.backends.cpu.get_cpu_capability(), state.code_digest()],
+    )
+    return f"{name.replace('/', '-')}-{key[:KEY_LENGTH]}.safetensors"
+
+
+def _structure(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
+    """What a state_dict does not say: kinds of layers, and numbers like a temperature."""
+    return [(name, type(layer).__qualname__, _plain(vars(layer))) for name, layer in model.named_modules()]
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in attributes.items() if not name.startswith("_") and name != "training"}
+    return {name: value for name, value in sorted(kept.items()) if isinstance(value, int | float | str | tuple)}
+
+
+@contextmanager
+def kept(run: Resumable, name: str, file: Path | None) -> Iterator[Look]:
+    """Put a run where a killed one left it, and keep it in `file` (None: nowhere).
+
+    What is yielded must be called whenever the state is whole: after each step, and after each epoch.
+    """
+    if file is None:
+        yield lambda: None
+        return
+    keeper = Keeper(run, name, file)
+    keeper.resume()
+    with held_back() as held:
+        yield lambda: keeper.look(held)
+        keeper.save()  # a study that goes on with other networks need not train this one again
+
+
+class Keeper:
+    """Saves a run to a file; a disk that does not take it costs one warning, never the run."""
+
+    def __init__(self, run: Resumable, name: str, file: Path) -> None:
+        self.run, self.name, self.file = run, name, file
+        self.saved: tuple[int, int] | None = None
+        self.due = time.monotonic() + machine().state_seconds
+        self.works = True
+
+    def resume(self) -> None:
+        """Take over what there is; a damaged file is as good as none."""
+        try:
+            found = state.read(self.file)
+        except UserError as error:
+            console.warn(f"{error} and left aside; {self.name} is trained from the start")
+            return
+        if found is not None:
+            self.run.restore(found)
+            self.saved = self.run.position
+            epochs, steps = self.saved
+            console.say(
+                f"{self.name}: taken over from the run that was stopped, after {epochs} epochs and {steps} steps"
+            )
+
+    def look(self, held: Held) -> None:
+        """Save if it is time to; if the process was told to end, save and let it."""
+        if held.pending is None and time.monotonic() < self.due:
+            return
+        self.save()
+        if held.pending is not None:
+            if self.works:
+                console.say(f"{self.name}: kept as it is; {GO_ON}")
+            raise Interrupted(held.pending)
+
+    def save(self) -> None:
+        """Save, unless just this was saved."""
+        if not self.works or self.saved == self.run.position:
+            return
+        started = time.monotonic()
+        self.works = state.keep(self.file, self.run.state())
+        self.saved, now = self.run.position, time.monotonic()
+        self.due = now + max(machine().state_seconds, (now - started) / SHARE)
