@@ -2,7 +2,7 @@
 # make repro JOBS=1     one network after another, as `dvc repro` does; default: one to each core, on one thread
 # make repro PROFILE=x  the same after laying profiles/x.yaml over params.yaml (smoke, digits, digits-full, cifar10-cpu, cifar10, svhn)
 # make test, make lint, make clean
-# make bench            our attacks and poison against others', in .venv-bench: their libraries do not get along with DVC's
+# make bench            our attacks and poison against others', and how fast, in .venv-bench: their libraries do not get along with DVC's
 PYTHON ?= python3
 # experts do not need each other, nor do the mixture and its comparators; on a GPU (ADVMOE_DEVICE) choose what its memory holds
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -37,6 +37,7 @@ lint: $(VENV)/.installed-test
 bench: .venv-bench/.installed
 	.venv-bench/bin/python -m benchmarks.agreement
 	.venv-bench/bin/python -m benchmarks.poisoning
+	ADVMOE_THREADS=1 .venv-bench/bin/python -m benchmarks.speed
 
 clean:
 	rm -rf $(VENV) .venv-bench artifacts runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

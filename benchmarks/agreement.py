@@ -24,6 +24,8 @@ from advmoe.evaluation.harness import DECISION_BATCH, WORST, Target, Terms, fixe
 from advmoe.evaluation.intervals import Share
 from advmoe.evaluation.paired import compare, mcnemar
 from benchmarks import checkpoints
+from benchmarks import peers as libraries
+from benchmarks.peers import Climb
 
 STEPS, STEP_SIZE = 40, 0.1  # of the PGD that is compared: forty steps of a tenth of epsilon
 PEERS_ON = 200  # images
@@ -159,18 +161,15 @@ def _torchattacks_fgsm(model: nn.Module, pixels: Tensor, labels: Tensor, epsilon
     return found
 
 
-def _torchattacks_pgd(model: nn.Module, pixels: Tensor, labels: Tensor, epsilon: float) -> Tensor:
-    attack = torchattacks.PGD(model, eps=epsilon, alpha=STEP_SIZE * epsilon, steps=STEPS, random_start=True)
-    found: Tensor = attack(pixels, labels)
-    return found
+def _foolbox_fgsm(model: nn.Module, pixels: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    _, found, _ = foolbox.attacks.FGSM()(wrapped, pixels, labels, epsilons=epsilon)
+    return found  # type: ignore[no-any-return]
 
 
-def _foolbox(attack: str) -> Callable[[nn.Module, Tensor, Tensor, float], Tensor]:
+def _pgd(attack: libraries.Attack) -> Callable[[nn.Module, Tensor, Tensor, float], Tensor]:
     def run(model: nn.Module, pixels: Tensor, labels: Tensor, epsilon: float) -> Tensor:
-        wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
-        settings = {"rel_stepsize": STEP_SIZE, "steps": STEPS, "random_start": True} if attack == "LinfPGD" else {}
-        _, found, _ = getattr(foolbox.attacks, attack)(**settings)(wrapped, pixels, labels, epsilons=epsilon)
-        return found  # type: ignore[no-any-return]
+        return attack(model, pixels, labels, Climb(epsilon, STEPS, STEP_SIZE, PEERS_ON))  # one batch, so one draw
 
     return run
 
@@ -182,9 +181,9 @@ def _uniform(pixels: Tensor, epsilon: float) -> Tensor:
 
 PEERS = (
     Peer("torchattacks", _torchattacks_fgsm, None),
-    Peer("foolbox", _foolbox("FGSM"), None),
-    Peer("torchattacks", _torchattacks_pgd, _uniform),
-    Peer("foolbox", _foolbox("LinfPGD"), _uniform),
+    Peer("foolbox", _foolbox_fgsm, None),
+    Peer("torchattacks", _pgd(libraries.torchattacks_pgd), _uniform),
+    Peer("foolbox", _pgd(libraries.foolbox_pgd), _uniform),
 )
 
 

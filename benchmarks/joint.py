@@ -1,0 +1,110 @@
+"""A step of joint adversarial training, twice: by the project's loop, and as anybody would write it in plain PyTorch.
+
+Both craft with ten steps of PGD from the same random starts through the whole mixture in eval mode, then take the same
+step of SGD in train mode, so the losses must follow each other.
+
+Shapes: B batch, C channel, H/W pixels.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from advmoe.data.batches import Augmentation
+from advmoe.data.dataset import Dataset, Split
+from advmoe.engine import Precision
+from advmoe.machine import generator
+from advmoe.models.moe import MixtureOfExperts
+from advmoe.training.adversary import PgdBatches
+from advmoe.training.joint import Alarms, JointRecipe, MixtureLearner
+from advmoe.training.loop import Course, Run
+from advmoe.training.recipe import Optimizer, Schedule, Validation
+from benchmarks import networks, peers
+
+NAME, SEED = "benchmark", 0
+EPSILON, STEPS, STEP_SIZE, CLIP, LR = 0.03, 10, 0.25, 1.0, 0.01
+ADVERSARY = PgdBatches(kind="pgd", steps=(STEPS,), step_size=STEP_SIZE)
+
+
+def our_step(
+    model: MixtureOfExperts, images_BCHW: Tensor, labels_B: Tensor, precision: Precision
+) -> Callable[[], float]:
+    """A function that takes one step on this batch, from where the last one ended, and returns the loss."""
+    run = Run(*_course(copy.deepcopy(model), images_BCHW, labels_B, precision))
+    return lambda: float(run.step(images_BCHW, labels_B))
+
+
+def plain_step(model: MixtureOfExperts, images_BCHW: Tensor, labels_B: Tensor) -> Callable[[], float]:
+    """The same in float32 and PyTorch's default memory format, with nothing of the project but the network."""
+    own = peers.as_documented(model)
+    assert isinstance(own, MixtureOfExperts)
+    optimizer = MixtureLearner(own, _recipe(model, "float32", len(labels_B))).optimizer()
+    noise = generator(SEED, NAME, "noise")
+
+    def step() -> float:
+        attacked = plain_pgd(own.eval(), images_BCHW, labels_B, noise)
+        own.train()
+        optimizer.zero_grad()
+        loss = functional.nll_loss(own(attacked), labels_B)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(own.parameters(), CLIP)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def plain_pgd(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor, noise: torch.Generator) -> Tensor:
+    """Adversarial images (B, C, H, W) after all steps."""
+    shift = EPSILON * (2 * torch.rand(images_BCHW.shape, generator=noise) - 1)
+    points = (images_BCHW + shift).clamp(0, 1)
+    for _ in range(STEPS):
+        points = points.detach().requires_grad_(True)
+        loss = functional.cross_entropy(model(points), labels_B)
+        (gradient,) = torch.autograd.grad(loss, points)
+        moved = points.detach() + STEP_SIZE * EPSILON * gradient.sign()
+        points = (images_BCHW + (moved - images_BCHW).clamp(-EPSILON, EPSILON)).clamp(0, 1)
+    return points
+
+
+def _course(
+    model: MixtureOfExperts, images_BCHW: Tensor, labels_B: Tensor, precision: Precision
+) -> tuple[MixtureLearner, Course]:
+    recipe = _recipe(model, precision, len(labels_B))
+    split = Split((images_BCHW * 255).round().to(torch.uint8), labels_B, torch.arange(len(labels_B)))
+    course = Course(
+        name=NAME,
+        seed=SEED,
+        dataset=Dataset({"train": split}, networks.facts(images_BCHW), ""),
+        recipe=recipe,
+        adversary=ADVERSARY,
+        epsilon=EPSILON,
+        select_by="pgd",
+    )
+    return MixtureLearner(model, recipe), course
+
+
+def _recipe(model: MixtureOfExperts, precision: Precision, batch_size: int) -> JointRecipe:
+    """Constant rate, no augmentation, no averaging: nothing that a plain loop would not have."""
+    return JointRecipe(
+        experts=tuple(f"expert-{number}" for number in range(len(model.experts))),
+        gate=networks.GATE,
+        mixing="probabilities",
+        adversary=ADVERSARY,
+        epochs=1000,
+        batch_size=batch_size,
+        optimizer=Optimizer(lr=LR, momentum=0.9, weight_decay=0.0005),
+        gate_lr=LR,
+        load_balance=0.0,
+        schedule=Schedule(warmup=0.0, decay="constant"),
+        clip=CLIP,
+        ema=0.0,
+        augmentation=Augmentation(crop=0, flip=False),
+        precision=precision,
+        selection="last",
+        validation=Validation(steps=1, step_size=1.0, gap=0.2, images=1),
+        alarms=Alarms(load=0.9, gradient=1e-6),
+    )

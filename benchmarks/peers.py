@@ -1,0 +1,103 @@
+"""PGD and AutoAttack of other libraries, called as their documentation shows: a model in eval mode, float32.
+
+Shapes: N images, B batch, C channel, H/W pixels, K classes.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import foolbox
+import numpy as np
+import pyautoattack
+import torch
+import torchattacks
+from art.attacks.evasion import ProjectedGradientDescentPyTorch
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Climb:
+    """PGD from one random start: L-inf radius, steps, their size as a share of the radius, images of a batch."""
+
+    epsilon: float
+    steps: int
+    step_size: float
+    batch_size: int
+
+
+Attack = Callable[[nn.Module, Tensor, Tensor, Climb], Tensor]
+
+
+def torchattacks_pgd(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, climb: Climb) -> Tensor:
+    """Adversarial images (N, C, H, W) of torchattacks."""
+    attack = torchattacks.PGD(
+        model, eps=climb.epsilon, alpha=climb.step_size * climb.epsilon, steps=climb.steps, random_start=True
+    )
+    return _in_batches(attack, images_NCHW, labels_N, climb.batch_size)
+
+
+def foolbox_pgd(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, climb: Climb) -> Tensor:
+    """Adversarial images (N, C, H, W) of foolbox."""
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    attack = foolbox.attacks.LinfPGD(rel_stepsize=climb.step_size, steps=climb.steps, random_start=True)
+
+    def found(images: Tensor, labels: Tensor) -> Tensor:
+        _, clipped, _ = attack(wrapped, images, labels, epsilons=climb.epsilon)
+        return clipped  # type: ignore[no-any-return]
+
+    return _in_batches(found, images_NCHW, labels_N, climb.batch_size)
+
+
+def art_pgd(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, climb: Climb) -> Tensor:
+    """Adversarial images (N, C, H, W) of the adversarial-robustness-toolbox, which batches by itself."""
+    with torch.no_grad():
+        classes = model(images_NCHW[:1]).shape[1]
+    classifier = PyTorchClassifier(
+        model,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=tuple(images_NCHW.shape[1:]),
+        nb_classes=classes,
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
+    attack = ProjectedGradientDescentPyTorch(
+        classifier,
+        norm=np.inf,
+        eps=climb.epsilon,
+        eps_step=climb.step_size * climb.epsilon,
+        max_iter=climb.steps,
+        num_random_init=1,
+        batch_size=climb.batch_size,
+        verbose=False,
+    )
+    return torch.from_numpy(attack.generate(images_NCHW.numpy(), labels_N.numpy()))
+
+
+PGD: dict[str, Attack] = {
+    "torchattacks": torchattacks_pgd,
+    "foolbox": foolbox_pgd,
+    "adversarial-robustness-toolbox": art_pgd,
+}
+
+
+def reference_autoattack(
+    model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, *, epsilon: float, batch_size: int, seed: int
+) -> Tensor:
+    """Adversarial images (N, C, H, W) of the authors' standard AutoAttack; an image that stands is as it was."""
+    attack = pyautoattack.AutoAttack(model, eps=epsilon, norm="Linf", version="standard", seed=seed, device="cpu")
+    found, _ = attack.run_standard_evaluation(images_NCHW, labels_N, batch_size=batch_size)
+    return found  # type: ignore[no-any-return]
+
+
+def as_documented(model: nn.Module) -> nn.Module:
+    """A copy in eval mode and PyTorch's default memory format, as the examples of these libraries have it."""
+    return copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()
+
+
+def _in_batches(
+    attack: Callable[[Tensor, Tensor], Tensor], images_NCHW: Tensor, labels_N: Tensor, batch_size: int
+) -> Tensor:
+    parts = zip(torch.split(images_NCHW, batch_size), torch.split(labels_N, batch_size), strict=True)
+    return torch.cat([attack(images, labels).detach() for images, labels in parts])
