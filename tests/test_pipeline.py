@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from advmoe import paths
+
 ROOT = Path(__file__).parent.parent
 EXPERTS = ["clean", *(f"{kind}-{number}" for kind in ("fgsm", "pgd") for number in range(1, 5))]
 POISON = {"badnets": ["mixture", "standard", "adversarial"], "blended": ["standard", "adversarial"]}  # of smoke.yaml
@@ -90,7 +92,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         check=True,
     )
     for name in tracked.stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith(("metrics/", "plots/")) and name != "dvc.lock":
+        # the aggregate is an input: other seeds are other runs
+        made_here = name.startswith(("metrics/", "plots/")) and name != str(paths.AGGREGATE)
+        if (ROOT / name).is_file() and not made_here and name != "dvc.lock":
             (project.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, project.root / name)
     project.run("git", "init", "--quiet")
