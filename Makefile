@@ -1,18 +1,21 @@
 # make repro            build everything: experts, mixture, comparators, evaluation, poisoning, extraction, membership, report; then show the results
-# make repro JOBS=1     one network after another, as `dvc repro` does; default: one to each core, on one thread
+# make repro JOBS=1     one stage after another, as `dvc repro` does; default: as many at a time as there are cores
 # make repro PROFILE=x  the same after laying profiles/x.yaml over params.yaml (smoke, digits, digits-full, cifar10-cpu, cifar10, svhn)
 # make test, make lint, make clean
 # make bench            our attacks and poison against others', and how fast, in .venv-bench: their libraries do not get along with DVC's
 PYTHON ?= python3
-# experts do not need each other, nor do the mixture and its comparators; on a GPU (ADVMOE_DEVICE) choose what its memory holds
-JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+# on a GPU (ADVMOE_DEVICE) choose what its memory holds
+JOBS ?= $(CORES)
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 # DVC runs `python -m advmoe`: the environment's python must be the first on PATH
 export PATH := $(BIN):$(PATH)
-# the stages whose names match, one to a core
-side_by_side = dvc stage list --name-only | grep -E '$(1)' \
-	| ADVMOE_THREADS=1 OMP_NUM_THREADS=1 xargs -P $(JOBS) -n 1 dvc --wait-for-lock repro --single-item
+# the stages whose names match, which do not need each other; the cores are shared out, for threads beside others wait for each other
+side_by_side = stages=$$(dvc stage list --name-only | grep -E '$(1)'); \
+	jobs=$$(printf '%s\n' "$$stages" | awk 'END {print NR < $(JOBS) ? NR : $(JOBS)}'); \
+	threads=$${ADVMOE_THREADS:-$$(($(CORES) > jobs ? $(CORES) / jobs : 1))}; \
+	printf '%s\n' $$stages | ADVMOE_THREADS=$$threads OMP_NUM_THREADS=$$threads xargs -r -P $$jobs -n 1 dvc --wait-for-lock repro --single-item
 .DEFAULT_GOAL := repro
 .PHONY: repro test lint bench clean
 
@@ -23,6 +26,7 @@ repro: $(VENV)/.installed
 	dvc repro prepare
 	@$(call side_by_side,^pretrain@)
 	@$(call side_by_side,^(train|baseline@.*)$$)
+	@$(call side_by_side,^(evaluate|poison@.*|extract@.*|membership)$$)
 	dvc repro
 	@python -m advmoe results
 
