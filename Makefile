@@ -2,11 +2,14 @@
 # make repro JOBS=1     one stage after another, as `dvc repro` does; default: as many at a time as there are cores
 # make repro PROFILE=x  the same after laying profiles/x.yaml over params.yaml (smoke, digits, digits-full, cifar10-cpu, cifar10, svhn)
 # make test, make lint, make clean
+# make fuzz            the fuzz tests at length: a thousand random cases for each, other ones every time; SEED=n repeats, CASES=n as many
 # make bench            our attacks and poison against others', and how fast, in .venv-bench: their libraries do not get along with DVC's
 PYTHON ?= python3
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 # on a GPU (ADVMOE_DEVICE) choose what its memory holds
 JOBS ?= $(CORES)
+CASES ?= 1000
+SEED := $(or $(SEED),$(shell date +%s))
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 # DVC runs `python -m advmoe`: the environment's python must be the first on PATH
@@ -17,7 +20,7 @@ side_by_side = stages=$$(dvc stage list --name-only | grep -E '$(1)'); \
 	threads=$${ADVMOE_THREADS:-$$(($(CORES) > jobs ? $(CORES) / jobs : 1))}; \
 	printf '%s\n' $$stages | ADVMOE_THREADS=$$threads OMP_NUM_THREADS=$$threads xargs -r -P $$jobs -n 1 dvc --wait-for-lock repro --single-item
 .DEFAULT_GOAL := repro
-.PHONY: repro test lint bench clean
+.PHONY: repro test fuzz lint bench clean
 
 repro: $(VENV)/.installed
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local --quiet core.no_scm true
@@ -32,6 +35,9 @@ repro: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	python -m pytest
+
+fuzz: $(VENV)/.installed-test
+	FUZZ_CASES=$(CASES) python -m pytest tests/test_fuzz_*.py --hypothesis-seed=$(SEED) --hypothesis-show-statistics
 
 lint: $(VENV)/.installed-test
 	ruff format --check .

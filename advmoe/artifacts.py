@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from advmoe.errors import UserError
+from advmoe.errors import STUMBLES, UserError, first_line
 from advmoe.files import canonical_json, write_bytes, write_json
 from advmoe.machine import peak_memory
 from advmoe.params import validate
@@ -70,7 +70,8 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.numpy().tobytes())
+        if tensor.numel():
+            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())  # as bytes: NumPy knows not all types
     return digest.hexdigest()
 
 
@@ -124,14 +125,21 @@ def load(path: Path, kind: str | None = None) -> Artifact:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; `dvc repro` or `make repro` builds the pipeline's artifacts") from error
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a safetensors file, or a truncated one ({error})") from error
+    except (SafetensorError, *STUMBLES) as error:  # KeyError, say, for a type that PyTorch has not
+        raise UserError(f"{path}: not a safetensors file, or a truncated one ({first_line(error)})") from error
     header = _parse_header(path, metadata)
     if kind is not None and header.kind != kind:
         raise UserError(f"{path}: holds a {header.kind}, but a {kind} is needed here")
-    if hash_tensors(tensors) != header.sha256 or header.own_hash() != header.header_sha256:
+    if not _intact(header, tensors):
         raise UserError(f"{path}: content does not match its checksum; the file was altered or damaged")
     return Artifact(header, tensors)
+
+
+def _intact(header: Header, tensors: Mapping[str, Tensor]) -> bool:
+    try:
+        return hash_tensors(tensors) == header.sha256 and header.own_hash() == header.header_sha256
+    except ValueError:  # NaN, or half a character: no header of ours holds what canonical JSON cannot
+        return False
 
 
 def _parse_header(path: Path, metadata: Mapping[str, str]) -> Header:
@@ -139,7 +147,7 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> Header:
         raise UserError(f"{path}: a safetensors file, but not written by advmoe (no '{METADATA_KEY}' header)")
     try:
         content = json.loads(metadata[METADATA_KEY])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: its '{METADATA_KEY}' header is not valid JSON ({error})") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA:

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from advmoe import paths
+from advmoe import files, paths
 from advmoe.errors import UserError
 from advmoe.machine import device
 from advmoe.params import read_yaml
@@ -28,7 +30,8 @@ def check_dvc_file(params: Params) -> None:
 
     Raises UserError naming the stage and the line to add.
     """
-    stages = read_yaml(DVC_FILE).get("stages") or {}
+    with files.as_written(DVC_FILE):
+        deps = _deps(read_yaml(DVC_FILE).get("stages") or {})
     poisoned = {victim for study in params.poison.attacks.values() for victim in study.victims}
     asked = {victim for study in params.extract.attacks.values() for victim in study.victims}
     needed = {
@@ -45,11 +48,16 @@ def check_dvc_file(params: Params) -> None:
         "membership": [file_of(name) for name in sorted(params.membership.victims)],
     }
     for stage, artifacts in needed.items():
-        entry = stages.get(stage) or {}
-        listed = set(map(str, entry.get("do", entry).get("deps") or []))
+        listed = deps.get(stage, frozenset())
         missing = [str(path) for path in artifacts if not {str(path), str(path.parent)} & listed]
         if missing:
             raise UserError(f"{DVC_FILE}: stages.{stage}.deps must list {missing[0]}, or DVC will not see it change")
+
+
+def _deps(stages: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+    """By stage the files that DVC watches for it."""
+    entries = {stage: entry.get("do", entry) for stage, entry in stages.items() if entry}
+    return {stage: frozenset(map(str, entry.get("deps") or [])) for stage, entry in entries.items()}
 
 
 def pending_stages() -> list[str]:

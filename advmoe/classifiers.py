@@ -22,7 +22,7 @@ from advmoe.models.moe import ConfidenceHeads, ConfidentExperts, Mixing, Mixture
 from advmoe.models.resnet import ResNet18
 from advmoe.models.resnet50 import ResNet50
 from advmoe.models.wideresnet import WideResNet28
-from advmoe.params import PositiveFloat, PositiveInt, Settings, validate
+from advmoe.params import PositiveFloat, Settings, validate
 
 KIND = "classifier"
 BackboneKind = Literal["resnet18", "resnet50", "wideresnet28", "cnn"]
@@ -34,17 +34,20 @@ BACKBONES: dict[BackboneKind, Callable[..., nn.Module]] = {
 }
 
 
+Width = Annotated[int, Field(gt=0, le=4096, strict=True)]  # channels; the header of a file may ask for any memory
+
+
 class Backbone(Settings):
     """A single network. `width`: 64 is the full ResNet-18, ResNet-50 and WideResNet-28-10; others are scaled by it."""
 
     kind: BackboneKind
-    width: PositiveInt
+    width: Width
 
 
 class GateSettings(Settings):
     """`width`: channels of the gate's first layer; `temperature`: above 1 the weights get softer, below 1 sharper."""
 
-    width: PositiveInt
+    width: Width
     temperature: PositiveFloat
 
 
@@ -167,14 +170,27 @@ def load(path: Path) -> Classifier:
     """Read a classifier. Raises UserError if the file is missing, damaged, no classifier, or its tensors do not fit."""
     artifact = artifacts.load(path, KIND)
     about = validate(artifact.header.about, About, f"{path}: header")
+    _check_tensors(path, about, artifact.tensors)
     model = build(about.architecture, about.facts, 0)
-    expected = {name: tuple(tensor.shape) for name, tensor in stored(model).items()}
-    found = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise UserError(f"{path}: tensor '{wrong[0]}' does not fit the architecture that the header describes")
     model.load_state_dict(artifact.tensors, strict=False)
     return Classifier(model.eval(), about, artifact.header)
+
+
+def _check_tensors(path: Path, about: About, tensors: Mapping[str, Tensor]) -> None:
+    """Before memory is taken for a network: it may be any that somebody wrote into a header."""
+    architecture = about.architecture
+    if isinstance(architecture, Mixture) and not 0 < len(architecture.experts) <= len(tensors):
+        raise UserError(f"{path}: has {len(tensors)} tensors for {len(architecture.experts)} experts")
+    with torch.device("meta"):  # shapes without content
+        model = build(architecture, about.facts, 0)
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in stored(model).items()}
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise UserError(f"{path}: tensor '{wrong[0]}' does not fit the architecture that the header describes")
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: tensor '{broken[0]}' holds numbers that are not finite")
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:

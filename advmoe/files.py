@@ -5,11 +5,12 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from advmoe.errors import UserError
+from advmoe.errors import UserError, first_line
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -67,8 +68,22 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; `make repro` builds it") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+@contextmanager
+def as_written(where: object) -> Iterator[None]:
+    """Take apart, inside the block, what advmoe wrote to a file earlier; `where` names it.
+
+    Raises UserError when a key, a type or a number there is not what was written: files can be edited and damaged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{where}: not as this version of advmoe writes it ({first_line(error)})") from error
 
 
 def names(values: Iterable[object]) -> str:

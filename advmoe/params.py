@@ -4,19 +4,28 @@ params.yaml is read with DVC's own YAML dialect (1.2, ruamel): `off` is a word a
 it is the other way round. Settings have no defaults: a default in code would be a number that DVC does not track.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from advmoe.errors import UserError
+from advmoe.errors import STUMBLES, UserError
 
 PARAMS_FILE = Path("params.yaml")
 PIXEL_LEVELS = 255
+LONGEST_NUMBER = 100  # characters of an epsilon: what is longer was not typed by anybody
+EXPONENT = re.compile(r"e[+-]?[0-9_]{4,}", re.IGNORECASE)  # exact arithmetic would write out all of its zeros
+# Python reads such integers and cannot write them down, not even to say that they are too large
+UNWRITABLE = re.compile(r"0[xob][0-9a-f_]{1000}", re.IGNORECASE)
+SHOWN = 60  # characters of a value in a sentence
+BRIEF = Repr()  # looks at no more than it shows: YAML's anchors make small files of enormous values
+BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxlong = 3, SHOWN + 2, SHOWN + 2, SHOWN + 2
 
 T = TypeVar("T")
 
@@ -30,26 +39,29 @@ class Settings(BaseModel):
 def parse_epsilon(value: object) -> float:
     """Turn `8/255`, `"0.03"` or `0.03` into a float in [0, 1]; each kind of nonsense gets its own ValueError."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"epsilon must be a number or a fraction such as 8/255, not {value!r}")
+        raise ValueError(f"epsilon must be a number or a fraction such as 8/255, not {_short(value)}")
     try:
         exact = _parse_fraction(value) if isinstance(value, str) else Fraction(value)
     except ZeroDivisionError:
-        raise ValueError(f"epsilon {value!r} divides by zero") from None
+        raise ValueError(f"epsilon {_short(value)} divides by zero") from None
     except (ValueError, OverflowError):
         if isinstance(value, float) or (isinstance(value, str) and value.strip().lower() in {"nan", "inf", "-inf"}):
             raise ValueError(f"epsilon must be a finite number, not {value}") from None
-        raise ValueError(f"epsilon must be a number or a fraction such as 8/255, not {value!r}") from None
+        raise ValueError(f"epsilon must be a number or a fraction such as 8/255, not {_short(value)}") from None
+    shown = value if isinstance(value, str) else _short(value)
     if exact < 0:
-        raise ValueError(f"epsilon is a distance and cannot be negative, but is {value}")
+        raise ValueError(f"epsilon is a distance and cannot be negative, but is {shown}")
     if exact > 1:
-        typed_as_levels = exact <= PIXEL_LEVELS and "/" not in str(value)
-        hint = f"; did you mean {value}/{PIXEL_LEVELS}?" if typed_as_levels else ""
-        raise ValueError(f"epsilon {value} is more than the whole pixel range [0, 1]{hint}")
+        typed_as_levels = exact <= PIXEL_LEVELS and "/" not in shown
+        hint = f"; did you mean {shown}/{PIXEL_LEVELS}?" if typed_as_levels else ""
+        raise ValueError(f"epsilon {shown} is more than the whole pixel range [0, 1]{hint}")
     return float(exact)
 
 
 def _parse_fraction(text: str) -> Fraction:
     """Decimals are welcome on both sides of the slash: format_epsilon writes 25.5/255."""
+    if len(text) > LONGEST_NUMBER or EXPONENT.search(text):
+        raise ValueError("too long")
     numerator, slash, denominator = text.partition("/")
     if not slash:
         return Fraction(text.strip())
@@ -75,16 +87,26 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document, in DVC's dialect. Raises ValueError with one line for whatever is wrong with it."""
+    if UNWRITABLE.search(text):
+        raise ValueError("holds a number of thousands of digits")
+    try:
+        return YAML(typ="safe").load(text)
+    except (YAMLError, *STUMBLES) as error:  # a tag or a date out of place
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises UserError when the file is missing, broken or not a mapping."""
     try:
-        content = YAML(typ="safe").load(path.read_text())
+        content = parse_yaml(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; run advmoe from the root of the project") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    except (YAMLError, ValueError) as error:  # ValueError: a scalar such as 2024-13-45 that YAML takes for a date
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a mapping of sections, found {type(content).__name__}")
     return content
@@ -148,5 +170,8 @@ def _path(location: tuple[int | str, ...], value: Any) -> Iterator[str]:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    try:
+        text = BRIEF.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"a {type(value).__name__} of thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

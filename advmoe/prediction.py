@@ -15,6 +15,7 @@ from advmoe import engine
 from advmoe.classifiers import Classifier, Mixture
 from advmoe.data.folder import read_image
 from advmoe.data.images import as_nchw
+from advmoe.errors import UserError
 from advmoe.machine import device
 from advmoe.models.moe import MixtureOfExperts, weights
 
@@ -44,6 +45,8 @@ def predict(classifier: Classifier, files: Sequence[Path]) -> list[Prediction]:
     images = _read(classifier, files).to(device())
     model = classifier.model.to(device())
     probability, label = torch.softmax(engine.predict(model, images, len(files)), dim=1).max(dim=1)
+    if not probability.isfinite().all():
+        raise UserError(f"{files[int(probability.isfinite().int().argmin())]}: the model gives no finite answer")
     votes = _votes(classifier, images)
     names = classifier.about.facts.class_names
     found = zip(files, label.tolist(), probability.tolist(), votes, strict=True)

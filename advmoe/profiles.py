@@ -10,7 +10,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
 from advmoe import files, paths
-from advmoe.errors import UserError
+from advmoe.errors import STUMBLES, UserError
 from advmoe.params import PARAMS_FILE, read_yaml, validate
 from advmoe.schema import Params
 
@@ -73,9 +73,10 @@ def _round_trip() -> YAML:
 def _load(yaml: YAML, path: Path) -> CommentedMap:
     try:
         content = yaml.load(path.read_text())
-    except (YAMLError, ValueError) as error:  # a duplicate key, say, that the safe reader forgave
+    except (YAMLError, *STUMBLES) as error:  # what the safe reader forgave: a duplicate key, a tag out of place
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    assert isinstance(content, CommentedMap)
+    if not isinstance(content, CommentedMap):
+        raise UserError(f"{path}: must be a plain mapping of sections")
     return content
 
 

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from advmoe.errors import UserError, first_line
-from advmoe.params import PARAMS_FILE
+from advmoe.params import PARAMS_FILE, parse_yaml
 
 HERE = Path()
 WORKSPACE = "workspace"  # DVC's word for the files as they are now
@@ -158,12 +155,11 @@ def read_csv(record: Record, path: Path) -> list[dict[str, str]]:
 def read_params(record: Record) -> dict[str, Any]:
     """params.yaml of a record, unvalidated: an old one may not fit today's schema. Raises AbsentError, UserError."""
     try:
-        # DVC's dialect, as advmoe.params reads it
-        content = YAML(typ="safe").load(need(record, PARAMS_FILE).decode())
+        content = parse_yaml(need(record, PARAMS_FILE).decode())
     except UserError:
         raise
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{record.name}: {PARAMS_FILE} is not valid YAML ({' '.join(str(error).split())})") from error
+    except ValueError as error:
+        raise UserError(f"{record.name}: {PARAMS_FILE} is not valid YAML ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{record.name}: {PARAMS_FILE} must be a mapping of sections")
     return content

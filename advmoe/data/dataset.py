@@ -7,21 +7,23 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from advmoe import artifacts
 from advmoe.data.images import Labelled, SourceImages
 from advmoe.errors import UserError
 from advmoe.machine import derive_seed
-from advmoe.params import NonNegativeInt, PositiveInt, Settings, validate
+from advmoe.params import NonNegativeInt, PositiveFloat, PositiveInt, Settings, validate
 
 SplitName = Literal["train", "pool", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 KIND = "dataset"
+Side = Annotated[int, Field(gt=0, le=2**14, strict=True)]  # pixels; the header of a file may ask for any memory
 
 
 class Splits(Settings):
@@ -38,12 +40,18 @@ class Splits(Settings):
 class Facts(Settings):
     """What a model must know of its images: shape, class names, and channel statistics of the training split."""
 
-    channels: int
-    height: int
-    width: int
-    class_names: tuple[str, ...]
+    channels: Literal[1, 3]
+    height: Side
+    width: Side
+    class_names: Annotated[tuple[str, ...], Field(min_length=1)]
     mean: tuple[float, ...]
-    std: tuple[float, ...]
+    std: tuple[PositiveFloat, ...]
+
+    @model_validator(mode="after")
+    def _each_channel_has_statistics(self) -> "Facts":
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError("mean and std must hold one number for each channel")
+        return self
 
     @property
     def classes(self) -> int:
@@ -202,7 +210,19 @@ def load(path: Path) -> Dataset:
     except KeyError as error:
         raise UserError(f"{path}: has no tensor {error}; build it again") from error
     for name, split in splits.items():
-        shape = (len(split.labels), facts.channels, facts.height, facts.width)
-        if split.images.shape != shape or split.images.dtype != torch.uint8 or split.index.shape != split.labels.shape:
+        if not _fits(split, facts):
             raise UserError(f"{path}: the tensors of split '{name}' do not fit the header; build it again")
     return Dataset(splits, facts, artifact.header.sha256)
+
+
+def _fits(split: Split, facts: Facts) -> bool:
+    rows = split.labels.shape
+    numbered = all(part.dtype == torch.int64 for part in (split.labels, split.index))
+    return (
+        numbered
+        and len(rows) == 1
+        and split.index.shape == rows
+        and split.images.dtype == torch.uint8
+        and split.images.shape == (*rows, facts.channels, facts.height, facts.width)
+        and bool(((split.labels >= 0) & (split.labels < facts.classes)).all())
+    )

@@ -5,18 +5,21 @@ without, `prepare` draws one.
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from advmoe.data.images import SMALLEST_SIDE, Labelled, SourceImages, stack
-from advmoe.errors import UserError
+from advmoe.errors import STUMBLES, UserError, first_line
 from advmoe.params import PositiveInt, Settings
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+# whatever a name says: Pillow reads many more formats, and starts Ghostscript for one of them
+FORMATS = ("PNG", "JPEG")
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -30,7 +33,7 @@ class Folder(Settings):
 
     def read(self) -> SourceImages:
         """Raises UserError for an empty folder, fewer than two classes, mixed sizes or a broken image."""
-        if not self.path.is_dir():
+        if not is_folder(self.path):
             raise UserError(f"{self.path}: no such folder")
         official = (self.path / "train").is_dir() and (self.path / "test").is_dir()
         train_root = self.path / "train" if official else self.path
@@ -61,24 +64,39 @@ class Folder(Settings):
         return Labelled(stack(images), np.array(labels, dtype=np.int64))
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; False, not OSError or ValueError, for what no path can be."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long a name, a NUL in it
+        return False
+
+
 def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> NDArray[np.uint8]:
     """One image file as (H, W, C) uint8, resized to `size` (width, height) unless None.
 
     Raises UserError if it is missing, broken or too small.
     """
     try:
-        with Image.open(path) as picture:
+        with _open(path) as picture:
             pixels = _eight_bit(picture).convert(MODES[channels])
             if size is not None and pixels.size != size:
                 pixels = pixels.resize(size, Image.Resampling.LANCZOS)
             array = np.asarray(pixels, dtype=np.uint8)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, *STUMBLES) as error:
+        raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from error
     if min(array.shape[:2]) < SMALLEST_SIDE:
         raise UserError(f"{path}: images must be at least {SMALLEST_SIDE} pixels a side, got {_size(array)}")
     return array[..., None] if array.ndim == 2 else array
+
+
+def _open(path: Path) -> Image.Image:
+    """Pillow only warns of pictures that are suspiciously large, and refuses those that are twice as large."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(path, formats=FORMATS)
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:

@@ -3,6 +3,9 @@
 Read without pickle: a data file cannot run code.
 """
 
+import lzma
+import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from advmoe.data.images import Labelled, SourceImages, as_nchw, numbered
-from advmoe.errors import UserError
+from advmoe.errors import STUMBLES, UserError, first_line
 from advmoe.params import PositiveInt, Settings
 
 
@@ -40,15 +43,7 @@ class Npz(Settings):
 
 def read_npz(path: Path) -> tuple[Labelled, tuple[str, ...] | None]:
     """Images, labels and class names (None if absent) of one file. Raises UserError if it is unusable."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays: dict[str, Any] = {name: file[name] for name in ("images", "labels", "class_names") if name in file}
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        # NumPy's own sentence recommends to unpickle the file
-        reason = "" if "pickle" in str(error) else f" ({error})"
-        raise UserError(f"{path}: cannot be read as .npz without pickle{reason}") from error
+    arrays = _arrays(path)
     for name in ("images", "labels"):
         if name not in arrays:
             raise UserError(f"{path}: has no array '{name}'")
@@ -62,6 +57,29 @@ def read_npz(path: Path) -> tuple[Labelled, tuple[str, ...] | None]:
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{path}: 'labels' must be {len(images)} integers, got {labels.dtype} {labels.shape}")
     return Labelled(as_nchw(images), labels.astype(np.int64)), _class_names(path, arrays)
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            _refuse_bomb(path, file.zip)
+            return {name: file[name] for name in ("images", "labels", "class_names") if name in file}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, *STUMBLES) as error:
+        # NumPy's own sentence recommends to unpickle the file
+        reason = "" if "pickle" in str(error) else f" ({first_line(error)})"
+        raise UserError(f"{path}: cannot be read as .npz without pickle{reason}") from error
+
+
+def _refuse_bomb(path: Path, archive: zipfile.ZipFile) -> None:
+    """A small archive can unpack to any size; what memory does not hold would take the machine down."""
+    unpacked = sum(member.file_size for member in archive.infolist())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if unpacked > memory:
+        raise UserError(f"{path}: unpacks to {unpacked / 2**30:.0f} GiB, more than the memory of this machine")
 
 
 def _class_names(path: Path, arrays: dict[str, Any]) -> tuple[str, ...] | None:

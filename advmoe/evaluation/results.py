@@ -118,17 +118,22 @@ def show() -> None:
     reports = [_read(path) for path in sorted(paths.EVALUATION.glob("*.json"))]
     if not reports:
         raise UserError(f"{paths.EVALUATION}: holds no results; run `dvc repro evaluate`")
+    with files.as_written(paths.EVALUATION):
+        _show(head, reports)
+    console.say(
+        f"numbers: {paths.SUMMARY}, {paths.EVALUATION}/   checks: {paths.VERDICT}   plots: `dvc plots show`   "
+        f"models: {paths.ARTIFACTS}/"
+    )
+    console.say("next: `advmoe evaluate --attack autoattack`, `dvc exp run -S epsilon=0.15`, `advmoe --help`")
+
+
+def _show(head: dict[str, Any], reports: list[dict[str, Any]]) -> None:
     order = {name: place for place, name in enumerate(head)}
     reports.sort(key=lambda each: (order.get(each["model"], len(order)), each["model"]))
     where = f"on {head['images']} test images, L-inf epsilon {head['epsilon']:g} = {format_epsilon(head['epsilon'])}"
     _show_models(reports, where)
     _show_attacks([each for each in reports if each["verdict"] != "not asked"], where)
     _show_alarms(reports)
-    console.say(
-        f"numbers: {paths.SUMMARY}, {paths.EVALUATION}/   checks: {paths.VERDICT}   plots: `dvc plots show`   "
-        f"models: {paths.ARTIFACTS}/"
-    )
-    console.say("next: `advmoe evaluate --attack autoattack`, `dvc exp run -S epsilon=0.15`, `advmoe --help`")
 
 
 def _show_models(reports: list[dict[str, Any]], where: str) -> None:

@@ -8,6 +8,7 @@ Shapes: N images, C channel, H/W pixels, K classes.
 
 import hashlib
 import pickle
+import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from advmoe import classifiers, console, user_code
 from advmoe.classifiers import Classifier, Mixture
 from advmoe.data.dataset import Split
 from advmoe.data.npz import read_npz
-from advmoe.errors import UserError, first_line
+from advmoe.errors import STUMBLES, UserError, first_line
 from advmoe.models.moe import MixtureOfExperts
 
 
@@ -88,8 +89,10 @@ def _fill(model: nn.Module, path: Path) -> None:
     """Load weights into a stranger's model. Raises UserError with the first name that does not fit."""
     found = read_weights(path)
     try:
-        problems = model.load_state_dict(found, strict=False)
-    except RuntimeError as error:  # shapes
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Casting complex values")  # their imaginary part would be dropped
+            problems = model.load_state_dict(found, strict=False)
+    except RuntimeError as error:  # shapes, and types that cannot be converted
         raise UserError(f"{path}: does not fit the model ({' '.join(str(error).split())})") from error
     # a counter that nothing reads, and that many files leave out
     missing = [name for name in problems.missing_keys if not name.endswith("num_batches_tracked")]
@@ -108,7 +111,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: cannot be read as weights without running code (it holds more than tensors; nothing was run)"
         ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except UserError:
+        raise
+    except (SafetensorError, struct.error, *STUMBLES) as error:
         raise UserError(f"{path}: cannot be read as weights without running code ({first_line(error)})") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]

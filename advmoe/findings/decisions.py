@@ -21,6 +21,7 @@ FOLDER = paths.METRICS / "decisions"
 INDEX, LABEL = "index", "label"
 CLEAN, WORST = "clean", "worst"  # the harness's words
 RIGHT, WRONG, NOT_MET = "1", "0", ""
+LONGEST_NUMBER = 18  # digits of a position
 MEANING = {RIGHT: True, WRONG: False, NOT_MET: None}
 
 Correct = tuple[bool | None, ...]
@@ -88,7 +89,7 @@ class Decisions:
 
 def _whole(cells: list[str], where: str) -> tuple[int, ...]:
     for row, cell in enumerate(cells, start=2):
-        if not (cell.isascii() and cell.isdecimal()):
+        if not (cell.isascii() and cell.isdecimal() and len(cell) <= LONGEST_NUMBER):
             raise UserError(f"{where}: row {row} must be a whole number, not {cell!r}")
     return tuple(map(int, cells))
 

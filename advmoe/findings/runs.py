@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from advmoe.errors import UserError
 from advmoe.evaluation.harness import fixed_seed
 from advmoe.findings import reports
 from advmoe.findings.evidence import Claim, Evidence, Refusal, weigh
-from advmoe.params import Seed, parse_epsilon, validate
+from advmoe.params import Seed, parse_epsilon, parse_yaml, validate
 from advmoe.records import Record, commit_of, dotted, read_params
 
 LOCK = Path("dvc.lock")
@@ -126,9 +123,9 @@ def _check_lock(record: Record, params: Mapping[str, Any]) -> None:
 def _locked(record: Record) -> list[tuple[str, dict[str, Any]]]:
     content = record.read(LOCK)
     try:
-        stages = YAML(typ="safe").load(content.decode())["stages"] if content is not None else {}
+        stages = parse_yaml(content.decode())["stages"] if content is not None else {}
         ran = {name: entry.get("params", {}).get("params.yaml", {}) for name, entry in stages.items()}
-    except (YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{record.name}: {LOCK} cannot be read") from error
     return [(name, params) for name, params in ran.items() if name.partition("@")[0] in STAGES]
 

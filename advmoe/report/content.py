@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from advmoe.files import as_written
 from advmoe.records import Record
 from advmoe.report import checks, ledger, overview, provenance, robustness, threats, training
 from advmoe.report.document import Section
@@ -31,7 +32,11 @@ def gather(record: Record, gallery: Gallery | None = None) -> Content:
 
     What did not run is said in a sentence. Raises UserError for files of another schema and for broken ones.
     """
-    sources = Sources(record)
+    with as_written(record.name):
+        return _gathered(Sources(record), gallery)
+
+
+def _gathered(sources: Sources, gallery: Gallery | None) -> Content:
     found = [
         overview.section(sources),
         robustness.over_epsilon(sources),
@@ -47,7 +52,7 @@ def gather(record: Record, gallery: Gallery | None = None) -> Content:
         ledger.section(sources),
         provenance.section(sources),
     ]
-    return Content(TITLE, subject(sources), record.name, overview.head(sources), tuple(found))
+    return Content(TITLE, subject(sources), sources.record.name, overview.head(sources), tuple(found))
 
 
 def subject(sources: Sources) -> str:

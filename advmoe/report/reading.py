@@ -6,16 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from advmoe import artifacts, paths, records
 from advmoe.errors import UserError
 from advmoe.evaluation.harness import WORST
 from advmoe.evaluation.results import BASELINE, MIXTURE
 from advmoe.evaluation.results import SCHEMA as EVALUATION_SCHEMA
 from advmoe.findings.claims import SCHEMA as FINDINGS_SCHEMA
-from advmoe.params import PARAMS_FILE
+from advmoe.params import PARAMS_FILE, parse_yaml
 from advmoe.records import AbsentError, Record
 from advmoe.threats.extraction.report import RUNS as EXTRACT_RUNS
 from advmoe.threats.extraction.report import SCHEMA as EXTRACT_SCHEMA
@@ -88,9 +85,9 @@ class Sources:
     def outputs(self) -> dict[str, str]:
         """By path the hash that dvc.lock keeps of what a stage wrote; empty where there is none."""
         try:
-            lock = YAML(typ="safe").load(read_text(self.record, LOCK)) or {}
-        except YAMLError as error:
-            raise UserError(f"{LOCK}: not valid YAML: {' '.join(str(error).split())}") from error
+            lock = parse_yaml(read_text(self.record, LOCK)) or {}
+        except ValueError as error:
+            raise UserError(f"{LOCK}: not valid YAML: {error}") from error
         stages = lock.get("stages", {}).values()
         return {out["path"]: out["md5"] for stage in stages for out in stage.get("outs", [])}
 

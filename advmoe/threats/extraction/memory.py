@@ -10,10 +10,11 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from advmoe.errors import UserError
+from advmoe.errors import STUMBLES, UserError
 from advmoe.files import write_bytes
 
 NAME_LENGTH = 16  # hex digits of a file's name
+DIGEST_BYTES = 32  # of a sha256
 
 
 class Paid:
@@ -25,9 +26,8 @@ class Paid:
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 part = from_bytes(path.read_bytes())
-                digests = [row.numpy().tobytes().hex() for row in part["digests"]]
-                self.answers |= dict(zip(digests, part["answers"], strict=True))
-            except (SafetensorError, OSError, KeyError, ValueError) as error:
+                self.answers |= _paired(part["digests"], part["answers"])
+            except (SafetensorError, *STUMBLES) as error:
                 raise UserError(f"{path}: damaged; delete it to pay for its queries again") from error
 
     def known(self, digests: Sequence[str]) -> list[Tensor | None]:
@@ -42,3 +42,12 @@ class Paid:
         name = hashlib.sha256(content).hexdigest()[:NAME_LENGTH]
         write_bytes(self.folder / f"{name}.safetensors", content)
         self.answers |= dict(zip(digests, answers_NK, strict=True))
+
+
+def _paired(digests: Tensor, answers_NK: Tensor) -> dict[str, Tensor]:
+    """Answers by the digest of their image. Raises ValueError for tensors that `Paid.add` does not write."""
+    if digests.dtype != torch.uint8 or digests.ndim != 2 or digests.shape[1] != DIGEST_BYTES:
+        raise ValueError(f"digests of shape {tuple(digests.shape)}")
+    if answers_NK.dtype != torch.float32 or answers_NK.ndim != 2 or not answers_NK.isfinite().all():
+        raise ValueError(f"answers of shape {tuple(answers_NK.shape)}")
+    return dict(zip((row.numpy().tobytes().hex() for row in digests), answers_NK, strict=True))

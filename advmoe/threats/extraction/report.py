@@ -184,5 +184,6 @@ def _alarm(after: int | None, queries: int) -> str:
 def show_record() -> None:
     """Print the tables of all studies on record; nothing where there are none."""
     for path in sorted((paths.METRICS / RUNS).glob("*.json")):
-        rows, images = read(path)
-        show(f"extract@{path.stem}", rows, images)
+        with files.as_written(path):
+            rows, images = read(path)
+            show(f"extract@{path.stem}", rows, images)

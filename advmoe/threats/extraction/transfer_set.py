@@ -82,6 +82,21 @@ def load(path: Path) -> TransferSet:
     """Read a transfer set. Raises UserError if it is missing, damaged or not one."""
     tensors = artifacts.load(path, KIND).tensors
     try:
-        return TransferSet(tensors["images"], tensors["answers"], tensors["queries"])
+        found = TransferSet(tensors["images"], tensors["answers"], tensors["queries"])
     except KeyError as error:
         raise UserError(f"{path}: has no tensor {error}; build it again") from error
+    if not _fits(found):
+        raise UserError(f"{path}: its tensors do not belong together; build it again")
+    return found
+
+
+def _fits(found: TransferSet) -> bool:
+    rows = found.queries.shape
+    types = (found.images.dtype, found.answers.dtype, found.queries.dtype)
+    dimensions = (found.images.ndim, found.answers.ndim, found.queries.ndim)
+    return (
+        types == (torch.uint8, torch.float32, torch.int64)
+        and dimensions == (4, 2, 1)
+        and found.images.shape[:1] == found.answers.shape[:1] == rows
+        and bool(found.answers.isfinite().all())
+    )

@@ -84,4 +84,5 @@ def show_record() -> None:
     """Print the audit on record; nothing where there is none."""
     path = paths.metrics("membership", "all")
     if path.exists():
-        show(*read(path))
+        with files.as_written(path):
+            show(*read(path))

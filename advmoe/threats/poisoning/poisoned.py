@@ -174,6 +174,8 @@ def load(path: Path) -> Poisoned:
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise UserError(f"{path}: has no tensor '{missing[0]}'; build it again")
+    if not _fits(tensors):
+        raise UserError(f"{path}: its tensors do not belong together; build it again")
     return Poisoned(
         images=tensors["images"],
         labels=tensors["labels"],
@@ -185,3 +187,25 @@ def load(path: Path) -> Poisoned:
         trigger=Trigger(tensors["opacity"], tensors["pattern"]) if "opacity" in tensors else None,
         wanted_image=tensors.get("wanted_image"),
     )
+
+
+def _fits(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether types and shapes are those that `save` writes."""
+    images, labels, rows, true_labels = (tensors[name] for name in FIELDS)
+    image = images.shape[1:]
+    pictures = [tensors[name] for name in ("pattern", "wanted_image") if name in tensors]
+    return (
+        images.dtype == torch.uint8
+        and images.ndim == 4
+        and all(each.dtype == torch.int64 and each.ndim == 1 for each in (labels, rows, true_labels))
+        and len(labels) == len(images)
+        and len(rows) == len(true_labels)
+        and bool(((rows >= 0) & (rows < len(images))).all())
+        and bool((rows.diff() > 0).all())
+        and all(each.dtype == torch.uint8 and each.shape == image for each in pictures)
+        and ("opacity" not in tensors or _is_opacity(tensors["opacity"], image))
+    )
+
+
+def _is_opacity(opacity: Tensor, image: torch.Size) -> bool:
+    return opacity.is_floating_point() and opacity.shape == image and bool(((opacity >= 0) & (opacity <= 1)).all())

@@ -158,8 +158,9 @@ def _runs(rows: Sequence[Row]) -> str:
 def show_record() -> None:
     """Print the tables of all studies on record; nothing where there are none."""
     for path in sorted((paths.METRICS / RUNS).glob("*.json")):
-        _, rows, images = read(path)
-        show(f"poison@{path.stem}", rows, images)
+        with files.as_written(path):
+            _, rows, images = read(path)
+            show(f"poison@{path.stem}", rows, images)
 
 
 def _title(key: str) -> str:
