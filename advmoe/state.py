@@ -26,7 +26,7 @@ from torch import Tensor
 import advmoe
 from advmoe import console
 from advmoe.artifacts import hash_tensors
-from advmoe.errors import UserError
+from advmoe.errors import STUMBLES, UserError
 from advmoe.files import write_bytes
 from advmoe.machine import machine
 
@@ -174,18 +174,31 @@ def _write(path: Path, snapshot: Snapshot) -> None:
 
 
 def read(path: Path) -> Snapshot | None:
-    """The snapshot in a file, on the CPU; None when there is none. Raises UserError when it is damaged."""
+    """The snapshot in a file, on the CPU; None when there is none. Raises UserError when it is damaged.
+
+    Whose tensors and values they are is for the caller to see: who can write the file can write a checksum as well.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             checksum = (file.metadata() or {}).get(CHECKSUM)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+    except (SafetensorError, *STUMBLES) as error:
         raise UserError(f"{path} is damaged") from error
     if hash_tensors(tensors) != checksum:
         raise UserError(f"{path} is damaged")
-    return Snapshot(tensors, json.loads(tensors.pop(VALUES).numpy().tobytes()))
+    return Snapshot(tensors, _values(path, tensors.pop(VALUES, None)))
+
+
+def _values(path: Path, stored: Tensor | None) -> dict[str, Any]:
+    try:
+        values = json.loads(bytes(stored.tolist())) if stored is not None else None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged")
+    return values
 
 
 # ---- what is left over

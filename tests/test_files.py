@@ -3,8 +3,9 @@
 import errno
 import math
 import os
+import tempfile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -14,6 +15,19 @@ from advmoe.errors import UserError
 
 def disk_is_full(*_: object, **__: object) -> NoReturn:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def make_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is written goes where there is never room."""
+    opened = tempfile.NamedTemporaryFile
+
+    def onto_a_full_disk(*arguments: Any, **options: Any) -> Any:
+        handle = opened(*arguments, **options)
+        with open("/dev/full", "wb") as full:  # noqa: PTH123
+            os.dup2(full.fileno(), handle.fileno())
+        return handle
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", onto_a_full_disk)
 
 
 def names(folder: Path) -> list[str]:
@@ -40,18 +54,33 @@ def test_an_old_file_is_replaced(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])  # the last moment of writing, and of moving into place
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])  # on the way, at the end, and while moving into place
 def test_a_full_disk_leaves_the_old_file_and_no_partial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    monkeypatch.setattr(os, step, disk_is_full)
+    if step == "write":
+        make_full(monkeypatch)
+    else:
+        monkeypatch.setattr(os, step, disk_is_full)
     with pytest.raises(UserError) as caught:
         files.write_bytes(path, b"new")
     assert str(caught.value) == f"{path}: could not be written (No space left on device); nothing was changed"
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_that_is_read_only_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", refuse)  # the tests may be root's, whom no mode keeps out
+    with pytest.raises(UserError) as caught:
+        files.write_bytes(tmp_path / "file", b"new")
+    monkeypatch.undo()
+    assert str(caught.value) == f"{tmp_path}/file: could not be written (Read-only file system); nothing was changed"
+    assert names(tmp_path) == []
 
 
 def test_an_interrupted_write_leaves_no_partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

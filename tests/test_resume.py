@@ -12,6 +12,8 @@ import torch
 from filelock import FileLock
 
 from advmoe import machine, state
+from advmoe.attacks.ball import LInf
+from advmoe.attacks.draws import BatchDraws
 from advmoe.errors import UserError
 from advmoe.evaluation.resume import Part, Store
 from advmoe.interruption import Interrupted, heard, held_back
@@ -157,20 +159,25 @@ def test_a_folder_that_cannot_be_made_is_one_warning(
 # ---- evaluations keep theirs in the same way
 
 
+IMAGES = torch.rand(8, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+BALL = LInf(0.1)
+
+
 def part() -> Part:
-    images = torch.rand(2, 1, 3, 3, generator=machine.generator("part"))
-    return Part(torch.tensor([4, 5]), images, torch.tensor([True, False]), 7, 8, 0.25)
+    rows = torch.tensor([4, 5])
+    images = BALL.start(IMAGES[rows], BatchDraws(machine.generator("part")))
+    return Part(rows, images, torch.tensor([True, False]), 7, 8, 0.25)
 
 
 def test_a_batch_of_an_evaluation_comes_back_as_it_was(root: Path) -> None:
     store = Store({"attack": "pgd"})
     store.add(part())
-    (found,) = Store({"attack": "pgd"}).parts()
+    (found,) = Store({"attack": "pgd"}).parts(IMAGES, BALL)
     assert torch.equal(found.rows, part().rows)
     assert torch.equal(found.images, part().images)
     assert torch.equal(found.overshoot, part().overshoot)
     assert (found.forward, found.backward, found.seconds) == (7, 8, 0.25)
-    assert Store({"attack": "fgsm"}).parts() == []
+    assert Store({"attack": "fgsm"}).parts(IMAGES, BALL) == []
     store.clear()
     assert list(root.iterdir()) == []
 
@@ -179,12 +186,12 @@ def test_the_second_at_the_same_evaluation_keeps_nothing() -> None:
     store = Store({"attack": "pgd"})
     lock = elsewhere(store.place)
     store.add(part())
-    assert store.parts() == []
+    assert store.parts(IMAGES, BALL) == []
     lock.release()
     store.add(part())
-    assert store.parts() == []  # once is enough to know
+    assert store.parts(IMAGES, BALL) == []  # once is enough to know
     Store({"attack": "pgd"}).add(part())
-    assert len(store.parts()) == 1
+    assert len(store.parts(IMAGES, BALL)) == 1
     store.clear()
 
 

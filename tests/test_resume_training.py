@@ -1,5 +1,6 @@
 """Training that is killed and goes on: the same to the last bit, and nothing stale is ever taken over."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,8 @@ from advmoe import artifacts, classifiers, machine, paths, state
 from advmoe.classifiers import Backbone, GateSettings, NoGate, OwnConfidence, Plain
 from advmoe.data.batches import Augmentation
 from advmoe.data.dataset import Dataset, Facts, Split, SplitName
+from advmoe.errors import UserError
+from advmoe.evaluation.subjects import read_weights
 from advmoe.machine import generator
 from advmoe.state import Snapshot
 from advmoe.threats import retraining
@@ -303,6 +306,85 @@ def test_a_disk_that_takes_nothing_costs_one_warning(root: Path, capsys: pytest.
     root.write_text("a file where a folder should be")
     assert_same(plain(root), plain(None))
     assert capsys.readouterr().err.count("warning: ") == 1
+
+
+def diverge_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The weights get out of hand in this step, counted from 1; the loss shows it in the next."""
+    original = Run.step
+    taken: list[None] = []
+
+    def stumble(self: Run, images: Tensor, labels: Tensor) -> Tensor:
+        taken.append(None)
+        loss = original(self, images, labels)
+        if len(taken) == step:
+            next(self.learner.model.parameters()).data.fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(Run, "step", stumble)
+
+
+def test_a_run_that_diverges_names_the_batch_and_keeps_the_last_good_weights(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as one_epoch:
+        one_epoch.setitem(RECIPE, "epochs", 1)
+        one_epoch.setitem(RECIPE, "schedule", Schedule(warmup=0.0, decay="constant"))
+        good = plain(None).model.state_dict()
+    monkeypatch.setitem(RECIPE, "schedule", Schedule(warmup=0.0, decay="constant"))
+    diverge_in(monkeypatch, STEPS + 1)
+    with pytest.raises(UserError) as error:
+        plain(root)
+    assert str(error.value).startswith("tiny: the weights became NaN or infinite in epoch 2, batch 1; lower optimizer")
+    (kept,) = root.glob("*-epoch-1.safetensors")
+    assert str(error.value).endswith(f"; the last good weights, of epoch 1, are in {kept}")
+    weights = read_weights(kept)
+    assert weights.keys() == good.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in good.items())
+
+
+def test_a_state_that_diverged_is_never_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diverge_in(monkeypatch, STEPS + 2)
+    with pytest.raises(UserError, match="in epoch 2, batch 2"):
+        plain(root)
+    (file,) = (file for file in root.glob("*.safetensors") if "-epoch-" not in file.name)
+    found = state.read(file)
+    assert found is not None
+    assert len(found.tensors["epoch/losses"]) == 1  # of the step before
+    assert all(tensor.isfinite().all() for tensor in found.tensors.values())
+
+
+def test_who_diverges_in_the_first_epoch_or_keeps_nothing_hears_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as early:
+        diverge_in(early, 1)
+        with pytest.raises(UserError, match=r"; no epoch was finished before$"):
+            plain(root)
+    diverge_in(monkeypatch, STEPS + 1)
+    with pytest.raises(UserError, match=r"in epoch 2, batch 2; .*; the last good weights, of epoch 1, are not kept$"):
+        plain(None)
+
+
+def test_what_a_full_disk_did_not_take_is_not_trained_again(
+    advmoe: Advmoe, project: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit({"pretrain.epochs": 1})
+    sync, artifact = os.fsync, project / paths.artifact("pretrain", "clean")
+
+    def full(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").readlink().is_relative_to(artifact.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        ran = advmoe("pretrain", "clean")
+    assert ran.code == 2
+    where = paths.artifact("pretrain", "clean")
+    assert ran.err == f"error: {where}: could not be written (No space left on device); nothing was changed\n"
+    assert not list(artifact.parent.glob("*clean*"))
+    ran = advmoe("pretrain", "clean")
+    assert ran.code == 0
+    assert "clean: taken over from the run that was stopped, after 1 epochs and 0 steps" in ran.out
+    assert artifact.exists()
 
 
 def test_seconds_before_a_kill_count(root: Path, kill_before: Plant) -> None:

@@ -203,7 +203,7 @@ def _meet(target: Target, name: str, attack: AnyAttack, terms: Terms, standing: 
 def _parts(target: Target, name: str, attack: AnyAttack, terms: Terms, wanted: Tensor, store: Store) -> Iterator[Part]:
     """What was finished before, then the rest of the `wanted` (N,), kept as it comes."""
     done = torch.zeros_like(wanted)
-    for part in store.parts():
+    for part in store.parts(target.images, terms.ball):
         done[part.rows.to(done.device)] = True
         yield part
     rows = (wanted & ~done).nonzero().squeeze(1).cpu()

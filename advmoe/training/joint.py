@@ -15,6 +15,7 @@ from torch.nn import functional
 from advmoe import classifiers
 from advmoe.classifiers import Backbone, GateSettings, Mixture, NoGate, OwnConfidence
 from advmoe.data.dataset import Dataset
+from advmoe.errors import UserError
 from advmoe.models.moe import Mixing, MixtureOfExperts
 from advmoe.params import Fraction01, NonNegativeFloat, PositiveFloat, Settings
 from advmoe.routing import entropy, gate_weights, shift
@@ -102,13 +103,21 @@ class MixtureLearner:
         row |= {f"load_{name}": load for name, load in loads}
         return {name: round(value, DIGITS) for name, value in row.items()}
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Gate and load; the gradient of a gate that has none is left out."""
+        return ("gate_entropy", "gate_shift", *(f"load_{name}" for name in self.recipe.experts))
+
     def state(self) -> dict[str, Tensor]:
         """The norms of this epoch."""
         return {"gate_norms": torch.stack(self.gate_norms)} if self.gate_norms else {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on with these norms."""
-        self.gate_norms = list(state["gate_norms"]) if state else []
+        norms = state.get("gate_norms", torch.zeros(0))
+        if state.keys() - {"gate_norms"} or norms.ndim != 1 or norms.dtype != torch.float32:
+            raise UserError("holds no norms of a gate")
+        self.gate_norms = list(norms)
 
 
 def alarms(history: list[Row], kept: Row, recipe: JointRecipe) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from advmoe import console, state
 from advmoe.artifacts import hash_tensors
@@ -31,13 +31,36 @@ class Resumable(Protocol):
         """How far it is: whole epochs, and steps of the next one."""
         ...
 
+    def check(self) -> None:
+        """Raises UserError for a state that is not worth keeping."""
+        ...
+
     def state(self) -> Snapshot:
         """All that changes from step to step."""
         ...
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Be as at that moment, to the last bit."""
+        """Be as at that moment, to the last bit. Raises UserError, and changes nothing, for what is none of its own."""
         ...
+
+
+def flat(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of several parts under one name each, `part/name`."""
+    return {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
+
+
+def forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Types and shapes by name: what a file must have in common with what it is to be put into."""
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def is_stream(state: Tensor) -> bool:
+    """Whether a generator of random numbers can be in this state."""
+    try:
+        torch.Generator().set_state(state)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def identity(name: str, learner: Learns, dataset: Dataset, settings: object) -> str:
@@ -100,19 +123,28 @@ class Keeper:
         self.works = True
 
     def resume(self) -> None:
-        """Take over what there is; a damaged file is as good as none."""
-        try:
-            found = state.read(self.file)
-        except UserError as error:
-            console.warn(f"{error} and left aside; {self.name} is trained from the start")
+        """Take over what there is; a damaged file is as good as none, and so is one of anything else."""
+        found = self._found()
+        if found is None:
             return
-        if found is not None:
+        try:
             self.run.restore(found)
-            self.saved = self.run.position
-            epochs, steps = self.saved
-            console.say(
-                f"{self.name}: taken over from the run that was stopped, after {epochs} epochs and {steps} steps"
-            )
+        except UserError as error:
+            self._start(f"{self.file} {error}")
+            return
+        self.saved = self.run.position
+        epochs, steps = self.saved
+        console.say(f"{self.name}: taken over from the run that was stopped, after {epochs} epochs and {steps} steps")
+
+    def _found(self) -> Snapshot | None:
+        try:
+            return state.read(self.file)
+        except UserError as error:
+            self._start(str(error))
+            return None
+
+    def _start(self, why: str) -> None:
+        console.warn(f"{why} and left aside; {self.name} is trained from the start")
 
     def look(self, held: Held) -> None:
         """Save if it is time to; if the process was told to end, save and let it."""
@@ -125,9 +157,10 @@ class Keeper:
             raise Interrupted(held.pending)
 
     def save(self) -> None:
-        """Save, unless just this was saved."""
+        """Save, unless just this was saved. Raises UserError for a run that has gone wrong, and keeps what it had."""
         if not self.works or self.saved == self.run.position:
             return
+        self.run.check()
         started = time.monotonic()
         self.works = state.keep(self.file, self.run.state())
         self.saved, now = self.run.position, time.monotonic()

@@ -8,17 +8,19 @@ Shapes: B batch, C channel, H/W pixels.
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from advmoe import console, engine
+from advmoe import console, engine, files
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.draws import BatchDraws
 from advmoe.attacks.fgsm import Fgsm
@@ -31,13 +33,15 @@ from advmoe.machine import derive_seed, device, generator
 from advmoe.state import Snapshot
 from advmoe.training.adversary import CleanBatches, SingleAdversary, bind, craft, draw
 from advmoe.training.cost import SAMPLE, Cost, Rates, cost, rates
-from advmoe.training.keeper import Look, identity, kept
+from advmoe.training.keeper import Look, flat, forms, identity, is_stream, kept
 from advmoe.training.recipe import Learning, Recipe, Validation, rate
 
 VALIDATION_BATCH = 200
 DIGITS = 6  # of the numbers in histories: enough for any accuracy, and equal on equal runs
 
 STREAMS = ("shuffle", "adversary", "noise")  # of random numbers
+LOSSES = "epoch/losses"  # in a file of state
+ALIEN = "is no state of this run"
 
 Row = dict[str, Any]
 
@@ -67,12 +71,17 @@ class Learner(Protocol):
         """Further columns of the history, from validation images clean and attacked; the epoch ends here."""
         ...
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of `health` that every epoch has."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """What the learner remembers from step to step, beside the model."""
         ...
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Remember what another remembered."""
+        """Remember what another remembered. Raises UserError, and changes nothing, for what none remembers."""
         ...
 
 
@@ -113,6 +122,20 @@ class Trained:
     seconds: float = field(compare=False)
 
 
+class DivergedError(UserError):
+    """The loss, the weights or the answers are no longer finite numbers."""
+
+
+class Progress(BaseModel):
+    """What a file of state holds beside tensors: `work` counts forward passes, backward passes and images learned."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    history: list[dict[str, int | float]]
+    work: Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)]
+    seconds: NonNegativeFloat
+
+
 class Run:
     """The moving parts of a training run, all that changes from step to step."""
 
@@ -126,7 +149,8 @@ class Run:
         self.steps_per_epoch = batches_per_epoch(len(train), recipe.batch_size)
         self.optimizer = learner.optimizer()
         steps = recipe.epochs * self.steps_per_epoch
-        self.scheduler = LambdaLR(self.optimizer, lambda step: rate(recipe.schedule, step, steps))
+        self.rate: Callable[[int], float] = lambda step: rate(recipe.schedule, step, steps)
+        self.scheduler = LambdaLR(self.optimizer, self.rate)
         self.average = _averaged(learner.model, recipe.ema)
         self.passes, self.learned = Passes(), 0
         # a stream for each purpose: an attack with more restarts must not change the order of the images
@@ -158,7 +182,8 @@ class Run:
             if position >= len(self.losses):  # else it was learned from before a kill, and is only drawn again
                 self.losses.append(self.step(images, labels))
                 look()
-        row: Row = {"epoch": number, "loss": _mean(self.losses, course.name, number)}
+        self.check()
+        row: Row = {"epoch": number, "loss": round(float(torch.stack(self.losses).float().mean()), DIGITS)}
         if isinstance(recipe, Recipe):
             row |= _watch(self.learner, self.model, course, number)
             console.say(f"{course.name} {_summary(row)}")
@@ -167,10 +192,27 @@ class Run:
         self._keep(row)
 
     def _keep(self, row: Row) -> None:
-        recipe, column = self.course.recipe, self.course.select_by
-        best = isinstance(recipe, Recipe) and recipe.selection == "best"
-        if not best or not self.kept or row[column] > self.kept[column]:
-            self.kept, self.weights = row, copy.deepcopy(self.model.state_dict())
+        self.kept = self._best()
+        if self.kept is row:
+            self.weights = copy.deepcopy(self.model.state_dict())
+
+    def _best(self) -> Row:
+        """The row of the epoch to keep: the first of the best, or the last."""
+        recipe = self.course.recipe
+        if isinstance(recipe, Recipe) and recipe.selection == "best":
+            return max(self.history, key=lambda row: row[self.course.select_by], default={})
+        return self.history[-1] if self.history else {}
+
+    def check(self) -> None:
+        """Raises UserError, naming the batch, when the loss or the weights of this epoch are no longer finite."""
+        where = f"in epoch {len(self.history) + 1}, batch"
+        finite = torch.stack(self.losses).isfinite() if self.losses else torch.ones(1)
+        if not finite.all():
+            raise DivergedError(
+                f"{self.course.name}: the loss became NaN or infinite {where} {int(finite.int().argmin()) + 1}"
+            )
+        if not all(tensor.isfinite().all() for tensor in self.learner.model.state_dict().values()):
+            raise DivergedError(f"{self.course.name}: the weights became NaN or infinite {where} {len(self.losses)}")
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Attack one batch as drawn, learn from it; returns its loss."""
@@ -223,45 +265,76 @@ class Run:
             "epoch": {"losses": torch.stack(self.losses)} if self.losses else {},
         }
         values = {
-            "schedule": self.scheduler.state_dict(),
             "history": self.history,
-            "kept": self.kept,
             "work": [self.passes.forward, self.passes.backward, self.learned],
             "seconds": self.seconds,
         }
-        return Snapshot(
-            {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}, values
-        )
+        return Snapshot(flat(parts), values)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Be as at that moment."""
-        place, values = self.images.device, snapshot.values
+        """Be as at that moment. Raises UserError, and changes nothing, for what is no state of this run."""
+        place, progress = self.images.device, _progress(snapshot)
         parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in snapshot.tensors.items():
-            part, name = key.split("/", 1)
+            part, _, name = key.partition("/")
             parts[part][name] = tensor
+        self._refuse_alien(snapshot.tensors, progress.history)
+        self.learner.restore({name: tensor.to(place) for name, tensor in parts["learner"].items()})
         self.learner.model.load_state_dict(parts["model"])
         if self.average is not None:
             self.average.load_state_dict(parts["average"])
-        self._restore_optimizer(parts["momentum"], values["schedule"])
         self.weights = {name: tensor.to(place) for name, tensor in parts["weights"].items()}
-        self.learner.restore({name: tensor.to(place) for name, tensor in parts["learner"].items()})
         for name in STREAMS:
             getattr(self, name).set_state(parts["streams"][name])
         self.epoch_began = self.shuffle.get_state()
         self.losses = list(parts["epoch"]["losses"].to(place)) if parts["epoch"] else []
-        self.history, self.kept = values["history"], values["kept"]
-        self.passes.forward, self.passes.backward, self.learned = values["work"]
-        self.started -= values["seconds"]
+        self.history = progress.history
+        self.kept = self._best()
+        self.passes.forward, self.passes.backward, self.learned = progress.work
+        self.started -= progress.seconds
+        self._restore_optimizer(parts["momentum"])
 
-    def _restore_optimizer(self, momenta: Mapping[str, Tensor], schedule: dict[str, Any]) -> None:
+    def _refuse_alien(self, tensors: Mapping[str, Tensor], history: list[Row]) -> None:
+        """Raises UserError unless all is there, nothing else is, and types and shapes are those of this run."""
+        found = {name: tensor for name, tensor in tensors.items() if not name.startswith("learner/")}
+        sound = (
+            forms(found) == forms(self._like(found, history))
+            and all(tensor.isfinite().all() for tensor in found.values())
+            and all(is_stream(found[f"streams/{name}"]) for name in STREAMS)
+            and self._is_history(history, found.get(LOSSES, torch.zeros(0)).numel())
+        )
+        if not sound:
+            raise UserError(ALIEN)
+
+    def _like(self, found: Mapping[str, Tensor], history: list[Row]) -> dict[str, Tensor]:
+        """Tensors of the names, types and shapes that the state of this run has after such a history."""
+        now = {name: tensor for name, tensor in self.state().tensors.items() if not name.startswith("learner/")}
+        momenta = flat({"momentum": {f"{number}": each for number, each in enumerate(self._parameters())}})
+        weights = flat({"weights": self.model.state_dict()}) if history else {}
+        losses = {LOSSES: torch.zeros(found[LOSSES].numel())} if LOSSES in found else {}
+        return now | {name: each for name, each in momenta.items() if name in found} | weights | losses
+
+    def _is_history(self, history: list[Row], steps: int) -> bool:
+        """Whether rows are those of the first epochs, and some steps can follow."""
+        recipe = self.course.recipe
+        watched = {"clean", "fgsm", "pgd", self.course.select_by, *self.learner.columns}
+        columns = {"epoch", "loss"} | (watched if isinstance(recipe, Recipe) else set())
+        return (
+            all(columns <= row.keys() for row in history)
+            and [row["epoch"] for row in history] == list(range(1, len(history) + 1))
+            and len(history) <= recipe.epochs
+            and steps <= (self.steps_per_epoch if len(history) < recipe.epochs else 0)
+        )
+
+    def _restore_optimizer(self, momenta: Mapping[str, Tensor]) -> None:
         for number, parameter in enumerate(self._parameters()):
             if f"{number}" in momenta:  # laid out in memory as the parameter is, as PyTorch itself does
                 buffer = torch.empty_like(parameter).copy_(momenta[f"{number}"]).detach()
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
-        self.scheduler.load_state_dict(schedule)
-        for group, rate_now in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate_now
+        done = len(self.history) * self.steps_per_epoch + len(self.losses)
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | {"last_epoch": done, "_step_count": done + 1})
+        for group, peak in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = peak * self.rate(done)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -271,16 +344,41 @@ def fit(learner: Learner, course: Course) -> Trained:
     """Train `learner.model` in place on the training split; returns the model that `recipe.selection` keeps.
 
     Deterministic in the course on a given machine and number of threads, however often it was killed in between.
-    Raises UserError when the loss is no longer finite.
+    Raises UserError when the loss is no longer finite, and keeps the last good weights.
     """
     file = course.shelf and course.shelf / identity(course.name, learner, course.dataset, course.settings)
     run = Run(learner, course)
     each = rates(learner, run.images[:SAMPLE].float() / 255, run.labels)
-    with kept(run, course.name, file) as look:
-        while not run.is_over:
-            run.epoch(look)
-            look()
+    try:
+        with kept(run, course.name, file) as look:
+            while not run.is_over:
+                run.epoch(look)
+                look()
+    except DivergedError as error:
+        raise UserError(f"{error}; lower optimizer.lr or set clip; {_last_good(run, file)}") from error
     return _outcome(run, each)
+
+
+def _last_good(run: Run, file: Path | None) -> str:
+    """Keep the weights of the best finished epoch, all of which were finite, where somebody can look at them."""
+    if not run.weights:
+        return "no epoch was finished before"
+    if file is None:
+        return f"the last good weights, of epoch {run.kept['epoch']}, are not kept"
+    good = file.with_name(f"{file.stem}-epoch-{run.kept['epoch']}.safetensors")
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in run.weights.items()}
+    try:
+        files.write_bytes(good, to_safetensors(stored))
+    except UserError as error:
+        return f"the last good weights are lost: {error}"
+    return f"the last good weights, of epoch {run.kept['epoch']}, are in {good}"
+
+
+def _progress(snapshot: Snapshot) -> Progress:
+    try:
+        return Progress.model_validate(snapshot.values)
+    except ValidationError as error:
+        raise UserError(ALIEN) from error
 
 
 def _outcome(run: Run, each: Rates) -> Trained:
@@ -291,22 +389,10 @@ def _outcome(run: Run, each: Rates) -> Trained:
     return Trained(model.eval(), run.history, run.kept, alarms, worth, run.seconds)
 
 
-def _mean(losses: list[Tensor], name: str, epoch: int) -> float:
-    loss = torch.stack(losses).float()
-    if not torch.isfinite(loss).all():
-        batch = int((~torch.isfinite(loss)).nonzero()[0]) + 1
-        raise UserError(
-            f"{name}: the loss became NaN or infinite in epoch {epoch}, batch {batch}; lower optimizer.lr or set clip"
-        )
-    return round(float(loss.mean()), DIGITS)
-
-
 def _watch(learner: Learner, model: nn.Module, course: Course, epoch: int) -> Row:
     measured, clean, attacked = validate(model, course)
     if not torch.isfinite(engine.predict(model, clean, VALIDATION_BATCH)).all():
-        raise UserError(
-            f"{course.name}: the network outputs NaN or infinity after epoch {epoch}; lower optimizer.lr or set clip"
-        )
+        raise DivergedError(f"{course.name}: the network outputs NaN or infinity after epoch {epoch}")
     return {**measured, **learner.health(model, clean, attacked)}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from advmoe.errors import UserError
 from advmoe.models.moe import ConfidentExperts, MixtureOfExperts
 from advmoe.training.joint import JointRecipe, MixtureLearner
 from advmoe.training.recipe import sgd
@@ -70,8 +71,11 @@ class AlternatingLearner(MixtureLearner):
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on with that turn."""
         norms = dict(state)
-        self.turn = int(norms.pop("turn"))
+        turn = norms.pop("turn", torch.zeros(()))
+        if turn.dtype != torch.int64 or turn.ndim:
+            raise UserError("does not hold whose turn it is")
         super().restore(norms)
+        self.turn = int(turn)
 
 
 class SynergyLearner(MixtureLearner):

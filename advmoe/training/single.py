@@ -11,6 +11,7 @@ from torch.nn import functional
 from advmoe import classifiers, state
 from advmoe.classifiers import Backbone, Plain
 from advmoe.data.dataset import Dataset
+from advmoe.errors import UserError
 from advmoe.machine import derive_seed
 from advmoe.params import Epsilon, Seed, Settings
 from advmoe.training.adversary import CleanBatches, FgsmBatches, SingleAdversary, TradesBatches
@@ -83,13 +84,19 @@ class PlainLearner:
         del model, clean_NCHW, attacked_NCHW
         return {}
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def state(self) -> dict[str, Tensor]:
         """Nothing."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Nothing to remember."""
-        del state
+        if state:
+            raise UserError("remembers what a plain network does not")
 
 
 class TradesLearner(PlainLearner):
