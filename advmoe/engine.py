@@ -21,6 +21,7 @@ from advmoe.attacks.draws import ImageDraws
 from advmoe.attacks.model import Craft, Model
 from advmoe.models.layers import folded
 from advmoe.models.moe import Mixing, MixtureOfExperts, Parts
+from advmoe.models.side_by_side import side_by_side
 
 Precision = Literal["float32", "bfloat16"]
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -100,7 +101,7 @@ class Cheap:
 @contextmanager
 def crafting(model: nn.Module, precision: Precision, passes: Passes | None = None) -> Iterator[Cheap]:
     """`model` frozen, folded, in `precision`, for attacks."""
-    with frozen(model), folded(model, {DTYPES[precision], torch.float32}):
+    with frozen(model), folded(model), side_by_side(model):
         yield Cheap(model, precision, passes or Passes())
 
 
@@ -112,7 +113,7 @@ def predict(model: nn.Module, images_NCHW: Tensor, batch_size: int) -> Tensor:
     """
     if not len(images_NCHW):
         raise ValueError("no images to predict")
-    with frozen(model), folded(model, {torch.float32}), torch.no_grad():
+    with frozen(model), folded(model), side_by_side(model), torch.no_grad():
         return torch.cat([_padded(model, batch, batch_size) for batch in torch.split(images_NCHW, batch_size)])
 
 

@@ -331,7 +331,7 @@ def test_folded_model_equals_the_plain_one(make: Callable[[], nn.Module]) -> Non
     model = lived_in(make())
     with torch.no_grad():
         plain = model(pixels(8))
-        with folded(model, {torch.float32}):
+        with folded(model):
             assert all(layer.is_folded for layer in model.modules() if isinstance(layer, ConvNorm))
             torch.testing.assert_close(model(pixels(8)), plain, atol=1e-4, rtol=1e-4)
         assert torch.equal(model(pixels(8)), plain)
@@ -353,14 +353,14 @@ def test_folded_model_gives_the_same_input_gradients() -> None:
     model = lived_in(make_resnet())
     images = pixels(4).requires_grad_(True)
     (plain,) = torch.autograd.grad(model(images).square().sum(), images)
-    with folded(model, {torch.float32}):
+    with folded(model):
         (cheap,) = torch.autograd.grad(model(images).square().sum(), images)
     torch.testing.assert_close(cheap, plain, atol=1e-4 * float(plain.abs().max()), rtol=1e-3)
 
 
 def test_folded_model_follows_autocast() -> None:
     model = lived_in(make_resnet())
-    with torch.no_grad(), folded(model, {torch.float32, torch.bfloat16}):
+    with torch.no_grad(), folded(model):
         exact = model(pixels(8))
         with torch.autocast("cpu", torch.bfloat16):
             rough = model(pixels(8))
@@ -374,8 +374,8 @@ def test_nested_folding_is_undone_once_and_at_the_end() -> None:
     layers = [layer for layer in model.modules() if isinstance(layer, ConvNorm)]
     with torch.no_grad():
         plain = model(pixels(8))
-        with folded(model, {torch.float32}):
-            with folded(model, {torch.float32}):
+        with folded(model):
+            with folded(model):
                 torch.testing.assert_close(model(pixels(8)), plain, atol=1e-4, rtol=1e-4)
             assert all(layer.is_folded for layer in layers)
             torch.testing.assert_close(model(pixels(8)), plain, atol=1e-4, rtol=1e-4)
@@ -389,14 +389,14 @@ def test_folding_leaves_layers_in_train_mode_as_they_are(part: str) -> None:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, ConvNorm)}
     with torch.no_grad():
         plain = model(pixels(8))
-        with folded(model, {torch.float32}):
+        with folded(model):
             assert [name for name, layer in layers.items() if not layer.is_folded] == ["stem"]
             torch.testing.assert_close(model(pixels(8)), plain, atol=1e-4, rtol=1e-4)
 
 
 def test_folding_is_undone_after_an_error() -> None:
     model = lived_in(make_resnet())
-    with pytest.raises(RuntimeError, match="planted"), folded(model, {torch.float32}):
+    with pytest.raises(RuntimeError, match="planted"), folded(model):
         raise RuntimeError("planted")
     assert not any(layer.is_folded for layer in model.modules() if isinstance(layer, ConvNorm))
 
@@ -405,11 +405,11 @@ def test_folding_sees_new_weights_next_time() -> None:
     """Between two crafting phases the optimiser moves the weights: nothing stale may be kept."""
     model = lived_in(make_resnet())
     with torch.no_grad():
-        with folded(model, {torch.float32}):
+        with folded(model):
             before = model(pixels(8))
         for parameter in model.parameters():
             parameter.mul_(1.1)
-        with folded(model, {torch.float32}):
+        with folded(model):
             after = model(pixels(8))
         torch.testing.assert_close(after, model(pixels(8)), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(after, before, atol=1e-3)

@@ -36,37 +36,44 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(channels_out)
+        self.is_folded = False
         self._folded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        if not self._folded:
+        if not self.is_folded:
             normed: Tensor = self.norm(self.conv(images_BCHW))
             return normed
-        weight, bias = self._folded[_compute_dtype(images_BCHW)]
+        weight, bias = self._convolution(compute_dtype(images_BCHW))
         return functional.conv2d(images_BCHW, weight, bias, self.conv.stride, self.conv.padding)
 
-    def fold(self, dtypes: set[torch.dtype]) -> None:
-        """Precompute weight and bias of the one convolution that equals both layers in eval mode."""
+    def _convolution(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`one_convolution` in this type; kept, because a folded layer's weights do not change."""
+        if dtype not in self._folded:
+            weight, bias = self.one_convolution()
+            self._folded[dtype] = weight.to(dtype), bias.to(dtype)
+        return self._folded[dtype]
+
+    @torch.no_grad()
+    def one_convolution(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one convolution that equals both layers in eval mode."""
         norm = self.norm
         assert norm.running_var is not None
         assert norm.running_mean is not None
-        with torch.no_grad():
-            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-            weight = self.conv.weight * scale.view(-1, 1, 1, 1)
-            bias = norm.bias - norm.running_mean * scale
-            self._folded = {dtype: (weight.to(dtype), bias.to(dtype)) for dtype in dtypes}
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        return self.conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
 
-    @property
-    def is_folded(self) -> bool:
-        """Whether the layer runs as one convolution now."""
-        return bool(self._folded)
+    def fold(self) -> None:
+        """Run as one convolution from now on."""
+        self.is_folded = True
 
     def unfold(self) -> None:
-        """Forget the precomputed convolution."""
-        self._folded = {}
+        """Run as two layers again, and forget the one."""
+        self.is_folded = False
+        self._folded.clear()
 
 
-def _compute_dtype(images_BCHW: Tensor) -> torch.dtype:
+def compute_dtype(images_BCHW: Tensor) -> torch.dtype:
+    """The type that a convolution of these runs in: what autocast asks for, float32 without it."""
     device = images_BCHW.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
@@ -86,8 +93,8 @@ def initialise(model: nn.Module) -> None:
 
 
 @contextmanager
-def folded(model: nn.Module, dtypes: set[torch.dtype]) -> Iterator[None]:
-    """Run every ConvNorm in eval mode as one convolution, prepared in the given `dtypes`.
+def folded(model: nn.Module) -> Iterator[None]:
+    """Run every ConvNorm in eval mode as one convolution, prepared when it is first needed.
 
     One that is in train mode stays as it is: batch statistics cannot be folded. Weights must not change inside. Forward
     passes run in the type that autocast asks for, float32 without autocast.
@@ -96,7 +103,7 @@ def folded(model: nn.Module, dtypes: set[torch.dtype]) -> Iterator[None]:
     found = [layer for layer in model.modules() if isinstance(layer, ConvNorm) and not layer.is_folded]
     layers = [layer for layer in found if not layer.training and not layer.norm.training]
     for layer in layers:
-        layer.fold(dtypes)
+        layer.fold()
     try:
         yield
     finally:

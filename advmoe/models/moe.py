@@ -4,7 +4,7 @@ Shapes: B batch, C channel, H/W pixels, E experts, K classes, F features.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,18 @@ class Parts(NamedTuple):
     log_probs_BK: Tensor
     log_gate_BE: Tensor
     logits_BEK: Tensor
+
+
+class Together(Protocol):
+    """All experts at once."""
+
+    def pays(self, images_BCHW: Tensor, /) -> bool:
+        """Whether it is faster than one after another."""
+        ...
+
+    def __call__(self, images_BCHW: Tensor, /) -> Tensor:
+        """Their logits (B, E, K)."""
+        ...
 
 
 def mix(log_gate_BE: Tensor, logits_BEK: Tensor, mixing: Mixing) -> Tensor:
@@ -61,12 +73,19 @@ class MixtureOfExperts(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.gate = gate
         self.mixing: Mixing = mixing
+        self.together: Together | None = None  # set by `side_by_side`, for a while
 
     def parts(self, images_BCHW: Tensor) -> Parts:
         """The forward pass with its intermediate results."""
-        logits_BEK = torch.stack([expert(images_BCHW) for expert in self.experts], dim=1)
+        logits_BEK = self.logits(images_BCHW)
         log_gate_BE = self.log_gate(images_BCHW)
         return Parts(mix(log_gate_BE, logits_BEK, self.mixing), log_gate_BE, logits_BEK)
+
+    def logits(self, images_BCHW: Tensor) -> Tensor:
+        """The experts' logits (B, E, K), all at once where something has been set up for that and pays."""
+        if self.together is not None and self.together.pays(images_BCHW):
+            return self.together(images_BCHW)
+        return torch.stack([expert(images_BCHW) for expert in self.experts], dim=1)
 
     def log_gate(self, images_BCHW: Tensor) -> Tensor:
         """Log gate weights (B, E) alone."""

@@ -6,7 +6,7 @@ A 3x3 stem with stride 1 and no max-pool, four stages of two basic blocks with w
 Shapes: B batch, C channel, H/W pixels, K classes, F features (8w).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +15,8 @@ from advmoe.models.layers import ConvNorm, Normalize, initialise, linear_in_floa
 
 STAGES = ((1, 1), (2, 2), (4, 2), (8, 2))  # (multiple of the width, stride of the first block)
 BLOCKS_PER_STAGE = 2
+
+Layer = Callable[[Tensor], Tensor]
 
 
 class BasicBlock(nn.Module):
@@ -28,8 +30,13 @@ class BasicBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity() if same else ConvNorm(channels_in, channels_out, 1, stride)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        inner = self.second(functional.relu(self.first(images_BCHW)))
-        return functional.relu(inner + self.shortcut(images_BCHW))
+        return residual(images_BCHW, self.first, self.second, self.shortcut)
+
+
+def residual(images_BCHW: Tensor, first: Layer, second: Layer, shortcut: Layer) -> Tensor:
+    """What a basic block does with its layers."""
+    inner = second(functional.relu(first(images_BCHW)))
+    return functional.relu(inner + shortcut(images_BCHW))
 
 
 class ResNet18(nn.Module):

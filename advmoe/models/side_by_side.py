@@ -1,0 +1,123 @@
+"""The experts of a mixture as one network with a group of channels for each: faster for small batches, the same logits.
+
+PyTorch looks for a kernel anew at every convolution, for about 0.1 ms; nine small experts one after another spend more
+on that than on computing. One convolution with nine groups looks once.
+
+Shapes: B batch, C channel, H/W pixels, E experts, K classes, F features.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from advmoe.models.layers import ConvNorm, compute_dtype, linear_in_float32
+from advmoe.models.moe import MixtureOfExperts
+from advmoe.models.resnet import BasicBlock, ResNet18, residual
+
+# Measured with nine experts of widths 4 to 64 on 8 to 32 pixels, forwards and back to the pixels, on one thread of a
+# CPU with AVX-512 and AMX: wide groups, or many images, compute for longer than they wait, and in groups they compute
+# slower. On a GPU nothing has been measured.
+WIDEST = 16  # channels of an expert's first stage; 24 and 32 gain with a few images only, 64 never
+MOST = {torch.float32: 80_000, torch.bfloat16: 160_000}  # numbers that one expert's first convolution puts out
+FEWEST = {torch.float32: 2, torch.bfloat16: 1}  # images; a lone one in float32 has a faster kernel, but not in groups
+
+
+@contextmanager
+def side_by_side(model: nn.Module) -> Iterator[None]:
+    """Run the experts of every mixture in `model` side by side wherever they can and that is faster; others as ever.
+
+    Inside, the model must be in eval mode and its weights must not change.
+    """
+    # an enclosing `side_by_side` has done it already and will undo it
+    mixtures = [layer for layer in model.modules() if type(layer) is MixtureOfExperts and layer.together is None]
+    for mixture in mixtures:
+        mixture.together = _together(list(mixture.experts))
+    try:
+        yield
+    finally:
+        for mixture in mixtures:
+            mixture.together = None
+
+
+def _together(experts: Sequence[nn.Module]) -> "SideBySide | None":
+    resnets = [expert for expert in experts if type(expert) is ResNet18]
+    return SideBySide(resnets) if len(resnets) == len(experts) > 1 and _alike(resnets) else None
+
+
+def _alike(experts: Sequence[ResNet18]) -> bool:
+    """Whether they differ in nothing but weights, all of them in eval mode."""
+    first, *others = experts
+    alike = all(_shapes(other) == _shapes(first) and _sees_like(other, first) for other in others)
+    return alike and not any(layer.training for layer in chain(*(expert.modules() for expert in experts)))
+
+
+def _shapes(expert: ResNet18) -> list[torch.Size]:
+    return [parameter.shape for parameter in expert.parameters()]
+
+
+def _sees_like(expert: ResNet18, other: ResNet18) -> bool:
+    left, right = expert.normalize, other.normalize
+    return torch.equal(left.mean, right.mean) and torch.equal(left.std, right.std)
+
+
+class SideBySide:
+    """Pixels (B, C, H, W) -> logits (B, E, K) of ResNets that differ in nothing but their weights, frozen."""
+
+    def __init__(self, experts: Sequence[ResNet18]) -> None:
+        self.width = experts[0].stem.conv.out_channels
+        self.normalize = experts[0].normalize
+        self.stem = _Row([expert.stem for expert in experts])
+        self.blocks = [_Block(blocks) for blocks in zip(*(expert.blocks for expert in experts), strict=True)]
+        self.classify = [expert.classify for expert in experts]
+
+    def pays(self, images_BCHW: Tensor) -> bool:
+        """Whether this is faster than one expert after another."""
+        dtype, (images, _, *sides) = compute_dtype(images_BCHW), images_BCHW.shape
+        if images_BCHW.device.type != "cpu" or self.width > WIDEST or dtype not in MOST:
+            return False
+        return images >= FEWEST[dtype] and images * prod(sides) * self.width <= MOST[dtype]
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        hidden = functional.relu(self.stem(self.normalize(images_BCHW)))
+        for block in self.blocks:
+            hidden = block(hidden)
+        features_BEF = hidden.mean(dim=(2, 3)).reshape(len(images_BCHW), len(self.classify), -1)
+        pairs = zip(self.classify, features_BEF.unbind(dim=1), strict=True)
+        return torch.stack([linear_in_float32(layer, features_BF) for layer, features_BF in pairs], dim=1)
+
+
+class _Block:
+    """The same block of every expert."""
+
+    def __init__(self, blocks: Sequence[BasicBlock]) -> None:
+        self.first, self.second = _Row([block.first for block in blocks]), _Row([block.second for block in blocks])
+        shortcuts = [block.shortcut for block in blocks if isinstance(block.shortcut, ConvNorm)]
+        self.shortcut = _Row(shortcuts) if shortcuts else nn.Identity()
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return residual(hidden, self.first, self.second, self.shortcut)
+
+
+class _Row:
+    """The same layer of every expert, frozen: one convolution with a group of channels for each."""
+
+    def __init__(self, layers: Sequence[ConvNorm]) -> None:
+        self.layers = layers
+        self.folded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Channels (B, C, H, W) that all layers read (the stem's pixels), or a group of channels for each."""
+        dtype = compute_dtype(hidden)
+        if dtype not in self.folded:
+            weights, biases = zip(*(layer.one_convolution() for layer in self.layers), strict=True)
+            weight = torch.cat(weights).contiguous(memory_format=torch.channels_last)
+            self.folded[dtype] = weight.to(dtype), torch.cat(biases).to(dtype)
+        weight, bias = self.folded[dtype]
+        conv = self.layers[0].conv
+        groups = hidden.shape[1] // conv.in_channels
+        return functional.conv2d(hidden, weight, bias, conv.stride, conv.padding, groups=groups)
