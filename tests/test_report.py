@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 
+from advmoe import __version__
+from advmoe.artifacts import Header
+from advmoe.attacks.catalogue import KINDS
 from advmoe.errors import UserError
 from advmoe.evaluation.intervals import Share
 from advmoe.evaluation.paired import Paired
+from advmoe.evaluation.verdict import CHECKS
 from advmoe.params import read_yaml
+from advmoe.report import glossary
 from advmoe.report.build import build
 from advmoe.report.compare import Comparison
 from advmoe.report.compare import Table as Compared
@@ -260,10 +265,12 @@ def page(content: Content) -> str:
 
 def test_the_first_screen_says_verdict_headline_and_findings(content: Content, page: str) -> None:
     text = Page(page).text
-    first = text[text.index("Verdict:") : text.index("Worst case over all attacks")]
-    assert "Verdict: pass" in first
+    first = text[text.index("Verdict of the checks:") : text.index("Worst case over all attacks")]
+    assert "Verdict of the checks: pass" in first
     assert "73.5 %" in first  # 147 of 200
     assert "67.0 to 79.1" in first  # its Wilson interval
+    assert "the worst case over 3 attacks (on fewer images: rays 50)" in first
+    assert "Clean: 95.0 % [91.0, 97.3]." in first
     assert "mixture better than adversarial in the worst case contradicted" in first
     assert "the evidence against baseline/trades seeds 0, 1, 2" in first
     assert [finding.status for finding in content.head.findings] == ["contradicted", "supported", "not supported"]
@@ -309,6 +316,30 @@ def test_a_failed_check_withholds_the_headline_everywhere() -> None:
     assert "mixture 0.200" not in page
     oracle = page[page.index("oracle routing (upper bound)") :]
     assert "90.0" not in oracle[: oracle.index("</tr>")]
+
+
+def test_the_names_of_models_attacks_and_checks_are_explained(page: str) -> None:
+    text = Page(page).text
+    assert "trades one resnet18, adversarial training on PGD" in text  # made up: all entries are the adversarial one
+    assert "uniform average, no gate the experts of this same mixture, weighed alike" in text
+    assert "fgsm one step of size epsilon along the sign of the gradient" in text
+    assert "iterations Many steps beat one step" in text
+
+
+def test_every_attack_and_check_there_is_has_its_words() -> None:
+    assert set(glossary.ATTACKS) == set(KINDS)
+    assert list(glossary.CHECKS) == [check.__name__ for check in CHECKS]
+
+
+def test_every_comparator_of_every_profile_has_its_words() -> None:
+    for file in (ROOT / "params.yaml", *(ROOT / "profiles").glob("*.yaml")):
+        content = read_yaml(file)
+        for name in content.get("baseline") or {}:
+            assert glossary.network(f"baseline/{name}", content), (file, name)
+    full = read_yaml(ROOT / "profiles/digits-full.yaml")
+    said = glossary.network("baseline/equal-passes", full)
+    assert said == "one resnet18, adversarial training on PGD, trained for as many operations as the whole mixture"
+    assert glossary.network("somebody-elses", full) == ""
 
 
 def test_every_comparator_stands_beside_the_mixture_with_its_interval(page: str) -> None:
@@ -513,12 +544,38 @@ def test_the_ledger_follows_the_parameters() -> None:
     assert "CIFAR-10 and SVHN svhn none" in text
 
 
+def test_versions_and_hashes_are_told(page: str) -> None:
+    assert "The mixture's artifact is not here to say which PyTorch made it." in Page(page).text
+    facts: dict[str, Any] = {"about": {}, "params": {}, "inputs": {}, "metrics": {}}
+    header = Header(kind="classifier", seed=0, torch="2.9.0", sha256="f00d", **facts)
+    text = Page(render_html(gather(made_up(), header=header))).text
+    assert f"This page was written by advmoe {__version__}" in text
+    assert "made with PyTorch 2.9.0; sha256 of its tensors f00d" in text
+
+
 def test_several_rates_make_a_curve() -> None:
     record, path = made_up(), "metrics/poison-runs/badnets.json"
     study = json.loads(record.content[path])
     study["runs"] += [run | {"rate": 0.02, "asr": share(90, 180)} for run in study["runs"]]
     page = page_of(record.replaced(path, study))
     assert "mixture: 50.0 % at 2, 94.4 % at 10" in page
+
+
+def test_what_was_stolen_stands_beside_the_control_and_is_not_joined_to_it(page: str) -> None:
+    text = Page(page).text
+    assert "knockoff: % on 200 test images; surrogate: same; one seed" in text
+    assert "mixture probabilities 1600 90.0 [85.1, 93.4] 92.5 [88.0, 95.4] (-11.0 [-14.0, -8.0])" in text
+    assert "mixture, probabilities, 1600 queries 92.5 [88, 95.4]" in text  # the figure, for who cannot see it
+    assert "control: nothing was asked" in text
+
+
+def test_several_budgets_make_a_curve_with_a_level_control() -> None:
+    record, path = made_up(), "metrics/extract-runs/knockoff.json"
+    study = json.loads(record.content[path])
+    study["runs"] += [study["runs"][1] | {"budget": 400, "fidelity": share(100)}]
+    text = Page(page_of(record.replaced(path, study))).text
+    assert "mixture, control: 92.5 % at 400, 92.5 % at 1600" in text
+    assert "mixture, probabilities: 50.0 % at 400, 92.5 % at 1600" in text
 
 
 def test_several_seeds_are_a_mean_with_its_range() -> None:
@@ -536,7 +593,7 @@ def test_both_files_are_written(tmp_path: Path) -> None:
     page = written[0].read_text()
     assert page.startswith("<!DOCTYPE html>")
     assert "Adversarial examples cannot be shown" in page
-    assert written[1].read_text().startswith("# Evidence")
+    assert written[1].read_text().startswith("# How robust")
 
 
 def test_a_refusal_writes_nothing(tmp_path: Path) -> None:

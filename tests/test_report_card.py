@@ -88,3 +88,10 @@ def test_names_with_markup_stay_names() -> None:
     body = text.split("---\n", 2)[2].partition("<details><summary>params.yaml")[0]
     assert "<script" not in body
     assert front(text)["model-index"][0]["name"] == EVIL
+
+
+def test_nothing_in_params_ends_its_listing_early() -> None:
+    record = made_up()
+    text = card(record.replaced("params.yaml", record.content["params.yaml"] + b"\n# ````\n# # a heading?\n"))
+    listing = text.partition("<details><summary>params.yaml")[2]
+    assert listing.count("`````") == 2

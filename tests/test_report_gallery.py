@@ -24,6 +24,7 @@ from advmoe.report.document import Gallery, Section
 from advmoe.report.page import render_html
 from advmoe.report.reading import Sources
 
+ORDER = ("weak", "strong")  # as they were run; by name it would be the other way round
 LABELS = [0, 0, 1, 1, 2, 2, 3, 3]
 WEAK = [True, True, True, False, True, True, True, True]  # which images withstand it
 STRONG = [False, True, False, False, False, True, True, True]
@@ -46,7 +47,7 @@ def decided(images_NCHW: Tensor) -> dict[str, Tensor]:
 
 def test_the_choice_is_by_rule_and_varied() -> None:
     tensors = decided(torch.zeros(8, 1, 8, 8, dtype=torch.uint8))
-    chosen = gallery.choose(tensors, fell=3, withstood=2)
+    chosen = gallery.choose(tensors, ORDER, fell=3, withstood=2)
     assert [(each.place, each.attack, each.fell) for each in chosen] == [
         (0, "strong", True),  # the first of each class that fell, under the first attack it fell to
         (2, "strong", True),
@@ -54,13 +55,19 @@ def test_the_choice_is_by_rule_and_varied() -> None:
         (1, "strong", False),  # of each class that withstood, under the attack that felled most
         (5, "strong", False),
     ]
-    assert gallery.choose(tensors, fell=3, withstood=2) == chosen
+    assert gallery.choose(tensors, ORDER, fell=3, withstood=2) == chosen
 
 
 def test_a_class_comes_again_when_there_are_no_others() -> None:
     tensors = decided(torch.zeros(8, 1, 8, 8, dtype=torch.uint8))
-    chosen = gallery.choose(tensors, fell=9, withstood=0)
+    chosen = gallery.choose(tensors, ORDER, fell=9, withstood=0)
     assert [(each.place, each.attack) for each in chosen] == [(0, "strong"), (2, "strong"), (4, "strong"), (3, "weak")]
+
+
+def test_the_first_attack_is_the_one_that_was_run_first() -> None:
+    tensors = decided(torch.zeros(8, 1, 8, 8, dtype=torch.uint8))
+    by_name = gallery.choose(tensors, ("strong", "weak", "without-images"), fell=9, withstood=0)
+    assert {each.place: each.attack for each in by_name}[3] == "strong"  # the third image fell to both
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -95,8 +102,11 @@ def built(project: Path) -> Path:
 def sources(clean: int = 7, worst: int = 3) -> Sources:
     """The made-up record with the accuracies of the eight images."""
     record, path = made_up(), "metrics/evaluate/mixture.json"
-    accuracy = json.loads(record.content[path])["accuracy"] | {"clean": share(clean, 8), "worst": share(worst, 8)}
-    return Sources(record.changed(path, accuracy=accuracy))
+    known = {"clean": share(clean, 8), "worst": share(worst, 8), **{name: share(4, 8) for name in ORDER}}
+    accuracy = json.loads(record.content[path])["accuracy"] | known
+    spent = {"images": 8, "attacked": 7, "forward": 70, "backward": 70}
+    attacks = {name: {"settings": {"kind": "pgd"}, **spent} for name in ORDER}
+    return Sources(record.changed(path, accuracy=accuracy, attacks=attacks))
 
 
 def only_sentence(section: Section) -> str:
@@ -114,7 +124,7 @@ def test_examples_show_pictures_predictions_and_gate() -> None:
     assert first.title == "Image 100 fell to strong"
     assert [picture.title for picture in first.pictures] == ["clean", "perturbation", "adversarial"]
     assert all(picture.pixelated for picture in first.pictures)
-    assert dict(first.facts)["class"] == "0"
+    assert dict(first.facts)["true class"] == "0"
     weights = [float(each.cells[1].text) for each in first.weights.rows]
     assert sum(weights) == pytest.approx(100, abs=0.2)
     page = render_html(gather(sources().record, lambda each: gallery.section(each, HERE, 4)))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from advmoe import files
+from advmoe import artifacts, files, paths
 from advmoe.records import HERE, Record
 from advmoe.report import gallery
 from advmoe.report.content import gather
@@ -18,7 +18,9 @@ def build(record: Record, folder: Path, examples: int, root: Path = HERE) -> tup
     The gallery shows `examples` images of the artifacts under `root`, if they are those of the record. Raises
     UserError for a record of another schema, and when `folder` cannot be written.
     """
-    content = gather(record, lambda sources: gallery.section(sources, root, examples))
+    mixture = root / paths.MIXTURE
+    header = artifacts.load(mixture).header if mixture.is_file() else None
+    content = gather(record, lambda sources: gallery.section(sources, root, examples), header)
     page, text = render_html(content), render_markdown(content)  # both or none
     files.write_text(folder / HTML, page)
     files.write_text(folder / MARKDOWN, text)

@@ -14,7 +14,7 @@ from advmoe.records import Record, commit_of
 from advmoe.report import ledger, overview, threats
 from advmoe.report.document import Section
 from advmoe.report.formats import count, large, radius
-from advmoe.report.markdown import blocks, escape
+from advmoe.report.markdown import blocks, escape, fenced
 from advmoe.report.reading import Sources
 
 LICENSE = "mit"
@@ -101,7 +101,7 @@ def _metric(kind: str, epsilon: float) -> str:
 def _intended(sources: Sources) -> Iterable[str]:
     yield "## Intended use"
     yield (
-        f"A classifier of images like those of {escape(_source(sources))}, made to study how far a mixture of "
+        f"A classifier of images like those in {escape(_source(sources))}, made to study how far a mixture of "
         "adversarially trained experts withstands small perturbations, and to be attacked. It is no safeguard: nobody "
         "should rely on its robustness where a wrong answer does harm, nor on images of another kind or size."
     )
@@ -124,7 +124,7 @@ def _training(sources: Sources) -> Iterable[str]:
 def _evaluation(sources: Sources) -> Iterable[str]:
     head = overview.head(sources)
     yield "## Evaluation"
-    yield f"**Verdict: {escape(head.verdict)}.** {escape(head.meaning)}"
+    yield f"**Verdict of the checks: {escape(head.verdict)}.** {escape(head.meaning)}"
     if head.number:
         yield f"**{head.number} %** (95 % interval {head.interval}) {escape(head.caption)}."
     if head.reasons:
@@ -135,7 +135,7 @@ def _evaluation(sources: Sources) -> Iterable[str]:
 def _limitations(sources: Sources) -> Iterable[str]:
     head = overview.head(sources)
     yield "## Limitations"
-    yield "An accuracy under attack is an upper bound: a stronger attack may lower it."
+    yield overview.BOUND
     if sources.summary:
         yield f"Nothing is known of perturbations beyond L-inf {radius(sources.summary['epsilon'])} or of other kinds."
     if head.findings:
@@ -172,7 +172,7 @@ def _provenance(sources: Sources, header: Header | None) -> Iterable[str]:
     yield "## Provenance"
     yield _facts(facts)
     if sources.params_text:
-        yield f"<details><summary>params.yaml</summary>\n\n````yaml\n{sources.params_text}\n````\n\n</details>"
+        yield f"<details><summary>params.yaml</summary>\n\n{fenced(sources.params_text, 'yaml')}\n\n</details>"
 
 
 def _facts(facts: Mapping[str, str | None]) -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from advmoe.report import glossary
 from advmoe.report.document import Block, Cell, Folded, Listing, Section, Table, missing, row, table
 from advmoe.report.formats import ABSENT, is_mixture, model_name
 from advmoe.report.reading import Sources
@@ -14,13 +15,25 @@ def section(sources: Sources) -> Section:
     title = "May these numbers be believed?"
     if not sources.verdicts:
         return Section("checks", title, missing("The checks", "`dvc repro evaluate` asks them"), brief=True)
-    blocks: list[Block] = [_overview(sources.verdicts)]
+    blocks: list[Block] = [
+        _overview(sources.verdicts),
+        Folded("What the checks look for", (_legend(sources.verdicts),)),
+    ]
     blocks += [_model(name, verdict) for name, verdict in sources.verdicts.items()]
     return Section("checks", title, tuple(blocks), brief=True)
 
 
+def _asked(verdicts: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(each["check"] for verdict in verdicts.values() for each in verdict["checks"]))
+
+
+def _legend(verdicts: Mapping[str, Any]) -> Table:
+    rows = [row([name, glossary.CHECKS.get(name, ABSENT)]) for name in _asked(verdicts)]
+    return table("Each check passes if this holds", ["check", "what must hold"], rows)
+
+
 def _overview(verdicts: Mapping[str, Any]) -> Table:
-    names = list(dict.fromkeys(each["check"] for verdict in verdicts.values() for each in verdict["checks"]))
+    names = _asked(verdicts)
     rows = []
     for name, verdict in verdicts.items():
         said = {each["check"]: each["status"] for each in verdict["checks"]}
@@ -28,7 +41,7 @@ def _overview(verdicts: Mapping[str, Any]) -> Table:
         overall = Cell(verdict["verdict"], status=verdict["verdict"])
         rows.append(row([model_name(name), overall, *cells], emphasis=is_mixture(name)))
     return table(
-        "Ten checks of every judged model; one that fails withholds the headline", ["model", "verdict", *names], rows
+        "Checks of every judged model; one that fails withholds its robust accuracy", ["model", "verdict", *names], rows
     )
 
 

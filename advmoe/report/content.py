@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from advmoe.artifacts import Header
 from advmoe.files import as_written
 from advmoe.records import Record
 from advmoe.report import checks, ledger, overview, provenance, robustness, threats, training
@@ -10,7 +11,7 @@ from advmoe.report.document import Section
 from advmoe.report.overview import Head
 from advmoe.report.reading import Sources
 
-TITLE = "Evidence for a robust mixture of experts"
+TITLE = "How robust is this mixture of experts?"
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,17 @@ class Content:
 Gallery = Callable[[Sources], Section]
 
 
-def gather(record: Record, gallery: Gallery | None = None) -> Content:
-    """Read everything a report needs. `gallery` makes the section of examples, which needs more than the record.
+def gather(record: Record, gallery: Gallery | None = None, header: Header | None = None) -> Content:
+    """Read everything a report needs. `gallery` makes the section of examples, which needs more than the record;
+    `header`: of the mixture's artifact, where it is at hand.
 
     What did not run is said in a sentence. Raises UserError for files of another schema and for broken ones.
     """
     with as_written(record.name):
-        return _gathered(Sources(record), gallery)
+        return _gathered(Sources(record), gallery, header)
 
 
-def _gathered(sources: Sources, gallery: Gallery | None) -> Content:
+def _gathered(sources: Sources, gallery: Gallery | None, header: Header | None) -> Content:
     found = [
         overview.section(sources),
         robustness.over_epsilon(sources),
@@ -50,7 +52,7 @@ def _gathered(sources: Sources, gallery: Gallery | None) -> Content:
         training.cost(sources),
         checks.section(sources),
         ledger.section(sources),
-        provenance.section(sources),
+        provenance.section(sources, header),
     ]
     return Content(TITLE, subject(sources), sources.record.name, overview.head(sources), tuple(found))
 

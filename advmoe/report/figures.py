@@ -84,7 +84,8 @@ def dots(
         if limits:
             axes.set_xlim(*limits)
         _key(drawing, axes, meaning)
-        return Figure(title, f"{description} {_spoken(rows)}", to_svg(drawing, name, title, description))
+        said = f"{description} {_spoken(rows)}"
+        return Figure(title, said, to_svg(drawing, name, title, said))
 
 
 def _dot(axes: Axes, place: int, row: Dot) -> None:

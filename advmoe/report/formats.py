@@ -42,7 +42,7 @@ def difference(paired: Mapping[str, Any]) -> str:
 
 def p_value(value: float) -> str:
     """A p-value; what rounds to 0 is only known to be small."""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return f"<{NBSP}0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def radius(epsilon: float) -> str:

@@ -63,7 +63,8 @@ def section(sources: Sources, root: Path, count: int) -> Section:
         return _only("Adversarial examples are not shown: the artifacts that lie here belong to another run.")
     if sources.models[MIXTURE]["accuracy"][WORST] is None:
         return _only("Adversarial examples are not shown: a failed check says that these attacks prove nothing.")
-    return Section("examples", TITLE, tuple(_blocks(examples, mixture, count)))
+    order = list(sources.models[MIXTURE]["attacks"])
+    return Section("examples", TITLE, tuple(_blocks(examples, mixture, order, count)))
 
 
 def _only(sentence: str) -> Section:
@@ -81,39 +82,32 @@ def _same_run(sources: Sources, examples: artifacts.Artifact, mixture: Classifie
     return alike and examples.header.inputs.get(MIXTURE) == mixture.header.sha256
 
 
-def _blocks(examples: artifacts.Artifact, mixture: Classifier, count: int) -> Iterable[Block]:
+def _blocks(examples: artifacts.Artifact, mixture: Classifier, order: Sequence[str], count: int) -> Iterable[Block]:
     withstood = count // 3
-    chosen = choose(examples.tensors, count - withstood, withstood)
+    chosen = choose(examples.tensors, order, count - withstood, withstood)
     if not chosen:
         yield Paragraph("There is nothing to show: the mixture gets no clean image right.")
         return
     shown = _look(chosen, examples, mixture)
     yield Paragraph(
         f"{sum(each.fell for each in chosen)} test images that fell and {sum(not each.fell for each in chosen)} that "
-        "withstood every attack: the first ones, of different classes as far as there are such. An image that fell is "
-        "shown under the first attack that it fell to, one that withstood under the attack that brought down most "
-        f"others. The perturbation is magnified: mid-grey is no change, black and white are -{shown.epsilon:g} and "
-        f"+{shown.epsilon:g}."
+        "withstood every attack: not picked by eye but the first ones, of different classes as far as there are such. "
+        "An image that fell is shown as changed by the first attack that it fell to, in the order they were run, one "
+        "that withstood as changed by the attack that brought down most others. The perturbation is magnified: "
+        f"mid-grey is no change, black and white are -{shown.epsilon:g} and +{shown.epsilon:g}."
     )
     about = mixture.about
     names = about.architecture.experts if isinstance(about.architecture, classifiers.Mixture) else ()
     yield Gallery(tuple(_example(shown, at, about.facts.class_names, names) for at in range(len(chosen))))
 
 
-def attacks_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The attacks on the mixture whose images were kept, as they were run."""
-    start, end = f"{MIXTURE}.", ".images"
-    return [
-        name.removeprefix(start).removesuffix(end) for name in tensors if name.startswith(start) and name.endswith(end)
-    ]
-
-
-def choose(tensors: Mapping[str, Tensor], fell: int, withstood: int) -> list[Chosen]:
+def choose(tensors: Mapping[str, Tensor], order: Sequence[str], fell: int, withstood: int) -> list[Chosen]:
     """`fell` images that an attack brought down and `withstood` that none did, the same ones each time.
 
-    Both are right when clean; as far as possible every one is of another class.
+    Both are right when clean; as far as possible every one is of another class. `order`: of the attacks as they were
+    run, which safetensors, sorted by name, does not tell.
     """
-    attacks = attacks_of(tensors)
+    attacks = [name for name in order if f"{MIXTURE}.{name}.images" in tensors]
     if not attacks:
         return []
     down_AN = torch.stack([_down(tensors, attack) for attack in attacks])
@@ -180,9 +174,9 @@ def _example(shown: Shown, at: int, classes: Sequence[str], experts: Sequence[st
         _picture("adversarial", f"The image after {chosen.attack}, seen as {then}", shown.attacked[at]),
     )
     facts = (
-        ("class", truth),
-        ("seen clean", seen),
-        ("seen attacked", then),
+        ("true class", truth),
+        ("answer, clean", seen),
+        ("answer, attacked", then),
         ("largest change", f"{float(change.abs().max()):.3f} of the pixel range"),
     )
     return Example(title, chosen.fell, pictures, facts, _weights(shown, at, experts))

@@ -20,9 +20,20 @@ def escape(text: str) -> str:
     return safe
 
 
+def fenced(text: str, language: str) -> str:
+    """Text letter by letter, behind a fence that nothing inside it can end."""
+    longest = max(map(len, re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 def render_markdown(content: Content) -> str:
     """Verdict, headline, findings and the brief sections; figures and listings are left to the page."""
-    parts = [f"# {escape(content.title)}", escape(f"{content.subject}; record: {content.record}"), *_head(content.head)]
+    parts = [
+        f"# {escape(content.title)}",
+        escape(f"{content.subject}; read from: {content.record}"),
+        *_head(content.head),
+    ]
     for section in content.sections:
         if section.brief:
             parts += _section(section)
@@ -30,10 +41,10 @@ def render_markdown(content: Content) -> str:
 
 
 def _head(head: Head) -> Iterable[str]:
-    yield f"**Verdict: {escape(head.verdict)}.** {escape(head.meaning)}"
+    yield f"**Verdict of the checks: {escape(head.verdict)}.** {escape(head.meaning)}"
     if head.number:
-        between = head.interval.replace(" to ", ", ")
-        yield f"**{head.number} %** [{between}] {escape(head.caption)}; clean {escape(head.clean)}."
+        number = f"**{head.number} %** (95 % interval {head.interval})"
+        yield f"{number} {escape(head.caption)}. Clean: {escape(head.clean)}."
     if head.reasons:
         yield "\n".join(f"- withheld: {escape(reason)}" for reason in head.reasons)
     if head.findings:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from advmoe.evaluation.harness import CLEAN, WORST
-from advmoe.evaluation.results import BASELINE, MIXTURE
+from advmoe.evaluation.results import BASELINE, MIXTURE, is_expert
+from advmoe.report import glossary
 from advmoe.report.document import Block, Cell, Paragraph, Row, Section, Table, missing, row, table
 from advmoe.report.figures import Dot, colours, dots
 from advmoe.report.formats import ABSENT, difference, interval, is_mixture, model_name, p_value, percent, radius
@@ -14,10 +15,20 @@ from advmoe.report.reading import Sources
 NOT_JUDGED = "not judged"  # a claim that this record cannot answer
 NOT_ASKED = "not asked"  # the verdict of a model that no check looked at
 VERDICTS = {
-    "pass": "All checks passed: these numbers may be believed, as upper bounds.",
-    "warn": "No check failed, but one at least warns: read it below before you believe the numbers.",
+    "pass": "The checks found no sign that the attacks were too weak or the numbers wrong.",
+    "warn": "No check failed, but one at least warns: read it below before you believe the number.",
     "fail": "A check failed, so the robust accuracy is withheld.",
 }
+ONLY_IF = "Worst case: an image counts as right only if it is right clean and after every attack that it met."
+BOUND = "An accuracy under attack is an upper bound: a stronger attack may lower it."
+STATUSES = (
+    "Supported: ahead by more than chance explains; contradicted: behind by more than that; not supported: neither. "
+    "Decided image by image (exact McNemar test, all claims together kept at 5 % by Holm's correction)."
+)
+HOW = (
+    "difference in points with its paired bootstrap interval; images that only the first gets right against those that "
+    "only the second does; p of the exact McNemar test, alone and after Holm's correction"
+)
 NO_FINDINGS = "No claims were judged in this record: metrics/findings.json is absent."
 NO_AGGREGATE = "About methods, rather than these networks, nothing is claimed here: that takes at least three seeds."
 
@@ -39,7 +50,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Head:
-    """What the first screen says. `number` is empty where the headline is withheld or nothing was evaluated."""
+    """What the first screen says. `number` is empty where the headline is withheld or nothing was evaluated.
+
+    `interval`: its ends; `notes`: on what the findings rest.
+    """
 
     verdict: str
     meaning: str
@@ -55,7 +69,7 @@ class Head:
     def evidence(self) -> Table:
         """What each finding rests on."""
         rows = [row([each.claim, each.cell, each.sentence, each.basis]) for each in self.findings]
-        return table("Findings with their evidence", ["claim", "finding", "evidence", "rests on"], rows)
+        return table(f"Findings with their evidence: {HOW}", ["claim", "finding", "evidence", "rests on"], rows)
 
 
 def head(sources: Sources) -> Head:
@@ -66,22 +80,33 @@ def head(sources: Sources) -> Head:
         what = "Nothing was evaluated in this record; `dvc repro evaluate` does."
         return Head("not evaluated", what, "", "", "", (), "", found, notes)
     worst, clean = mixture["accuracy"][WORST], mixture["accuracy"][CLEAN]
-    attacks = len(mixture["attacks"])
     caption = (
-        f"of {clean['total']} test images the mixture gets right in the worst case over {attacks} attacks, "
+        f"of {clean['total']} test images the mixture gets right in the worst case over {_attacks(mixture)}, "
         f"L-inf epsilon {radius(mixture['epsilon'])}"
     )
     return Head(
         verdict=mixture["verdict"],
-        meaning=VERDICTS[mixture["verdict"]],
+        meaning=f"{VERDICTS[mixture['verdict']]} {ONLY_IF} {BOUND}",
         number="" if worst is None else percent(worst["accuracy"]),
         interval="" if worst is None else f"{percent(worst['low'])} to {percent(worst['high'])}",
         caption=caption,
         reasons=tuple(mixture["withheld"]),
-        clean=interval(clean),
+        clean=interval(clean).replace(" ", " % ", 1),
         findings=found,
         notes=notes,
     )
+
+
+def limited(model: Mapping[str, Any]) -> str:
+    """The attacks that met fewer images than the test has, with how many; empty where there are none."""
+    total = model["accuracy"][CLEAN]["total"]
+    few = {name: each["images"] for name, each in model["attacks"].items() if each["images"] < total}
+    return ", ".join(f"{name} {images}" for name, images in few.items())
+
+
+def _attacks(mixture: Mapping[str, Any]) -> str:
+    few = limited(mixture)
+    return f"{len(mixture['attacks'])} attacks" + (f" (on fewer images: {few})" if few else "")
 
 
 def _findings(sources: Sources) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
@@ -91,6 +116,7 @@ def _findings(sources: Sources) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
         notes.append(NO_FINDINGS)
     else:
         found += [_finding(claim, "this run") for claim in sources.findings["claims"].values()]
+        notes.append(STATUSES)
     if sources.aggregate is None:
         notes.append(NO_AGGREGATE)
     else:
@@ -118,18 +144,34 @@ def section(sources: Sources) -> Section:
         blocks = missing("The evaluation", "`dvc repro evaluate` makes it")
         return Section("comparators", title, blocks, brief=True)
     found: list[Block] = [_figure(sources), _table(sources)]
-    weaker = [name for name, each in sources.models.items() if each["verdict"] == NOT_ASKED]
+    weaker = [name for name in _compared(sources) if sources.models[name]["verdict"] == NOT_ASKED]
     if weaker:
-        found.append(Paragraph(_rest(sources)))
+        found.append(Paragraph(_rest(sources, weaker)))
+    found.append(_legend(sources))
     return Section("comparators", title, tuple(found), brief=True)
 
 
-def _rest(sources: Sources) -> str:
+def _compared(sources: Sources) -> list[str]:
+    """All models but single experts."""
+    return [name for name in sources.models if not is_expert(name)]
+
+
+def _rest(sources: Sources, weaker: Sequence[str]) -> str:
     best = sources.summary.get("best-expert")
-    expert = f" The strongest pre-trained expert by that measure is {best['name']}." if best else ""
+    expert = f" The strongest pre-trained expert under those attacks is {best['name']}." if best else ""
+    names = "; ".join(map(model_name, weaker))
     return (
-        "Models without a verdict met fewer attacks; they are compared with the mixture over those that both met, "
-        "so their worst case is no rival of the others'." + expert
+        f"Without a verdict: {names}. They met fewer attacks, so no worst case is printed, and the mixture is compared "
+        f"with them over the attacks that both met.{expert}"
+    )
+
+
+def _legend(sources: Sources) -> Table:
+    known = ((name, glossary.network(name, sources.params)) for name in _compared(sources))
+    return table(
+        "What the names mean",
+        ["model", "what it is"],
+        [row([model_name(name), what or ABSENT], emphasis=is_mixture(name)) for name, what in known],
     )
 
 
@@ -148,7 +190,7 @@ def _figure(sources: Sources) -> Block:
         f"Accuracy in per cent of each judged model in its worst case, with 95 % Wilson intervals.{note}",
         rows,
         axis="accuracy, %",
-        meaning={"filled": "worst case over all attacks, 95 % interval", "hollow": "clean"},
+        meaning={"filled": "worst case over all attacks, 95 % interval", "hollow": "clean images"},
         limits=(0, 101),
     )
 
@@ -160,11 +202,12 @@ def _dot(name: str, accuracy: Mapping[str, Any], series: int) -> Dot:
 
 
 def _table(sources: Sources) -> Block:
-    models = [name for name in sources.models if not name.startswith(("expert/", "joint-expert/"))]
+    models = _compared(sources)
     common = [kind for kind in sources.models[MIXTURE]["accuracy"] if kind != WORST and _met(sources, models, kind)]
-    columns = ["model", *common, "worst case", "mixture minus it, points", "p (McNemar)", "verdict"]
+    columns = ["model", *common, "worst case", "worst case, mixture minus it", "p", "verdict"]
     return table(
-        "Accuracy in % with 95 % Wilson intervals; differences with paired bootstrap intervals",
+        "Accuracy in % with 95 % Wilson intervals over the test images, one trained network each; differences in "
+        "points with paired bootstrap intervals; p: exact McNemar test, not corrected for the number of rows",
         columns,
         [_row(sources, name, common) for name in models],
     )

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from advmoe import paths
+from advmoe import __version__, paths
+from advmoe.artifacts import SCHEMA, Header
 from advmoe.evaluation.results import MIXTURE
 from advmoe.params import PARAMS_FILE
 from advmoe.records import commit_of
@@ -15,15 +16,16 @@ CIRCUMSTANCES = ("commit", "dirty", "python", "platform", "threads", "seconds")
 SPLITS = ("train_images", "validation_images", "test_images", "pool_images")
 
 
-def section(sources: Sources) -> Section:
-    """Everything that another person needs to check this page."""
-    return Section("reproduce", "Reproduce it", tuple(_blocks(sources)))
+def section(sources: Sources, header: Header | None = None) -> Section:
+    """Everything that another person needs to check this page. `header`: of the mixture's artifact, if at hand."""
+    return Section("reproduce", "Reproduce it", tuple(_blocks(sources, header)))
 
 
-def _blocks(sources: Sources) -> Iterable[Block]:
+def _blocks(sources: Sources, header: Header | None) -> Iterable[Block]:
     commit = commit_of(sources.record)
     yield Listing(f"git checkout {commit}\nmake repro" if commit else "make repro")
     yield _data(sources)
+    yield _versions(header)
     if sources.params_text:
         yield Folded(f"{PARAMS_FILE}, all of it", (Listing(sources.params_text),))
     else:
@@ -47,6 +49,15 @@ def _data(sources: Sources) -> Block:
     leaked = f" Test images that also occur in training: {prepared['leaked']}." if "leaked" in prepared else ""
     seed = f" Seed {sources.params['seed']}." if "seed" in sources.params else ""
     return Paragraph(f"Images of {source}, {prepared.get('classes', '?')} classes: {sizes}.{leaked}{seed}")
+
+
+def _versions(header: Header | None) -> Block:
+    """Which software made the page and the mixture."""
+    page = f"This page was written by advmoe {__version__}, artifacts of schema {SCHEMA}."
+    if header is None:
+        return Paragraph(f"{page} The mixture's artifact is not here to say which PyTorch made it.")
+    made = f"The mixture's artifact that lies here was made with PyTorch {header.torch}"
+    return Paragraph(f"{page} {made}; sha256 of its tensors {header.sha256}.")
 
 
 def _circumstances(sources: Sources) -> Block:

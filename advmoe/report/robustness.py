@@ -6,6 +6,7 @@ from typing import Any
 from advmoe.evaluation.harness import CLEAN, WORST
 from advmoe.evaluation.results import BASELINE, JOINT, MIXTURE, PRETRAINED, UNIFORM, WITHHELD, is_expert
 from advmoe.params import parse_epsilon
+from advmoe.report import glossary, overview
 from advmoe.report.document import Block, Cell, Folded, Paragraph, Row, Section, Table, missing, row, table
 from advmoe.report.figures import Line, colours, lines
 from advmoe.report.formats import ABSENT, interval, is_mixture, model_name, percent, radius
@@ -35,7 +36,7 @@ def _curves(sources: Sources, grid: list[dict[str, str]], minimal: list[dict[str
     series, mark = colours(names, known), (sources.summary["epsilon"], "threat model")
     yield lines(
         "robustness",
-        "PGD accuracy on the grid of epsilons",
+        "Accuracy under PGD at growing epsilon",
         _spoken(grid, names),
         [_grid_line(sources, grid, name, series[name]) for name in names],
         axes_labels=(EPSILON_AXIS, "accuracy, %"),
@@ -47,14 +48,19 @@ def _curves(sources: Sources, grid: list[dict[str, str]], minimal: list[dict[str
     if models:
         yield lines(
             "minimal",
-            "Accuracy left at each epsilon",
+            "Accuracy left by the smallest perturbation found",
             "Steps that fall where the smallest adversarial perturbation found for an image lies. " + _medians(sources),
             [_steps(minimal, name, series[name]) for name in models],
             axes_labels=(EPSILON_AXIS, "accuracy, %"),
             limits=(0, 101),
             mark=mark,
         )
-        yield Paragraph(f"{_medians(sources)} Both figures show upper bounds: a stronger attack may lower them.")
+        yield Paragraph(
+            f"{_medians(sources)} The first figure is PGD at a few epsilons. The second looks for the smallest "
+            "perturbation of every image, by FAB, and also counts what all attacks found at the threat model's "
+            "epsilon: a curve may drop there, because more was tried there. Where the figures disagree the lower "
+            "curve is nearer to the truth; both are upper bounds."
+        )
 
 
 def _spoken(grid: list[dict[str, str]], names: Sequence[str]) -> str:
@@ -117,8 +123,9 @@ def matrix(sources: Sources) -> Section:
     if not sources.models:
         return Section("attacks", title, missing("The matrix of models and attacks", HOW))
     blocks: list[Block] = [
-        _heat("Judged models: accuracy in % under each attack", sources.judged),
+        _heat("Judged models: accuracy in %, clean, in the worst case and under each attack", sources.judged),
         *_limited(sources.models[MIXTURE]),
+        Folded("What these attacks are, and their settings", (_suite(sources),)),
         Folded("The same with 95 % intervals", (_intervals(sources.judged),)),
         *_experts(sources),
         Folded("The mixture, class by class", (_classes(sources.models[MIXTURE]),)),
@@ -128,11 +135,22 @@ def matrix(sources: Sources) -> Section:
 
 def _limited(mixture: Mapping[str, Any]) -> Iterable[Block]:
     """Which attacks met fewer images than the test has."""
-    total = mixture["accuracy"][CLEAN]["total"]
-    few = {name: each["images"] for name, each in mixture["attacks"].items() if each["images"] < total}
+    few = overview.limited(mixture)
     if few:
-        said = ", ".join(f"{name} {images}" for name, images in few.items())
-        yield Paragraph(f"Attacks that met fewer than the {total} test images: {said}. Worst is over all attacks.")
+        yield Paragraph(f"Attacks that met fewer than the {mixture['accuracy'][CLEAN]['total']} test images: {few}.")
+
+
+def _suite(sources: Sources) -> Table:
+    """What the attacks are, with the settings they ran with."""
+    found = {name: each["settings"] for model in sources.judged.values() for name, each in model["attacks"].items()}
+    return table(
+        "Attacks and their settings; step sizes are shares of epsilon",
+        ["attack", "what it does", "settings"],
+        [
+            row([name, glossary.ATTACKS.get(each["kind"], ABSENT), glossary.settings(each) or ABSENT])
+            for name, each in found.items()
+        ],
+    )
 
 
 def _heat(caption: str, models: Mapping[str, Mapping[str, Any]], extra: Iterable[Row] = ()) -> Table:
@@ -143,7 +161,7 @@ def _heat(caption: str, models: Mapping[str, Mapping[str, Any]], extra: Iterable
 
 def _kinds(models: Iterable[Mapping[str, Any]]) -> list[str]:
     kinds = list(dict.fromkeys(kind for each in models for kind in each["accuracy"]))
-    return sorted(kinds, key=lambda kind: (kind == WORST, kind != CLEAN))
+    return sorted(kinds, key=lambda kind: (kind != CLEAN, kind != WORST))
 
 
 def _heat_row(label: str, accuracy: Mapping[str, Any], kinds: Sequence[str], emphasis: bool = False) -> Row:
@@ -176,13 +194,13 @@ def _experts(sources: Sources) -> Iterable[Block]:
     extra = [
         _heat_row(model_name(name), _common(each, kinds), kinds, is_mixture(name)) for name, each in beside.items()
     ]
-    yield _heat("Experts as joint training left them, in %", after, [*extra, oracle])
+    yield _heat("Experts as joint training left them: accuracy in %, each attacked on its own", after, [*extra, oracle])
     yield Paragraph(
-        "Each expert is attacked on its own; oracle routing counts an image as right if any expert is right about the "
-        "image that was made against the mixture. Worst is over the attacks that experts met and stays empty where "
-        "another model met more."
+        "Worst is over the attacks of this table, and empty for the mixture, which met more. Oracle routing counts an "
+        "image made against the mixture as right if any of its experts is right about it: nobody attacked the oracle, "
+        "so no gate can be expected to get there."
     )
-    yield Folded("Experts as pre-training left them", (_heat("Pre-trained experts, in %", before),))
+    yield Folded("Experts as pre-training left them", (_heat("Pre-trained experts: accuracy in %", before),))
 
 
 def _oracle(mixture: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
@@ -216,7 +234,7 @@ def gate(sources: Sources) -> Section:
     blocks: list[Block] = [
         _gate_summary(weights, experts),
         _gate_table("Mean gate weight in %, clean and under each attack", weights, experts, kinds),
-        Folded("Entropy, and how much weight each attack moves", (_gate_movement(weights),)),
+        Folded("Entropy of the weights, and how much of them each attack moves", (_gate_movement(weights),)),
     ]
     return Section("gate", title, tuple(blocks))
 
@@ -226,8 +244,9 @@ def _gate_summary(weights: Mapping[str, Any], experts: Sequence[str]) -> Paragra
     first = max(experts, key=lambda name: weights[CLEAN]["mean_weight"][name])
     return Paragraph(
         f"On clean images the largest mean weight, {percent(weights[CLEAN]['mean_weight'][first])} %, goes to {first}; "
-        f"an even split would be {percent(1 / len(experts))} %. Attacks move at most {percent(moved[0])} % of the "
-        f"weight ({moved[1]}; mean total variation distance from the clean image's weights)."
+        f"an even split would be {percent(1 / len(experts))} %. The attack that moves the weights most, {moved[1]}, "
+        f"shifts {percent(moved[0])} % of them from one expert to another, on average over images (total variation "
+        "distance)."
     )
 
 

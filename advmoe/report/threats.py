@@ -6,8 +6,9 @@ from typing import Any
 
 from advmoe import paths
 from advmoe.evaluation.intervals import Share
+from advmoe.evaluation.paired import Paired
 from advmoe.evaluation.results import MIXTURE
-from advmoe.report.document import Block, Picture, Section, missing, row, table
+from advmoe.report.document import Block, Paragraph, Picture, Section, missing, row, table
 from advmoe.report.figures import Dot, Line, anchor, colours, dots, lines
 from advmoe.report.formats import ABSENT, NBSP, radius
 from advmoe.report.reading import Sources
@@ -19,6 +20,26 @@ from advmoe.threats.poisoning.report import BESIDE as BESIDE_TWIN
 from advmoe.threats.poisoning.report import COLUMNS as POISONED
 from advmoe.threats.poisoning.report import MEANING
 
+TOLD = {"soft": "probabilities", "top1": "the class"}
+POISONING = (
+    "The attacker changes a part of the training data (rate). Each victim is trained on it by the pipeline's own "
+    "recipe; its twin is the same network trained on clean data. ASR, attack success rate: of the test images of "
+    "other classes, the share that becomes the attacker's target once the trigger is on them; recovered: the share "
+    "that keeps its true class all the same. PGD: accuracy under PGD at the threat model's epsilon."
+)
+EXTRACTION = (
+    "The attacker sees only answers and trains a network of its own on them, the surrogate. Fidelity: how often it "
+    "answers as the victim does. Control: the same network, never having asked, trained on the attacker's own "
+    "labelled images; what asking is worth is the difference to it. PGD accuracy and fidelity: on test images "
+    "attacked by PGD. Transfer ASR: of the victim's right answers, the share that PGD against the surrogate spoils. "
+    "PRADA: a detector of extraction, which looks for queries unlike natural ones."
+)
+MEMBERSHIP = (
+    "The attacker wants to know whether an image was trained on, from what a network says of it. AUC: the chance that "
+    "a training image looks more like one than another image does; 0.5 is guessing. TPR at a FPR: training images "
+    "found while that share of other images is blamed. Adversarial queries: the images are attacked by PGD first. "
+    "Shadows: networks that the attacker trains to calibrate the score."
+)
 Runs = Sequence[Mapping[str, Any]]
 Groups = dict[tuple[Any, ...], Runs]
 Series = Mapping[str, int]
@@ -29,7 +50,12 @@ def poisoning(sources: Sources) -> Section:
     title = "Poisoned training data"
     blocks = [block for name, study in sources.poison.items() for block in _poison(sources, name, study)]
     how = "`dvc repro` runs the attacks that `poison.attacks` lists"
-    return Section("poisoning", title, tuple(blocks) or missing("Studies of poisoning", how), brief=True)
+    return _explained("poisoning", title, POISONING, blocks, missing("Studies of poisoning", how))
+
+
+def _explained(name: str, title: str, words: str, blocks: Sequence[Block], absent: tuple[Block, ...]) -> Section:
+    """A section that says first what its numbers mean, or that there are none."""
+    return Section(name, title, (Paragraph(words), *blocks) if blocks else absent, brief=True)
 
 
 def _poison(sources: Sources, name: str, study: Mapping[str, Any]) -> Iterable[Block]:
@@ -100,8 +126,10 @@ def _cell(runs: Runs, key: str, beside: str | None) -> str:
     shown = str(_over(runs, key)).replace(", ", f",{NBSP}")
     if beside is None or not all(beside in run for run in runs):
         return shown
-    other = 100 * mean(_over(runs, beside))
-    return f"{shown} ({other:+.1f})" if beside.startswith("d_") else f"{shown} ({other:.1f})"
+    other = _over(runs, beside)
+    if isinstance(other, Paired):
+        return f"{shown} ({str(other).replace(' ', NBSP)})"
+    return f"{shown} ({100 * mean(other):{'+' if beside.startswith('d_') else ''}.1f})"
 
 
 def _over(runs: Runs, key: str) -> Any:
@@ -174,8 +202,7 @@ def extraction(sources: Sources) -> Section:
     """Every study of extraction that params.yaml lists, and the audit of membership."""
     blocks = [block for name, study in sources.extract.items() for block in _extract(sources, name, study)]
     how = "`dvc repro` runs the attacks that `extract.attacks` lists"
-    found = tuple(blocks) or missing("Studies of extraction", how)
-    return Section("extraction", "Stolen by asking", found, brief=True)
+    return _explained("extraction", "Stolen by asking", EXTRACTION, blocks, missing("Studies of extraction", how))
 
 
 def _extract(sources: Sources, name: str, study: Mapping[str, Any]) -> Iterable[Block]:
@@ -185,26 +212,55 @@ def _extract(sources: Sources, name: str, study: Mapping[str, Any]) -> Iterable[
         ("fidelity", "agreement of surrogate and victim"),
         ("transfer_asr", "right answers spoiled by transfer"),
     ):
-        curves = _budgets(groups, key, sources.networks)
-        if curves:
-            sentence = f"{name}: {what}, against the number of queries; 0 queries is the control."
-            yield lines(
-                f"{key.replace('_', '-')}-{anchor(name)}",
-                f"{name}: {what}",
-                _said(sentence, curves),
-                curves,
-                axes_labels=("queries", f"{STOLEN[key]}, %"),
-            )
+        members = {who: runs for who, runs in groups.items() if all(key in run for run in runs)}
+        if any(who[1] != CONTROL for who in members):
+            yield _gained(sources, name, what, key, members)
+
+
+def _gained(sources: Sources, name: str, what: str, key: str, groups: Groups) -> Block:
+    """Against the queries where a surrogate had several budgets, else surrogate by surrogate; the control beside."""
+    identity, title = f"{key.replace('_', '-')}-{anchor(name)}", f"{name}: {what}"
+    axis, series = f"{STOLEN[key]}, %", colours([who[0] for who in groups], sources.networks)
+    asked = [who for who in groups if who[1] != CONTROL]
+    if len(asked) > len({who[:3] for who in asked}):
+        found = _budgets(groups, key, series)
+        said = _said(f"{title}, against the number of queries; control: nothing was asked.", found)
+        return lines(identity, title, said, found, axes_labels=("queries", axis))
+    rows = [_beside_control(groups, who, key, series) for who in asked]
+    meaning = {"filled": "surrogate, 95 % interval", "hollow": "control: nothing was asked"}
+    limits = (-2, 102) if key == "fidelity" else None
+    return dots(identity, title, f"{title}.", rows, axis=axis, meaning=meaning, limits=limits)
+
+
+def _beside_control(groups: Groups, who: tuple[Any, ...], key: str, series: Series) -> Dot:
+    number, control = _over(groups[who], key), groups.get((who[0], CONTROL, who[2], 0))
+    low, high = (round(100 * each, 1) for each in _bounds(number))
+    other = None if control is None else 100 * mean(_over(control, key))
+    label = f"{_told(who, groups)}, {who[3]} queries"
+    return Dot(label, round(100 * mean(number), 1), low, high, other, series[who[0]])
+
+
+def _told(who: tuple[Any, ...], groups: Groups) -> str:
+    """Whose answers a surrogate learned, what it was told, and which network it is where there are several."""
+    victim, answers, surrogate = who[:3]
+    told = "control" if answers == CONTROL else TOLD.get(answers, str(answers))
+    return ", ".join([victim, told, *([surrogate] if len(_surrogates(groups)) > 1 else [])])
+
+
+def _surrogates(groups: Groups) -> list[str]:
+    return list(dict.fromkeys(who[2] for who in groups))
 
 
 def _stolen(name: str, study: Mapping[str, Any], groups: Groups) -> Block:
     columns = [key for key in STOLEN if any(key in runs[0] for runs in groups.values())]
+    surrogates = _surrogates(groups)
+    several = len(surrogates) > 1
     rows = [
         row(
             [
                 victim,
-                "nothing: control" if answers == CONTROL else answers,
-                surrogate,
+                "nothing: control" if answers == CONTROL else TOLD.get(answers, str(answers)),
+                *([surrogate] if several else []),
                 str(budget),
                 *(_cell(runs, key, MINUS_CONTROL.get(key)) for key in columns),
                 _alarm(runs),
@@ -213,34 +269,30 @@ def _stolen(name: str, study: Mapping[str, Any], groups: Groups) -> Block:
         )
         for (victim, answers, surrogate, budget), runs in groups.items()
     ]
-    titles = [_title(STOLEN, key, MINUS_CONTROL, "control") for key in columns]
-    return table(
-        f"{name}: % on {study['images']} test images; {_ran(study['runs'])}",
-        ["victim", "told", "surrogate", "queries", *titles, "PRADA's alarm after"],
-        rows,
-    )
+    titles = ["victim", "told", *(["surrogate"] if several else []), "queries"]
+    titles += [_title(STOLEN, key, MINUS_CONTROL, "control") for key in columns]
+    which = "" if several else f"surrogate: {surrogates[0]}; "
+    caption = f"{name}: % on {study['images']} test images; {which}{_ran(study['runs'])}"
+    return table(caption, [*titles, "PRADA's alarm"], rows)
 
 
 def _alarm(runs: Runs) -> str:
     if not all("alarm_after" in run for run in runs):
         return ABSENT
     after = [run["alarm_after"] for run in runs]
-    return ", ".join("never" if each is None else f"{each} queries" for each in dict.fromkeys(after))
+    return ", ".join("never" if each is None else f"after {each} queries" for each in dict.fromkeys(after))
 
 
-def _budgets(groups: Groups, key: str, known: Sequence[str]) -> list[Line]:
-    """A line for each victim, kind of answer and surrogate, from the control on."""
-    kinds = [each for each in dict.fromkeys(who[:3] for who in groups) if each[1] != CONTROL]
-    series = colours([victim for victim, _, _ in kinds], known)
+def _budgets(groups: Groups, key: str, series: Series) -> list[Line]:
+    """A line for each victim, kind of answer and surrogate; the control, which asked nothing, is level."""
+    ends = [who[3] for who in groups if who[1] != CONTROL]
     found: list[Line] = []
-    for victim, answers, surrogate in kinds:
-        before = sum(line.series == series[victim] for line in found)  # a victim has one colour, its lines many dashes
-        members = [(who, runs) for who, runs in groups.items() if who[:3] == (victim, answers, surrogate)]
-        members += [(who, runs) for who, runs in groups.items() if who[:3] == (victim, CONTROL, surrogate)]
-        points = sorted((who[3], place) for place, (who, runs) in enumerate(members) if all(key in run for run in runs))
-        if points:
-            numbers = [(at, _over(members[place][1], key)) for at, place in points]
-            found.append(_whiskers(f"{victim}, {answers}, {surrogate}", numbers, series[victim], before))
+    for kind in dict.fromkeys(who[:3] for who in groups):
+        points = sorted((who[3], _over(runs, key)) for who, runs in groups.items() if who[:3] == kind)
+        if kind[1] == CONTROL:
+            points = [(end, points[0][1]) for end in (min(ends), max(ends))]
+        before = sum(line.series == series[kind[0]] for line in found)  # a victim has one colour, its lines many dashes
+        found.append(_whiskers(_told(kind, groups), points, series[kind[0]], before))
     return found
 
 
@@ -248,11 +300,14 @@ def membership(sources: Sources) -> Section:
     """Which training images the networks give away."""
     title = "Membership: which images were trained on?"
     audit = sources.membership
-    if audit is None:
-        return Section(
-            "membership", title, missing("The membership audit", "`dvc repro membership` runs it"), brief=True
-        )
-    return Section("membership", title, (_leaks(audit, sources.networks), _leak_table(audit)), brief=True)
+    absent = missing("The membership audit", "`dvc repro membership` runs it")
+    blocks = () if audit is None else (_leaks(audit, sources.networks), _leak_table(audit, _against(sources)))
+    return _explained("membership", title, MEMBERSHIP, blocks, absent)
+
+
+def _against(sources: Sources) -> str:
+    """The victim that the others are compared with."""
+    return str(sources.params.get("membership", {}).get("against", "the one compared with"))
 
 
 def _leaks(audit: Mapping[str, Any], known: Sequence[str]) -> Block:
@@ -266,7 +321,7 @@ def _leaks(audit: Mapping[str, Any], known: Sequence[str]) -> Block:
     return dots("membership", "How well members can be told", sentence, rows, axis="AUC; 0.5 is chance", meaning={})
 
 
-def _leak_table(audit: Mapping[str, Any]) -> Block:
+def _leak_table(audit: Mapping[str, Any], against: str) -> Block:
     rates = list(audit["rows"][0]["leak"]["tpr"])
     rows = [
         row(
@@ -283,10 +338,13 @@ def _leak_table(audit: Mapping[str, Any]) -> Block:
         )
         for each in audit["rows"]
     ]
-    caption = f"{audit['members']} training images against {audit['others']} others, epsilon {radius(audit['epsilon'])}"
+    caption = (
+        f"{audit['members']} training images against {audit['others']} others, 95 % bootstrap intervals; adversarial "
+        f"queries at L-inf epsilon {radius(audit['epsilon'])}"
+    )
     titles = [f"TPR at {100 * float(rate):g} % FPR, %" for rate in rates]
     return table(
-        caption, ["victim", "score", "queries", "shadows", "AUC", "minus the one compared with", *titles], rows
+        caption, ["victim", "score", "queries", "shadows", "AUC", f"AUC minus that of {against}", *titles], rows
     )
 
 

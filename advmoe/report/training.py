@@ -15,19 +15,30 @@ MEASURED = ("clean", "fgsm", "pgd")
 COST = {
     "parameters": "parameters",
     "flops_per_image": "FLOPs an image",
-    "crafting_forward": "forward, crafting",
-    "crafting_backward": "backward, crafting",
+    "crafting_forward": "attacks, forward",
+    "crafting_backward": "attacks, backward",
     "learning": "images learned from",
     "training_flops": "training FLOPs",
-    "total_training_flops": "with its parts",
+    "total_training_flops": "with all parts",
 }
+ACCOUNT = (
+    "FLOPs an image: one forward pass, multiplications and additions counted apart. Attacks, forward and backward: "
+    "images that went through the network to make training's attacks; images learned from: those of the optimiser's "
+    "steps, with repeats. With all parts: the pre-training of the experts that a network is built from counts too. "
+    "Time and memory are those of its own stage on the machine it ran on, without its parts."
+)
+WATCHED = (
+    "All curves are on validation images, attacked by FGSM and by a short PGD: they watch training, and are no "
+    "evidence of robustness. Mixtures start from experts that were trained before, so they have fewer epochs."
+)
 Rows = Sequence[Mapping[str, str]]
 
 
 def curves(sources: Sources) -> Section:
     """Validation accuracy by epoch, of the mixture, the comparators and the experts; then the alarms."""
     title = "Training"
-    blocks = [*_alarms(sources), *_mixture(sources), *_group(sources, "baseline"), *_group(sources, "pretrain")]
+    found = [*_mixture(sources), *_group(sources, "baseline"), *_group(sources, "pretrain")]
+    blocks = [*_alarms(sources), *([Paragraph(WATCHED)] if found else []), *found]
     return Section("training", title, tuple(blocks) or missing("Training", "`dvc repro` runs it"))
 
 
@@ -44,7 +55,10 @@ def _alarms(sources: Sources) -> Iterable[Block]:
     for alarm in raised:
         yield Paragraph(f"Alarm: {alarm}", loud=True)
     if not raised:
-        yield Paragraph(f"No alarm was raised in training {sum(map(len, trained.values()))} networks.")
+        yield Paragraph(
+            f"No alarm was raised in training {sum(map(len, trained.values()))} networks: no gate collapsed or stopped "
+            "learning, no network withstood one step and not several (catastrophic overfitting)."
+        )
 
 
 def _mixture(sources: Sources) -> Iterable[Block]:
@@ -112,6 +126,7 @@ def cost(sources: Sources) -> Section:
     blocks: list[Block] = [
         _costs(sources, "The mixture and its comparators", sorted(ours, key=lambda item: item[0] != "train"))
     ]
+    blocks.append(Paragraph(ACCOUNT))
     if experts:
         blocks.append(Folded("The experts", (_costs(sources, "Pre-training of each expert", experts),)))
     if not any("cost" in each for _, _, each in trained):
@@ -136,10 +151,7 @@ def _costs(sources: Sources, caption: str, networks: Iterable[tuple[str, str, Ma
                 emphasis=stage == "train" and is_mixture(name),
             )
         )
-    note = (
-        "forward and backward: images that went through the network; time and memory are those of the machine it ran on"
-    )
-    return table(f"{caption} ({note})", ["network", *COST.values(), "time", "peak memory"], rows)
+    return table(caption, ["network", *COST.values(), "time", "peak memory"], rows)
 
 
 def _attacks(sources: Sources) -> Block:
