@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +29,7 @@ from advmoe import console
 from advmoe.artifacts import hash_tensors
 from advmoe.errors import STUMBLES, UserError
 from advmoe.files import write_bytes
-from advmoe.machine import machine
+from advmoe.machine import device, machine
 
 VERSION_LENGTH, KEY_LENGTH = 8, 16  # hex digits in a folder's name
 NAME = re.compile(rf".+-([0-9a-f]{{{VERSION_LENGTH}}})-[0-9a-f]{{{KEY_LENGTH}}}")
@@ -52,6 +53,21 @@ def code_digest() -> str:
 def digest_of(*facts: object) -> str:
     """sha256 over what is printed of some facts: numbers, texts, settings and collections of these."""
     return hashlib.sha256("\n".join(map(repr, facts)).encode()).hexdigest()
+
+
+def circumstances() -> list[object]:
+    """What shows in the last bits of a result, beside its settings and its data: the machine, and the code."""
+    place = device()
+    return [
+        [place.type, torch.cuda.get_device_name(place) if place.type == "cuda" else torch.get_num_threads()],
+        [torch.__version__, torch.backends.cpu.get_cpu_capability(), code_digest()],
+    ]
+
+
+def spot(shelf: Path | None, label: str, *facts: object) -> Path | None:
+    """The file on a shelf for what `facts` determine here and now; None without a shelf."""
+    key = digest_of(label, facts, circumstances())[:KEY_LENGTH]
+    return shelf and shelf / f"{label.replace('/', '-')}-{key}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -199,6 +215,52 @@ def _values(path: Path, stored: Tensor | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged")
     return values
+
+
+def remembered(file: Path | None, find: Callable[[], Snapshot]) -> Snapshot:
+    """What is kept in a file (None: nowhere), else what `find` finds, which is kept there.
+
+    A damaged file is as good as none.
+    """
+    if file is None:
+        return find()
+    try:
+        known = read(file)
+    except UserError as error:
+        console.warn(f"{error} and left aside; what it held is found again")
+        known = None
+    if known is None:
+        known = find()
+        keep(file, known)
+    return known
+
+
+def flat(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of several parts under one name each, `part/name`."""
+    return {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
+
+
+def in_parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What `flat` put together; a part that held nothing is empty."""
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = tensor
+    return parts
+
+
+def memory_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimiser remembers of its parameters, as `number/name`."""
+    found = optimizer.state_dict()["state"]
+    return flat(
+        {str(number): {name: each for name, each in kept.items() if each is not None} for number, kept in found.items()}
+    )
+
+
+def remind(optimizer: torch.optim.Optimizer, memory: Mapping[str, Tensor]) -> None:
+    """Make a fresh optimiser remember what `memory_of` another told."""
+    kept = {int(number): found for number, found in in_parts(memory).items()}
+    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # ---- what is left over

@@ -139,7 +139,7 @@ def built_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_tiny_mixture(path: Path) -> None:
+def save_tiny_mixture(path: Path, seed: int = 0) -> None:
     """A mixture of two experts of two channels on the prepared data; untrained, but its BatchNorms have seen images."""
     data = dataset.load(paths.DATASET)
     architecture = Mixture(
@@ -149,7 +149,7 @@ def save_tiny_mixture(path: Path) -> None:
         gate=GateSettings(width=2, temperature=1.0),
         mixing="probabilities",
     )
-    model = classifiers.build(architecture, data.facts, 0, "tiny")
+    model = classifiers.build(architecture, data.facts, seed, "tiny")
     with torch.no_grad():  # running statistics other than 0 and 1, so that a round trip has something to lose
         model.train()(data["train"].pixels()[:64])
     model.eval()

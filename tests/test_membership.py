@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe import artifacts, classifiers, console, engine, paths
+from advmoe.artifacts import hash_tensors
 from advmoe.classifiers import Backbone, Plain
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset, Facts, Split, digests
@@ -477,8 +478,8 @@ class SmallRecipes:
 
     seed, pretrain = 0, SimpleNamespace(precision="float32")
 
-    def __init__(self, epsilon: float) -> None:
-        self.epsilon = epsilon
+    def __init__(self, epsilon: float, shelf: Path | None = None) -> None:
+        self.epsilon, self.shelf = epsilon, shelf
 
     def under(self, added: int) -> int:
         return added
@@ -502,6 +503,28 @@ def audited(monkeypatch: pytest.MonkeyPatch, lift: float) -> dict[tuple[str, str
     case = make_case()
     answers = study.told(Memory(data["train"].index, lift).eval(), case, audit)
     return study._scores(case, audit, "mixture", answers)
+
+
+def test_what_was_asked_before_a_kill_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_data()
+    case = Case(section(), cast(Recipes, SmallRecipes(0.25 / 255, tmp_path)))
+    audit, one, other = study.draw(data, 0), *(Memory(data["train"].index, lift).eval() for lift in (1.0, 2.0))
+    expected = study.told(one, case, audit)
+    assert len(list(tmp_path.iterdir())) == 1
+    asked: list[nn.Module] = []
+
+    def watched(model: nn.Module, *_: object) -> study.Told:
+        asked.append(model)
+        return {study.CLEAN: torch.zeros(1)}
+
+    monkeypatch.setattr(study, "_told", watched)
+    found = study.told(one, case, audit)
+    assert {kind: hash_tensors({kind: each}) for kind, each in found.items()} == {
+        kind: hash_tensors({kind: each}) for kind, each in expected.items()
+    }
+    assert asked == []
+    study.told(other, case, audit)
+    assert asked == [other]
 
 
 @pytest.mark.parametrize("queries", [study.CLEAN, study.ADVERSARIAL])

@@ -5,6 +5,7 @@ Shapes: N training images, M poisoned ones, C channel, H/W pixels, K classes.
 
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +37,7 @@ from advmoe.threats.poisoning.picture import examples
 from advmoe.threats.poisoning.poisoned import About, Goal, Poisoned, Trigger
 from advmoe.threats.poisoning.unlearnable import Unlearnable
 from advmoe.threats.poisoning.witches_brew import WitchesBrew
+from advmoe.training.keeper import Look, Resumable, kept
 
 CLASSES, EACH = 4, 12
 COUNT = CLASSES * EACH
@@ -168,6 +170,9 @@ class Tools:
     def fresh(self) -> nn.Module:
         self.begun = network(9)
         return self.begun
+
+    def keep(self, work: Resumable) -> AbstractContextManager[Look]:
+        return kept(work, "", None)
 
 
 def make(name: str, seed: int = 0, rate: float | None = None, **changes: Any) -> Poisoned:
@@ -476,8 +481,8 @@ def test_unlearnable_noise_is_easy_for_the_network_that_learned_it() -> None:
 def test_unlearnable_noise_stops_when_it_explains_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = list[int]()
     errors = iter([0.6, 0.3, 0.1])
-    monkeypatch.setattr(unlearnable._Learner, "learn", lambda _self, points, _labels: rounds.append(len(points)))
-    monkeypatch.setattr(unlearnable._Learner, "error", lambda *_: next(errors))
+    monkeypatch.setattr(unlearnable._Crafting, "_learn", lambda _self, labels: rounds.append(len(labels)))
+    monkeypatch.setattr(unlearnable._Crafting, "_share_wrong", lambda *_: next(errors))
     make("unlearnable", rounds=3, stop=0.3)
     assert rounds == [COUNT, COUNT]
 

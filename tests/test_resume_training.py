@@ -298,7 +298,7 @@ def test_a_damaged_state_is_named_once_and_never_used(
     capsys.readouterr()
     assert_same(plain(root), expected)
     assert len(taken) == EPOCHS * STEPS
-    warning = f"warning: {file} is damaged and left aside; tiny is trained from the start\n"
+    warning = f"warning: {file} is damaged and left aside; tiny begins anew\n"
     assert capsys.readouterr().err == warning
 
 

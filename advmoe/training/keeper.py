@@ -1,4 +1,4 @@
-"""What keeps a training run: its state on disk every now and then, when it is told to end, and when it is done."""
+"""What keeps a long run: its state on disk every now and then, when it is told to end, and when it is done."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +14,8 @@ from advmoe.artifacts import hash_tensors
 from advmoe.data.dataset import Dataset
 from advmoe.errors import UserError
 from advmoe.interruption import GO_ON, Held, Interrupted, held_back
-from advmoe.machine import device, machine
-from advmoe.state import KEY_LENGTH, Snapshot, digest_of
+from advmoe.machine import machine
+from advmoe.state import KEY_LENGTH, Snapshot, circumstances, digest_of
 from advmoe.training.cost import Learns
 
 SHARE = 0.05  # of the time, at most, that saving may take: a large network on a slow disk is saved less often
@@ -27,26 +27,22 @@ class Resumable(Protocol):
     """Work whose state can be taken and put back."""
 
     @property
-    def position(self) -> tuple[int, int]:
-        """How far it is: whole epochs, and steps of the next one."""
+    def position(self) -> tuple[int, ...]:
+        """How far it is."""
         ...
 
-    def check(self) -> None:
-        """Raises UserError for a state that is not worth keeping."""
+    @property
+    def progress(self) -> str:
+        """The same in words."""
         ...
 
     def state(self) -> Snapshot:
-        """All that changes from step to step."""
+        """All that changes from step to step. Raises UserError for a state that is not worth keeping."""
         ...
 
     def restore(self, snapshot: Snapshot) -> None:
         """Be as at that moment, to the last bit. Raises UserError, and changes nothing, for what is none of its own."""
         ...
-
-
-def flat(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of several parts under one name each, `part/name`."""
-    return {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
 
 
 def forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
@@ -73,18 +69,20 @@ def identity(name: str, learner: Learns, dataset: Dataset, settings: object) -> 
         if split in {"train", "validation"}
         for part, tensor in (("images", rows.images), ("labels", rows.labels))
     }
-    place = device()
     key = digest_of(
         name,
         settings,
         [type(learner).__qualname__, _plain(vars(learner))],
-        _structure(learner.model),
-        hash_tensors(learner.model.state_dict()),
+        fingerprint(learner.model),
         hash_tensors(images),
-        [place.type, torch.cuda.get_device_name(place) if place.type == "cuda" else torch.get_num_threads()],
-        [torch.__version__, torch.backends.cpu.get_cpu_capability(), state.code_digest()],
+        circumstances(),
     )
     return f"{name.replace('/', '-')}-{key[:KEY_LENGTH]}.safetensors"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over all that determines what a network answers."""
+    return digest_of(_structure(model), hash_tensors(model.state_dict()))
 
 
 def _structure(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
@@ -118,7 +116,7 @@ class Keeper:
 
     def __init__(self, run: Resumable, name: str, file: Path) -> None:
         self.run, self.name, self.file = run, name, file
-        self.saved: tuple[int, int] | None = None
+        self.saved: tuple[int, ...] | None = None
         self.due = time.monotonic() + machine().state_seconds
         self.works = True
 
@@ -130,21 +128,20 @@ class Keeper:
         try:
             self.run.restore(found)
         except UserError as error:
-            self._start(f"{self.file} {error}")
+            self._anew(f"{self.file} {error}")
             return
         self.saved = self.run.position
-        epochs, steps = self.saved
-        console.say(f"{self.name}: taken over from the run that was stopped, after {epochs} epochs and {steps} steps")
+        console.say(f"{self.name}: taken over from the run that was stopped, after {self.run.progress}")
 
     def _found(self) -> Snapshot | None:
         try:
             return state.read(self.file)
         except UserError as error:
-            self._start(str(error))
+            self._anew(str(error))
             return None
 
-    def _start(self, why: str) -> None:
-        console.warn(f"{why} and left aside; {self.name} is trained from the start")
+    def _anew(self, why: str) -> None:
+        console.warn(f"{why} and left aside; {self.name} begins anew")
 
     def look(self, held: Held) -> None:
         """Save if it is time to; if the process was told to end, save and let it."""
@@ -160,7 +157,6 @@ class Keeper:
         """Save, unless just this was saved. Raises UserError for a run that has gone wrong, and keeps what it had."""
         if not self.works or self.saved == self.run.position:
             return
-        self.run.check()
         started = time.monotonic()
         self.works = state.keep(self.file, self.run.state())
         self.saved, now = self.run.position, time.monotonic()

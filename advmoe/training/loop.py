@@ -7,7 +7,6 @@ Shapes: B batch, C channel, H/W pixels.
 
 import copy
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +29,10 @@ from advmoe.data.dataset import Dataset
 from advmoe.engine import Passes
 from advmoe.errors import UserError
 from advmoe.machine import derive_seed, device, generator
-from advmoe.state import Snapshot
+from advmoe.state import Snapshot, flat, in_parts
 from advmoe.training.adversary import CleanBatches, SingleAdversary, bind, craft, draw
 from advmoe.training.cost import SAMPLE, Cost, Rates, cost, rates
-from advmoe.training.keeper import Look, flat, forms, identity, is_stream, kept
+from advmoe.training.keeper import Look, forms, identity, is_stream, kept
 from advmoe.training.recipe import Learning, Recipe, Validation, rate
 
 VALIDATION_BATCH = 200
@@ -244,12 +243,21 @@ class Run:
         return len(self.history), len(self.losses)
 
     @property
+    def progress(self) -> str:
+        """The same in words."""
+        return f"{len(self.history)} epochs and {len(self.losses)} steps"
+
+    @property
     def seconds(self) -> float:
         """Spent on this run, before kills too."""
         return time.monotonic() - self.started
 
     def state(self) -> Snapshot:
-        """All of it. Of the order of images only where the epoch's draws began: they are drawn again from there."""
+        """All of it. Of the order of images only where the epoch's draws began: they are drawn again from there.
+
+        Raises UserError when the loss or the weights are no longer finite.
+        """
+        self.check()
         momenta = {
             f"{number}": self.optimizer.state[parameter]["momentum_buffer"]
             for number, parameter in enumerate(self._parameters())
@@ -273,11 +281,7 @@ class Run:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Be as at that moment. Raises UserError, and changes nothing, for what is no state of this run."""
-        place, progress = self.images.device, _progress(snapshot)
-        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for key, tensor in snapshot.tensors.items():
-            part, _, name = key.partition("/")
-            parts[part][name] = tensor
+        place, progress, parts = self.images.device, _progress(snapshot), in_parts(snapshot.tensors)
         self._refuse_alien(snapshot.tensors, progress.history)
         self.learner.restore({name: tensor.to(place) for name, tensor in parts["learner"].items()})
         self.learner.model.load_state_dict(parts["model"])

@@ -21,6 +21,7 @@ from advmoe.data.dataset import Facts
 from advmoe.errors import UserError
 from advmoe.machine import device
 from advmoe.params import PIXEL_LEVELS, PositiveInt, Settings
+from advmoe.state import Snapshot, flat, in_parts, memory_of, remind
 from advmoe.threats.extraction.tools import Tools
 from advmoe.threats.extraction.transfer_set import TransferSet, asked, joined
 
@@ -80,10 +81,12 @@ def dfme(settings: Dfme, tools: Tools) -> TransferSet:
         torch.manual_seed(int(torch.randint(2**31, (), generator=tools.stream)))
         generator = Generator(settings, tools.facts)
     thief = _Thief(settings, tools, generator.to(device()))
-    while tools.oracle.left >= round_of:
-        thief.improve_generator()
-        for _ in range(settings.learning):
-            thief.improve_surrogate()
+    with tools.keep(thief) as look:
+        while tools.oracle.left >= round_of:
+            thief.improve_generator()
+            for _ in range(settings.learning):
+                thief.improve_surrogate()
+            look()
     assert thief.known is not None
     return thief.known
 
@@ -99,6 +102,44 @@ class _Thief:
             self.surrogate.parameters(), SURROGATE_LR, momentum=MOMENTUM, weight_decay=DECAY
         )
         self.known: TransferSet | None = None
+
+    # ---- to be killed and go on, to the last bit the same; asked for when a round is over
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """How many queries were asked."""
+        return (self.oracle.used,)
+
+    @property
+    def progress(self) -> str:
+        """The same in words."""
+        return f"{self.oracle.used} queries"
+
+    def state(self) -> Snapshot:
+        """All of it; what was asked is also what the oracle counted."""
+        assert self.known is not None
+        parts = {
+            "generator": self.generator.state_dict(),
+            "surrogate": self.surrogate.state_dict(),
+            "generator steps": memory_of(self.generator_steps),
+            "surrogate steps": memory_of(self.surrogate_steps),
+            "known": vars(self.known),
+            "stream": {"state": self.stream.get_state()},
+        }
+        return Snapshot(flat(parts), {})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Be as at that moment."""
+        parts = in_parts(snapshot.tensors)
+        self.generator.load_state_dict(parts["generator"])
+        self.surrogate.load_state_dict(parts["surrogate"])
+        remind(self.generator_steps, parts["generator steps"])
+        remind(self.surrogate_steps, parts["surrogate steps"])
+        self.known = TransferSet(**parts["known"])
+        self.oracle.recall(self.known.images)
+        self.stream.set_state(parts["stream"]["state"])
+
+    # ---- the two sides of a round
 
     def improve_generator(self) -> None:
         """Towards disagreement: ascend the L1 distance of logits along its estimated gradient in the pixels."""

@@ -6,9 +6,9 @@ trained on the attacker's own labelled images, for which the victim was never as
 Shapes: N images, C channel, H/W pixels, K classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from advmoe.evaluation.intervals import Share
 from advmoe.evaluation.paired import compare
 from advmoe.machine import derive_seed, device, generator
 from advmoe.params import PIXEL_LEVELS
+from advmoe.state import Snapshot
 from advmoe.threats.extraction.victims import Victim
 from advmoe.threats.numbers import DIGITS
 
@@ -159,6 +160,20 @@ def examine(surrogate: nn.Module, victim: Victim, known: Sheet, exam: Exam) -> C
         robust=classes(surrogate, broken(surrogate, exam)) == exam.split.labels,
         transferred=shown(victim, to_transfer(surrogate, exam), exam),
     )
+
+
+Answers = TypeVar("Answers", Sheet, Copy)
+
+
+def to_keep(answers: Sheet | Copy) -> Snapshot:
+    """One side as unfinished work keeps it."""
+    return Snapshot({name: each for name, each in vars(answers).items() if each is not None}, {})
+
+
+def as_kept(found: Snapshot, side: type[Answers]) -> Answers:
+    """The side that was kept, on the CPU."""
+    tensors: dict[str, Any] = {field.name: found.tensors.get(field.name) for field in fields(side)}
+    return side(**tensors)
 
 
 def numbers(copy: Copy, control: Copy | None, known: Sheet, exam: Exam) -> dict[str, Any]:

@@ -49,9 +49,13 @@ class Oracle:
                 f"the budget of {self.budget} queries does not cover {len(images_NCHW)} more: {self.left} are left"
             )
         told = self.ask_victim(images_NCHW)
+        self.recall(images_NCHW)
+        return told_as(told, self.mode)
+
+    def recall(self, images_NCHW: Tensor) -> None:
+        """Count images that were asked, be it before a kill: those cost their queries too."""
         self.used += len(images_NCHW)
         self.asked += digests(images_NCHW)
-        return told_as(told, self.mode)
 
 
 def told_as(probabilities_NK: Tensor, mode: str) -> Tensor:

@@ -4,10 +4,13 @@ Shapes: N images, K classes.
 """
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from advmoe import classifiers, console, files, paths, state, user_code
 from advmoe.classifiers import Plain
@@ -24,6 +27,7 @@ from advmoe.threats.extraction.report import Row
 from advmoe.threats.extraction.settings import Common, Study
 from advmoe.threats.extraction.tools import Tools
 from advmoe.threats.extraction.transfer_set import TransferSet
+from advmoe.training.keeper import Look, Resumable, fingerprint, kept
 from advmoe.training.loop import Trained
 from advmoe.workers import spread
 
@@ -54,11 +58,12 @@ class Places:
 
 
 def conduct(case: Case, places: Places) -> None:
-    """Run a study, write it down and show it; surrogates trained before a kill are taken over.
+    """Run a study, write it down and show it; what was done before a kill is taken over.
 
     Raises UserError for what cannot be.
     """
-    with state.work(f"extract-{case.name}", case, _data().sha256) as shelf:
+    question = replace(case, folder=Path())  # where the answers go changes none of them
+    with state.work(f"extract-{case.name}", question, _data().sha256) as shelf:
         _conduct(replace(case, shelf=shelf), places)
 
 
@@ -143,7 +148,15 @@ class Campaign:
     @cached_property
     def known(self) -> Sheet:
         """The victim's answers to the exam."""
-        return metrics.sheet(self.victim, self.exam)
+        file = state.spot(self.case.shelf, "sheet", self.victim.identity)
+        found = state.remembered(file, lambda: metrics.to_keep(metrics.sheet(self.victim, self.exam)))
+        return metrics.as_kept(found, Sheet)
+
+    def _examined(self, surrogate: nn.Module) -> Copy:
+        """A surrogate's answers to it; what was asked before a kill is not asked again."""
+        file = state.spot(self.case.shelf, "copy", self.victim.identity, fingerprint(surrogate))
+        find = partial(metrics.examine, surrogate, self.victim, self.known, self.exam)
+        return metrics.as_kept(state.remembered(file, lambda: metrics.to_keep(find())), Copy)
 
     def controls(self) -> list[Row]:
         """Surrogates trained on the attacker's own images and their true labels: the victim was never asked."""
@@ -151,7 +164,7 @@ class Campaign:
         rows = []
         for name in self.case.study.surrogates:
             trained = self._train(name, own)
-            self.control[name] = metrics.examine(trained.model, self.victim, self.known, self.exam)
+            self.control[name] = self._examined(trained.model)
             # it knows nothing of the victim: the same for all of them, and one is enough to write it
             if self.asked_for == self.case.study.victims[0]:
                 self._save(f"control-seed-{self.added}/{name}", name, trained, {})
@@ -194,7 +207,7 @@ class Campaign:
             for name in study.surrogates:
                 trained = self._train(name, bought)
                 self._save(f"{loot.title}/{name}-{budget}", name, trained, {"transfer set": loot.sha256})
-                copy = metrics.examine(trained.model, self.victim, self.known, self.exam)
+                copy = self._examined(trained.model)
                 numbers = metrics.numbers(copy, self.control[name], self.known, self.exam)
                 amounts = {"queries_used": len(bought.images), "sha256": loot.sha256, **traces}
                 if amounts["alarm_after"] is not None and amounts["alarm_after"] > len(bought.images):
@@ -213,7 +226,14 @@ class Campaign:
             fresh=lambda: surrogate.fresh(self.case.common.surrogates[first], self.data, self.run_seed, kind, "fresh"),
             stream=generator(self.run_seed, "extract", kind),
             facts=self.data.facts,
+            keep=partial(self._keep, oracle),
         )
+
+    def _keep(self, oracle: Oracle, work: Resumable) -> AbstractContextManager[Look]:
+        """Beside what determines the study: whom exactly it asks, and how."""
+        title = f"{self.case.study.attack.kind} on {self.victim.name}"
+        facts = (self.victim.identity, oracle.mode, oracle.budget, self.run_seed)
+        return kept(work, title, state.spot(self.case.shelf, "attack", *facts))
 
     def _gather(self, pool: AnyPool) -> Candidates:
         # the stream is named after the pool alone: every attack, victim and answer mode meets the same images

@@ -1,6 +1,7 @@
 """What an attacker works with: the oracle, images to ask about, and networks to train in between."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,19 @@ from advmoe.errors import UserError
 from advmoe.threats.extraction.oracle import Oracle
 from advmoe.threats.extraction.pools import AnyPool, Candidates
 from advmoe.threats.extraction.transfer_set import TransferSet
+from advmoe.training.keeper import Look, Resumable, kept
+
+
+def unkept(work: Resumable) -> AbstractContextManager[Look]:
+    """What an attacker has who begins anew after a kill."""
+    return kept(work, "", None)
 
 
 @dataclass(frozen=True)
 class Tools:
     """`gather`: a pool's images; `learn`: a network trained from scratch on what is known so far; `fresh`: one that is
-    untrained; `stream`: where all other randomness comes from; `facts`: of the victim's images.
+    untrained; `stream`: where all other randomness comes from; `facts`: of the victim's images; `keep`: puts long
+    work where a killed one left it, see `advmoe.training.keeper`.
     """
 
     oracle: Oracle
@@ -25,6 +33,7 @@ class Tools:
     fresh: Callable[[], nn.Module]
     stream: torch.Generator
     facts: Facts
+    keep: Callable[[Resumable], AbstractContextManager[Look]] = unkept
 
     def candidates(self, pool: AnyPool) -> Candidates:
         """The pool's images. Raises UserError, before anything is asked, when the budget is larger than the pool."""

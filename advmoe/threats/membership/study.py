@@ -21,6 +21,7 @@ from advmoe.attacks.pgd import pgd
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset, Split, digests
 from advmoe.machine import derive_seed, device, generator
+from advmoe.state import Snapshot
 from advmoe.threats.extraction.victims import file_of
 from advmoe.threats.membership import report
 from advmoe.threats.membership.report import Row
@@ -36,6 +37,7 @@ from advmoe.threats.membership.scores import (
 )
 from advmoe.threats.membership.settings import MembershipSection
 from advmoe.threats.retraining import Order, Recipes, train_all
+from advmoe.training.keeper import fingerprint
 from advmoe.workers import spread
 
 BATCH = 200
@@ -71,7 +73,7 @@ class Places:
 
 
 def conduct(case: Case, places: Places) -> None:
-    """Run the audit, write it down and show it; shadows trained before a kill are taken over.
+    """Run the audit, write it down and show it; what was done before a kill is taken over.
 
     Raises UserError for what cannot be.
     """
@@ -133,8 +135,14 @@ def _asked(case: Case, audit: Audit, victim: str) -> Told:
 
 
 def told(model: nn.Module, case: Case, audit: Audit) -> Told:
-    """What a network answers about the audited images, clean and each attacked on this network itself."""
-    model = model.to(device())
+    """What a network answers about the audited images, clean and each attacked on this network itself; what it was
+    asked before a kill it is not asked again.
+    """
+    file = state.spot(case.recipes.shelf, "told", fingerprint(model))
+    return state.remembered(file, lambda: Snapshot(_told(model.to(device()), case, audit), {})).tensors
+
+
+def _told(model: nn.Module, case: Case, audit: Audit) -> Told:
     pixels, labels = audit.split.pixels().to(device()), audit.split.labels.to(device())
     attacked = engine.ascend_all(
         model,

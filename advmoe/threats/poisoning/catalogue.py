@@ -1,6 +1,7 @@
 """All poisoning attacks by name. A new one is a file beside this, a line in the union and a case below."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from advmoe.threats.poisoning.label_flip import PairFlip, RandomFlip, TargetedFl
 from advmoe.threats.poisoning.poisoned import Poisoned
 from advmoe.threats.poisoning.unlearnable import Unlearnable, unlearnable
 from advmoe.threats.poisoning.witches_brew import WitchesBrew, witches_brew
+from advmoe.training.keeper import Look, Resumable
 
 AnyPoison = (
     RandomFlip
@@ -61,6 +63,10 @@ class Workshop(Protocol):
         """An untrained network."""
         ...
 
+    def keep(self, work: Resumable) -> AbstractContextManager[Look]:
+        """Put long work where a killed one left it, see `advmoe.training.keeper`."""
+        ...
+
 
 # attacks that need the data only, and those that need a trained network besides
 PLAIN: dict[type[Any], Callable[..., Poisoned]] = {
@@ -95,7 +101,8 @@ def poison(clean: Split, stream: torch.Generator, settings: AnyPoison, rate: flo
                 candidates=workshop.candidates,
             )
         case Unlearnable():
-            return unlearnable(clean.images, clean.labels, stream, settings, rate=rate, fresh=workshop.fresh())
+            fresh, keep = workshop.fresh(), workshop.keep
+            return unlearnable(clean.images, clean.labels, stream, settings, rate=rate, fresh=fresh, keep=keep)
         case _:
             return PLAIN[type(settings)](*given, rate=rate, classes=classes)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from advmoe import artifacts
 from advmoe.errors import UserError
 from advmoe.params import Seed, Settings, validate
+from advmoe.state import Snapshot
 
 KIND = "poisoned-set"
 FIELDS = ("images", "labels", "rows", "true_labels")
@@ -144,17 +145,10 @@ def save(
     seconds: float,
 ) -> str:
     """Write the set as an artifact; returns its content hash."""
-    trigger = poisoned.trigger
-    optional = {
-        "opacity": trigger.opacity if trigger else None,
-        "pattern": trigger.pattern if trigger else None,
-        "wanted_image": poisoned.wanted_image,
-    }
-    tensors = {name: getattr(poisoned, name) for name in FIELDS} | optional
     written = artifacts.save(
         path,
         KIND,
-        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        _tensors(poisoned),
         about=about.model_dump(mode="json"),
         params=params,
         inputs={"dataset": dataset},
@@ -163,6 +157,17 @@ def save(
         seconds=seconds,
     )
     return written.sha256
+
+
+def _tensors(poisoned: Poisoned) -> dict[str, Tensor]:
+    trigger = poisoned.trigger
+    optional = {
+        "opacity": trigger.opacity if trigger else None,
+        "pattern": trigger.pattern if trigger else None,
+        "wanted_image": poisoned.wanted_image,
+    }
+    tensors = {name: getattr(poisoned, name) for name in FIELDS} | optional
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def load(path: Path) -> Poisoned:
@@ -176,17 +181,30 @@ def load(path: Path) -> Poisoned:
         raise UserError(f"{path}: has no tensor '{missing[0]}'; build it again")
     if not _fits(tensors):
         raise UserError(f"{path}: its tensors do not belong together; build it again")
+    return _poisoned(tensors, about.of, about.available, about.goal)
+
+
+def _poisoned(tensors: Mapping[str, Tensor], of: str, available: int, goal: Goal) -> Poisoned:
     return Poisoned(
-        images=tensors["images"],
-        labels=tensors["labels"],
-        rows=tensors["rows"],
-        true_labels=tensors["true_labels"],
-        of=about.of,
-        available=about.available,
-        goal=about.goal,
+        **{name: tensors[name] for name in FIELDS},
+        of=of,
+        available=available,
+        goal=goal,
         trigger=Trigger(tensors["opacity"], tensors["pattern"]) if "opacity" in tensors else None,
         wanted_image=tensors.get("wanted_image"),
     )
+
+
+def to_keep(poisoned: Poisoned) -> Snapshot:
+    """The set as unfinished work keeps it."""
+    values = {"of": poisoned.of, "available": poisoned.available, "goal": poisoned.goal.model_dump()}
+    return Snapshot(_tensors(poisoned), values)
+
+
+def as_kept(found: Snapshot) -> Poisoned:
+    """The set that was kept."""
+    values = found.values
+    return _poisoned(found.tensors, values["of"], values["available"], Goal(**values["goal"]))
 
 
 def _fits(tensors: Mapping[str, Tensor]) -> bool:

@@ -5,6 +5,7 @@ Shapes: N images, E experts.
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from advmoe.data.batches import Augmentation
 from advmoe.data.dataset import Dataset, Split
 from advmoe.errors import UserError
 from advmoe.machine import device, generator
+from advmoe.state import Snapshot
 from advmoe.threats.poisoning import catalogue, metrics, picture, poisoned, report
 from advmoe.threats.poisoning.defences.catalogue import AnyDefence, flag
 from advmoe.threats.poisoning.defences.evidence import Evidence
@@ -36,6 +38,7 @@ from advmoe.threats.retraining import (
     train_all,
     train_proxy,
 )
+from advmoe.training.keeper import Look, Resumable, fingerprint, kept
 from advmoe.training.loop import Trained
 
 
@@ -79,10 +82,11 @@ def _title(rate: float, added: int, trial: int) -> str:
 
 @dataclass
 class Workshop:
-    """What the attacker has; networks are trained when first asked for."""
+    """What the attacker has to make a set called `title`; networks are trained when first asked for."""
 
     case: Case
     recipes: Recipes
+    title: str = ""
     trained: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
@@ -120,6 +124,11 @@ class Workshop:
         seed = ("poison", self.case.common.proxy_seed, self.recipes.run_seed)
         return classifiers.build(plain, self.case.data.facts, *seed).to(device())
 
+    def keep(self, work: Resumable) -> AbstractContextManager[Look]:
+        """Beside what determines the study: which of its sets this is."""
+        name = f"{self.case.study.attack.kind} {self.title}"
+        return kept(work, name, state.spot(self.recipes.shelf, "crafting", self.title))
+
 
 def _weights(model: nn.Module) -> str:
     """Hash of what is learned: the count of batches, which is in state_dict() too, does not survive the disk."""
@@ -137,7 +146,7 @@ class Places:
 
 
 def conduct(case: Case, places: Places) -> None:
-    """Run a study, write it down and show it; networks trained before a kill are taken over.
+    """Run a study, write it down and show it; what was done before a kill is taken over.
 
     Raises UserError for what cannot be.
     """
@@ -204,9 +213,7 @@ def _poison(case: Case, folder: Path) -> Iterable[Dose]:
         for rate in study.rates:
             for trial in range(catalogue.trials(study.attack)):
                 started = time.monotonic()
-                # no rate in the stream's name: the images of a lower rate are among those of a higher one
-                stream = generator(recipes.seed + added, "poison", study.attack.kind, trial)
-                changed = catalogue.poison(case.data["train"], stream, study.attack, rate, workshop)
+                changed = _made(replace(workshop, title=_title(rate, added, trial)), rate, trial)
                 about = About(
                     attack=study.attack.kind,
                     rate=rate,
@@ -226,6 +233,21 @@ def _poison(case: Case, folder: Path) -> Iterable[Dose]:
                     seconds=time.monotonic() - started,
                 )
                 yield Dose(rate, added, trial, changed, sha256)
+
+
+def _made(workshop: Workshop, rate: float, trial: int) -> Poisoned:
+    """The set that was crafted before a kill, else crafted now and kept."""
+    case, attack = workshop.case, workshop.case.study.attack
+    # no rate in the stream's name: the images of a lower rate are among those of a higher one
+    stream = generator(workshop.recipes.run_seed, "poison", attack.kind, trial)
+
+    def craft() -> Poisoned:
+        return catalogue.poison(case.data["train"], stream, attack, rate, workshop)
+
+    if type(attack) in catalogue.PLAIN:  # takes less time than to read it
+        return craft()
+    file = state.spot(workshop.recipes.shelf, "poisoned", workshop.title)
+    return poisoned.as_kept(state.remembered(file, lambda: poisoned.to_keep(craft())))
 
 
 @dataclass(frozen=True)
@@ -256,7 +278,13 @@ def _twins(case: Case) -> tuple[dict[Key, nn.Module], dict[Key, Order]]:
 
 def _examined(case: Case, model: nn.Module) -> Twin:
     here = model.to(device())
-    return Twin(here, metrics.examine(here, case.exam))
+    return Twin(here, _answers(case, here))
+
+
+def _answers(case: Case, model: nn.Module) -> Answers:
+    """To the exam; a model that was asked before a kill is not asked again."""
+    file = state.spot(case.recipes.shelf, "answers", fingerprint(model))
+    return Answers(**state.remembered(file, lambda: Snapshot(vars(metrics.examine(model, case.exam)), {})).tensors)
 
 
 def _twin_of(victim: str) -> str:
@@ -267,7 +295,7 @@ def _twin_of(victim: str) -> str:
 def _measure(case: Case, dose: Dose, order: Order, model: nn.Module, twins: Mapping[Key, Twin], defence: str) -> Row:
     exam, twin = case.exam, twins[_twin_of(order.victim), dose.added]
     victim = model.to(device())
-    answers = metrics.examine(victim, exam)
+    answers = _answers(case, victim)
     experts: Sequence[str] = case.recipes.joint.experts if is_mixture(order.victim) else ()
     found = metrics.numbers(Pair(victim, twin.model, answers, twin.answers), dose.poisoned, exam, experts)
     return Row(order.victim, dose.rate, dose.added, dose.trial, defence, found, _amounts(dose))
@@ -319,7 +347,13 @@ def _defend(
 def _flagged(case: Case, dose: Dose, victim: nn.Module, name: str, settings: AnyDefence) -> torch.Tensor:
     stream = generator(case.recipes.seed + dose.added, "defence", name, dose.title)
     evidence = Evidence(victim.to(device()), _split(case, dose.poisoned), case.data["validation"], stream)
-    return flag(evidence, settings, dose.poisoned.is_poison)
+    facts = (name, dose.title, dose.sha256, fingerprint(victim))
+    file = state.spot(case.recipes.shelf, "flagged", *facts)
+
+    def look() -> Snapshot:
+        return Snapshot({"flagged": flag(evidence, settings, dose.poisoned.is_poison)}, {})
+
+    return state.remembered(file, look).tensors["flagged"]
 
 
 def _without(train: Split, flagged_N: torch.Tensor, name: str) -> Split:
