@@ -1,6 +1,7 @@
 """The command line: wiring, no behaviour. Torch is imported inside commands only, so that `--help` is quick."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +10,16 @@ import typer
 from advmoe import console, files, interruption, paths
 from advmoe.errors import UserError
 
+_last: list[Callable[[], None]] = []  # what is to be done when the command has ended well
+
+
+def _done(*_: object, **__: object) -> None:
+    for each in _last:
+        each()
+
+
 app = typer.Typer(
+    result_callback=_done,
     help="Robust image classifiers from a mixture of adversarially trained experts, and the evidence for them.",
     no_args_is_help=True,
     add_completion=False,
@@ -22,6 +32,7 @@ EXIT_MISTAKE = 2
 
 def main() -> None:
     """Run the command line; a user's mistake ends with one sentence and code 2, a signal with 128 and its number."""
+    _last.clear()
     try:
         with interruption.heard():
             app()
@@ -35,8 +46,9 @@ def main() -> None:
 
 def _stage() -> None:
     """What every stage does first: the whole of params.yaml must be sound, then threads and determinism are set."""
-    from advmoe import checking, machine, schema
+    from advmoe import checking, machine, params, schema
 
+    _last.append(params.watched())
     machine.refuse_several_processes()
     checking.check_dvc_file(schema.load_params())
     _torch()

@@ -5,7 +5,7 @@ it is the other way round. Settings have no defaults: a default in code would be
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from reprlib import Repr
@@ -112,11 +112,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+_read: dict[tuple[Path, str], Any] = {}  # sections, as they were when they were read
+
+
+def watched() -> Callable[[], None]:
+    """From here on what is read is remembered; returns the check that it is still the same."""
+    _read.clear()
+    return _check_unchanged
+
+
+def _check_unchanged() -> None:
+    """Raises UserError when a section is no longer what it was when it was read: DVC, which looks at params.yaml after
+    a stage, would put the new values on record beside the results of the old ones.
+    """
+    for (path, key), before in _read.items():
+        if _section(key, path) != before:
+            raise UserError(f"{path}: '{key}' was changed while this ran with the old value; run it again")
+
+
 def load_section(key: str, kind: type[T], path: Path = PARAMS_FILE) -> T:
     """Read one section of params.yaml, `key` with dots for depth ('experts.fgsm-1'), and validate it as `kind`.
 
     `kind` is a Settings class or any annotation pydantic understands. Raises UserError naming file and key.
     """
+    value = _read[path, key] = _section(key, path)
+    return validate(value, kind, str(path), key)
+
+
+def _section(key: str, path: Path) -> Any:
     value: Any = read_yaml(path)
     for depth, part in enumerate(key.split(".")):
         if not isinstance(value, Mapping) or part not in value:
@@ -124,7 +147,7 @@ def load_section(key: str, kind: type[T], path: Path = PARAMS_FILE) -> T:
             known = f"; known there: {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
             raise UserError(f"{path}: key '{where}' is missing{known}")
         value = value[part]
-    return validate(value, kind, str(path), key)
+    return value
 
 
 def validate(value: object, kind: type[T], where: str, key: str = "") -> T:

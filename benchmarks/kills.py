@@ -1,10 +1,10 @@
-"""Hard to kill? `python -m benchmarks.kills` kills a training stage with SIGKILL at random moments, again and again,
-and compares what it leaves in the end with what a run leaves that nobody disturbed: artifact, metrics and history, byte
+"""Hard to kill? `python -m benchmarks.kills` kills every long stage with SIGKILL at random moments, again and again,
+and compares what it leaves in the end with what a run leaves that nobody disturbed: artifacts, metrics and plots, byte
 for byte.
 
 The project is a small one in a folder of its own. A run that was killed goes on in the next; one that comes to its end
-is compared, and the next starts anew, until there were as many kills as asked for. Moments are counted from where
-training begins: most of such a short command is Python's imports, which are easily survived.
+is compared, and the next starts anew, until there were as many kills as asked for. Moments are counted from where work
+begins: most of such a short command is Python's imports, which are easily survived.
 """
 
 import argparse
@@ -15,106 +15,155 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from advmoe import console, paths
 from advmoe.files import write_text
 
 ROOT = Path(__file__).parent.parent
-STAGE, EXPERT = "pretrain", "pgd-1"
 PROFILE = """
 model: {width: 2}
 pretrain: {epochs: 8, ema: 0.9, clip: 1.0, selection: best}
-"""
+train: {epochs: 3, experts: [clean, pgd-1]}
+poison:
+  images: 60
+  attacks:
+    unlearnable:
+      attack: {kind: unlearnable, epsilon: 0.1, steps: 10, step_size: 0.1, rounds: 10, learning_steps: 5, batch_size: 64, lr: 0.1, stop: 0.0}
+      rates: [1.0]
+      victims: [standard]
+      seeds: [0]
+      defences: []
+extract:
+  images: 60
+  noise: 60
+  surrogates: {same: {kind: resnet18, width: 2}}
+  attacks:
+    dfme:
+      attack: {kind: dfme, batch_size: 16, latent: 16, width: 16, directions: 1, step: 4, learning: 5}
+      answers: [soft]
+      budgets: [6000]
+      victims: [expert/pgd-1]
+      surrogates: [same]
+      seeds: [0]
+"""  # noqa: E501  (as params.yaml has them)
+# by name: the command, and the commands that make what it needs
+STAGES: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
+    "pretrain": (("pretrain", "pgd-1"), []),
+    "train": (("train",), [("pretrain", "clean"), ("pretrain", "pgd-1")]),
+    "baseline": (("baseline", "adversarial"), []),
+    "poison": (("poison", "unlearnable"), []),
+    "extract": (("extract", "dfme"), [("pretrain", "pgd-1")]),
+}
+SIDECAR = ".run.json"  # how long it took, and when
 
 
 def main() -> None:
     """Kill as often as asked for; exit code 1 when a byte differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="of each stage")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="only this one; may be repeated")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        project = Project(Path(folder))
-        differing = project.kill(arguments.kills, random.Random(arguments.seed))  # noqa: S311  (moments, no secrets)
+    moments = random.Random(arguments.seed)  # noqa: S311  (moments, no secrets)
+    differing = [name for stage in arguments.stage or STAGES for name in kill(stage, arguments.kills, moments)]
     parser.exit(int(bool(differing)))
 
 
-class Project:
-    """A small project with one expert to train."""
+def kill(stage: str, times: int, moments: random.Random) -> list[str]:
+    """Kill one stage so many times; returns the names of files that came out otherwise, if any did."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Project(Path(folder), stage).kill(times, moments)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.state = folder, folder / "state"
+
+class Project:
+    """A small project, ready for one stage."""
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        self.folder, self.state, self.stage = folder, folder / "state", stage
+        self.command, needs = STAGES[stage]
         for name in ("params.yaml", "dvc.yaml"):
             shutil.copy(ROOT / name, folder)
         shutil.copytree(ROOT / "profiles", folder / "profiles")
         write_text(folder / "profiles" / "kills.yaml", PROFILE)
-        self._finish("use", "kills")
-        self._finish("prepare")
+        for command in (("use", "kills"), ("prepare",), *needs):
+            self._finish(command)
+        self.given = set(self._files())
         training = self._begin()
         started = time.monotonic()
-        assert training.wait() == 0
+        self._ended(training, self.command)
         self.seconds = time.monotonic() - started
         self.expected = self._left()
-        console.say(f"undisturbed: {self.seconds:.0f} s of training, {len(self.expected)} files")
+        console.say(f"{stage}, undisturbed: {self.seconds:.0f} s of work, {len(self.expected)} files")
 
     def kill(self, times: int, moments: random.Random) -> list[str]:
-        """Kill training so many times; returns the names of files that came out otherwise, if any did."""
+        """Kill the stage so many times, and compare every run that comes to its end."""
         kills, whole_runs, differing = 0, 0, set()
         self._forget()
-        while kills < times or not self._is_done():
-            if self._killed_after(moments.uniform(0, self.seconds / 3) if kills < times else None):
+        while True:
+            if kills < times and self._killed_after(moments.uniform(0, self.seconds / 3)):
                 kills += 1
                 continue
+            if kills == times:
+                self._finish(self.command)
             found, whole_runs = self._left(), whole_runs + 1
-            differing |= {name for name in self.expected if found.get(name) != self.expected[name]}
-            console.say(f"{kills} kills: run {whole_runs} came to its end, files that differ: {sorted(differing)}")
-            if kills < times:
-                self._forget()
-        return sorted(differing)
+            names = found.keys() | self.expected.keys()
+            differing |= {name for name in names if found.get(name) != self.expected.get(name)}
+            console.say(
+                f"{self.stage}: {kills} kills, {whole_runs} runs to the end, files that differ: {sorted(differing)}"
+            )
+            if kills == times:
+                return sorted(differing)
+            self._forget()
 
-    def _killed_after(self, seconds: float | None) -> bool:
-        """Whether training had to be killed, for it was not done by then."""
-        training = self._begin()
+    def _killed_after(self, seconds: float) -> bool:
+        """Whether the stage had to be killed, for it was not done by then."""
+        work = self._begin()
         try:
-            if training.wait(seconds):
-                raise SystemExit(f"`advmoe {STAGE} {EXPERT}` failed")
+            work.wait(seconds)
         except subprocess.TimeoutExpired:
-            training.kill()
-            training.wait()
+            work.kill()
+            work.wait()
             return True
+        self._ended(work, self.command)
         return False
 
     def _begin(self) -> subprocess.Popen[bytes]:
-        """Start the command and wait until it has locked its folder, which is when it trains."""
+        """Start the command and wait until it has locked its folder, which is when it works."""
         for lock in self.state.glob("*.lock"):  # of the run that was killed
             lock.unlink()
-        training = self._start(STAGE, EXPERT)
-        while training.poll() is None and not list(self.state.glob("*.lock")):
+        work = self._start(self.command)
+        while work.poll() is None and not list(self.state.glob("*.lock")):
             time.sleep(0.01)
-        return training
+        return work
 
-    def _finish(self, *command: str) -> None:
-        if self._start(*command).wait():
+    def _finish(self, command: Sequence[str]) -> None:
+        self._ended(self._start(command), command)
+
+    def _ended(self, work: subprocess.Popen[bytes], command: Sequence[str]) -> None:
+        if work.wait():
             raise SystemExit(f"`advmoe {' '.join(command)}` failed")
 
-    def _start(self, *command: str) -> subprocess.Popen[bytes]:
+    def _start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         own = {"PYTHONPATH": str(ROOT), "ADVMOE_STATE_DIR": str(self.state), "ADVMOE_STATE_SECONDS": "0.1"}
         arguments = [sys.executable, "-m", "advmoe", *command]
         return subprocess.Popen(arguments, cwd=self.folder, env={**os.environ, **own}, stdout=subprocess.DEVNULL)
 
-    def _outputs(self) -> list[Path]:
-        files = [paths.artifact(STAGE, EXPERT), paths.metrics(STAGE, EXPERT), paths.plots(STAGE, EXPERT)]
-        return [self.folder / file for file in files]
+    def _files(self) -> list[Path]:
+        roots = (self.folder / root for root in (paths.ARTIFACTS, paths.METRICS, paths.PLOTS))
+        return [path for root in roots for path in root.rglob("*") if path.is_file()]
 
-    def _is_done(self) -> bool:
-        return self._outputs()[0].exists()
+    def _made(self) -> list[Path]:
+        return [path for path in self._files() if path not in self.given]
 
     def _left(self) -> dict[str, bytes]:
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in self._outputs()}
+        """What the stage made."""
+        made = [path for path in self._made() if not path.name.endswith(SIDECAR)]
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in made}
 
     def _forget(self) -> None:
-        for path in self._outputs():
+        for path in self._made():
             path.unlink()
 
 

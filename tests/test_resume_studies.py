@@ -1,13 +1,18 @@
 """Studies that are killed and go on: attackers that learn by asking, poison that is crafted, and what was measured."""
 
+import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EXTRACT, LEARNING, Advmoe, Edit, save_tiny_mixture
+from conftest import EXTRACT, LEARNING, ROOT, Advmoe, Edit, save_tiny_mixture, sentence
+from torch import Tensor
 
 from advmoe import artifacts, machine, paths, state
 from advmoe.threats import retraining
@@ -18,6 +23,7 @@ from advmoe.threats.poisoning import catalogue, unlearnable
 from advmoe.threats.poisoning import metrics as poisoned
 from advmoe.threats.poisoning import study as poisoning
 from advmoe.training import keeper
+from advmoe.training import loop as training
 
 ROUNDS = 4
 DFME = {"kind": "dfme", "batch_size": 4, "latent": 4, "width": 2, "directions": 1, "step": 4, "learning": 2}
@@ -309,3 +315,56 @@ def test_what_was_measured_or_made_before_a_kill_is_not_measured_or_made_again(
     assert not any(nothing)
     assert tracked() == expected
     assert unfinished() == []
+
+
+# ---- two at once
+
+
+def started(folder: Path, state_dir: Path, *command: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(machine.PREFIX)}
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "ADVMOE_THREADS": "1",
+        "ADVMOE_STATE_DIR": str(state_dir),
+        "ADVMOE_STATE_SECONDS": "0",
+    }
+    arguments = [sys.executable, "-m", "advmoe", *command]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(arguments, cwd=folder, env=environment, text=True, stdout=pipe, stderr=pipe)
+
+
+def test_two_processes_at_the_same_work_do_not_mix_it_up(project: Path, tmp_path: Path, edit: Edit) -> None:
+    """As two experiments of a queue: copies of a checkout, one folder of unfinished work."""
+    edit({"pretrain.epochs": 3})
+    folders = [shutil.copytree(project, tmp_path / name) for name in ("alone", "left", "right")]
+    file = paths.artifact("pretrain", "clean")
+    assert started(folders[0], tmp_path / "own", "pretrain", "clean").wait() == 0
+    both = [started(folder, tmp_path / "shared", "pretrain", "clean") for folder in folders[1:]]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert len({(folder / file).read_bytes() for folder in folders}) == 1
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
+def test_params_that_change_under_a_stage_are_not_put_on_record(
+    advmoe: Advmoe, project: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a second `make repro PROFILE=...` in the same checkout; what the stage does not read may change."""
+    del project
+    edit({"pretrain.epochs": 1} | QUICKLY)
+    original = training.Run.step
+
+    def change(key: str, value: int) -> None:
+        def step(self: training.Run, images: Tensor, labels: Tensor) -> Tensor:
+            edit({key: value})
+            return original(self, images, labels)
+
+        monkeypatch.setattr(training.Run, "step", step)
+
+    change("train.epochs", 2)
+    assert advmoe("pretrain", "clean").code == 0
+    change("pretrain.epochs", 2)
+    ran = advmoe("pretrain", "clean")
+    assert sentence(ran) == "params.yaml: 'pretrain' was changed while this ran with the old value; run it again"
+    assert advmoe("attacks").code == 0  # no stage: nothing to compare

@@ -6,13 +6,16 @@ data must not run code. MNIST and Fashion-MNIST are idx files, SVHN a MATLAB mat
 torchvision is imported where it is used: it takes seconds, and most runs need none of it.
 """
 
+import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from advmoe.data.images import Labelled, SourceImages, as_nchw, numbered
@@ -35,7 +38,8 @@ class Download(Settings):
         """Raises UserError when the set is not in the cache and cannot be downloaded."""
         root = machine().cache_dir / "datasets"
         try:
-            source = READERS[self.kind](root)
+            with _alone(root, self.kind):
+                source = READERS[self.kind](root)
         except (OSError, RuntimeError, tarfile.TarError) as error:
             raise UserError(
                 f"prepare.source: {self.kind} is not complete in {root} and could not be downloaded "
@@ -44,6 +48,20 @@ class Download(Settings):
             ) from error
         test = source.test.first_per_class(self.test_per_class) if source.test else None
         return SourceImages(source.train.first_per_class(self.per_class), test, source.class_names)
+
+
+@contextmanager
+def _alone(root: Path, kind: str) -> Iterator[None]:
+    """One process at a time fetches a set: two would write the same file. A cache that cannot be written is only read.
+
+    Raises OSError when there is none and it cannot be made.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    if not os.access(root, os.W_OK):
+        yield
+        return
+    with FileLock(root / f".{kind}.lock"):
+        yield
 
 
 @dataclass(frozen=True)
