@@ -85,7 +85,7 @@ def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> NDArr
             array = np.asarray(pixels, dtype=np.uint8)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, *STUMBLES) as error:
+    except (Image.DecompressionBombError, Warning, *STUMBLES) as error:
         raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from error
     if min(array.shape[:2]) < SMALLEST_SIDE:
         raise UserError(f"{path}: images must be at least {SMALLEST_SIDE} pixels a side, got {_size(array)}")

@@ -9,6 +9,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal
 
 import numpy as np
@@ -68,7 +69,7 @@ def _arrays(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file") from error
     except UserError:
         raise
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, *STUMBLES) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, TokenError, *STUMBLES) as error:
         # NumPy's own sentence recommends to unpickle the file
         reason = "" if "pickle" in str(error) else f" ({first_line(error)})"
         raise UserError(f"{path}: cannot be read as .npz without pickle{reason}") from error
