@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import Advmoe, edit_params
 from PIL import Image
+from tiny import CONSTANT, EPSILON, FACTS, JOINT, RECIPE, patterned_set
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,10 +26,8 @@ from advmoe.attacks.ball import LInf
 from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.gated import Experts, GateFrozen, Misrouting
 from advmoe.attacks.pgd import Pgd
-from advmoe.classifiers import Backbone, GateSettings, Mixture, NoGate, OwnConfidence, Plain
+from advmoe.classifiers import Backbone, Mixture, NoGate, OwnConfidence, Plain
 from advmoe.data import dataset
-from advmoe.data.batches import Augmentation
-from advmoe.data.dataset import Dataset, Facts, Split
 from advmoe.errors import UserError
 from advmoe.evaluation import gate
 from advmoe.evaluation.checks.case import Case, Probes
@@ -46,13 +45,11 @@ from advmoe.training.adversary import PgdBatches
 from advmoe.training.comparators import Comparator, HardRouting, LastLayers, OfExperts, Synergy, UniformAverage
 from advmoe.training.joint import Alarms, JointRecipe, train_mixture
 from advmoe.training.loop import Course, Trained, fit
-from advmoe.training.recipe import Optimizer, Schedule, Validation
+from advmoe.training.recipe import Optimizer, Validation
 from advmoe.training.rivals import AlternatingLearner, LastLayersLearner, SynergyLearner, smooth_minimum
 from stages import baseline, prepare, pretrain
 
-FACTS = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,))
 BACKBONE = Backbone(kind="cnn", width=3)
-EPSILON = 0.05
 PGD = PgdBatches(kind="pgd", steps=(1,), step_size=1.0)
 WATCHED = {"reads": "epsilon", "beside": "train", "needs": "pretrain"}
 OTHERS: dict[str, OfExperts] = {
@@ -68,39 +65,21 @@ def stream(*parts: object) -> torch.Generator:
     return generator("test_comparators", *parts)
 
 
-def make_split(count: int, name: str) -> Split:
-    """Noisy copies of three fixed patterns."""
-    patterns = torch.randint(40, 216, (3, 1, 8, 8), generator=stream("patterns"))
-    noise = torch.randint(-30, 31, (count, 1, 8, 8), generator=stream("noise", name))
-    numbers = torch.arange(count)
-    return Split((patterns[numbers % 3] + noise).to(torch.uint8), numbers % 3, numbers)
-
-
-DATA = Dataset({"train": make_split(48, "train"), "validation": make_split(18, "validation")}, FACTS, "0" * 64)
+DATA = patterned_set(stream)
 IMAGES, LABELS = DATA["validation"].pixels(), DATA["validation"].labels
 
 
 def joint_recipe(**changes: Any) -> JointRecipe:
-    settings: dict[str, Any] = {
+    own: dict[str, Any] = {
         "epochs": 1,
-        "batch_size": 8,
         "optimizer": Optimizer(lr=0.05, momentum=0.9, weight_decay=0.01),
-        "schedule": Schedule(warmup=0.0, decay="constant"),
+        "schedule": CONSTANT,
         "clip": 1.0,
-        "ema": 0.0,
-        "augmentation": Augmentation(crop=0, flip=False),
-        "precision": "float32",
-        "selection": "last",
         "validation": Validation(steps=1, step_size=1.0, gap=0.9, images=18),
-        "experts": ("left", "right"),
-        "gate": GateSettings(width=2, temperature=1.0),
-        "mixing": "probabilities",
         "adversary": PGD,
-        "gate_lr": 0.1,
-        "load_balance": 0.01,
         "alarms": Alarms(load=0.999, gradient=1e-9),
     }
-    return JointRecipe(**settings | changes)
+    return JointRecipe(**RECIPE | JOINT | own | changes)
 
 
 def lived_in(seed: int) -> nn.Module:

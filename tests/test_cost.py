@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import EPSILON, FACTS, JOINT, RECIPE
 from torch import Tensor, nn
 
 from advmoe import classifiers, engine
 from advmoe.artifacts import Header
 from advmoe.attacks.pgd import Pgd
-from advmoe.classifiers import About, Architecture, Backbone, BackboneKind, Classifier, GateSettings, Mixture, Plain
-from advmoe.data.batches import Augmentation
+from advmoe.classifiers import About, Architecture, Backbone, BackboneKind, Classifier, Mixture, Plain
 from advmoe.data.dataset import Dataset, Facts, Split
 from advmoe.engine import Passes
 from advmoe.errors import UserError
@@ -35,14 +35,12 @@ from advmoe.training.adversary import (
 )
 from advmoe.training.comparators import HardRouting, LastLayers, OfExperts, SingleNetwork, Synergy, UniformAverage
 from advmoe.training.cost import Cost, Learns, Rates, parameters, rates
-from advmoe.training.joint import Alarms, JointRecipe, the_papers, train_mixture
+from advmoe.training.joint import JointRecipe, the_papers, train_mixture
 from advmoe.training.loop import Course, Trained, fit
-from advmoe.training.recipe import Optimizer, Recipe, Schedule, Validation
+from advmoe.training.recipe import Recipe, Validation
 from advmoe.training.single import PlainLearner, SingleRecipe, Student, TradesLearner, learner_of, train_single
 
-FACTS = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,))
 COLOUR = Facts(channels=3, height=32, width=32, class_names=tuple("abcdefghij"), mean=(0.5,) * 3, std=(0.25,) * 3)
-EPSILON = 0.05
 BACKBONE = Backbone(kind="cnn", width=3)
 CLEAN = CleanBatches(kind="clean")
 FGSM = FgsmBatches(kind="fgsm", epsilons=(0.01, 0.02))
@@ -50,18 +48,7 @@ PGD = PgdBatches(kind="pgd", steps=(3,), step_size=0.5)
 TRADES = TradesBatches(kind="trades", steps=(3,), step_size=0.5, beta=1.0)
 MIXED = MixedBatches(kind="mixed", weights=(1, 2, 5), of=(CLEAN, FGSM, PGD))
 IMAGES = 40
-RECIPE: dict[str, Any] = {
-    "epochs": 2,
-    "batch_size": 8,
-    "optimizer": Optimizer(lr=0.05, momentum=0.9, weight_decay=0.0005),
-    "schedule": Schedule(warmup=0.2, decay="cosine"),
-    "clip": 0.0,
-    "ema": 0.0,
-    "augmentation": Augmentation(crop=0, flip=False),
-    "precision": "float32",
-    "selection": "last",
-    "validation": Validation(steps=2, step_size=0.5, gap=0.2, images=9),
-}
+WATCHED = Validation(steps=2, step_size=0.5, gap=0.2, images=9)
 
 
 def stream(*parts: object) -> torch.Generator:
@@ -79,20 +66,11 @@ PIXELS, LABELS = DATA["train"].pixels(), DATA["train"].labels
 
 
 def single_recipe(**changes: Any) -> SingleRecipe:
-    return SingleRecipe(validation_epsilon=EPSILON, **RECIPE | changes)
+    return SingleRecipe(validation_epsilon=EPSILON, **RECIPE | {"validation": WATCHED} | changes)
 
 
 def joint_recipe(**changes: Any) -> JointRecipe:
-    own: dict[str, Any] = {
-        "experts": ("left", "right"),
-        "gate": GateSettings(width=2, temperature=1.0),
-        "mixing": "probabilities",
-        "adversary": PGD,
-        "gate_lr": 0.1,
-        "load_balance": 0.01,
-        "alarms": Alarms(load=0.9, gradient=1e-6),
-    }
-    return JointRecipe(**RECIPE | own | changes)
+    return JointRecipe(**RECIPE | JOINT | {"adversary": PGD, "validation": WATCHED} | changes)
 
 
 def build(architecture: Architecture, facts: Facts = FACTS) -> nn.Module:

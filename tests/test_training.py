@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny import CONSTANT, EPSILON, FACTS, JOINT, RECIPE, patterned, patterned_set
 from torch import Tensor, nn
 
 from advmoe import classifiers, engine, routing
@@ -19,7 +20,7 @@ from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.pgd import Pgd
 from advmoe.classifiers import Backbone, GateSettings, Mixture, Plain
 from advmoe.data.batches import Augmentation, augment, batch_indices, batches, batches_per_epoch
-from advmoe.data.dataset import Dataset, Facts, Split
+from advmoe.data.dataset import Dataset
 from advmoe.errors import UserError
 from advmoe.machine import generator
 from advmoe.models.gate import Gate
@@ -36,14 +37,12 @@ from advmoe.training.adversary import (
     craft,
     draw,
 )
-from advmoe.training.joint import Alarms, JointRecipe, MixtureLearner, train_mixture
+from advmoe.training.joint import JointRecipe, MixtureLearner, train_mixture
 from advmoe.training.loop import Course, Row, Trained, fit
-from advmoe.training.recipe import Optimizer, Recipe, Schedule, Validation, parameter_groups, rate
+from advmoe.training.recipe import Optimizer, Recipe, Schedule, parameter_groups, rate
 from advmoe.training.single import PlainLearner, SingleRecipe, Student, baseline_recipe, train_single
 
-FACTS = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,))
 BACKBONE = Backbone(kind="resnet18", width=2)
-EPSILON = 0.05
 CLEAN = CleanBatches(kind="clean")
 FGSM = FgsmBatches(kind="fgsm", epsilons=(0.01, 0.02, 0.03, 0.04))
 PGD = PgdBatches(kind="pgd", steps=(1, 2, 3), step_size=0.5)
@@ -57,32 +56,8 @@ def stream(*parts: object) -> torch.Generator:
     return generator("test_training", *parts)
 
 
-def make_split(count: int, name: str) -> Split:
-    """Noisy copies of three fixed patterns."""
-    patterns = torch.randint(40, 216, (3, 1, 8, 8), generator=stream("patterns"))
-    noise = torch.randint(-30, 31, (count, 1, 8, 8), generator=stream("noise", name))
-    labels = torch.arange(count) % 3
-    return Split((patterns[labels] + noise).to(torch.uint8), labels, torch.arange(count))
-
-
 def make_dataset() -> Dataset:
-    train, validation = make_split(8 * BATCHES, "train"), make_split(18, "validation")
-    return Dataset({"train": train, "validation": validation}, FACTS, "0" * 64)
-
-
-RECIPE: dict[str, Any] = {
-    "epochs": 2,
-    "batch_size": 8,
-    "optimizer": Optimizer(lr=0.05, momentum=0.9, weight_decay=0.0005),
-    "schedule": Schedule(warmup=0.2, decay="cosine"),
-    "clip": 0.0,
-    "ema": 0.0,
-    "augmentation": OFF,
-    "precision": "float32",
-    "selection": "last",
-    "validation": Validation(steps=2, step_size=0.5, gap=0.2, images=18),
-}
-CONSTANT = Schedule(warmup=0.0, decay="constant")  # a short run is then the beginning of a longer one
+    return patterned_set(stream, train=8 * BATCHES)
 
 
 def make_recipe(**changes: Any) -> Recipe:
@@ -94,16 +69,7 @@ def single_recipe(**changes: Any) -> SingleRecipe:
 
 
 def joint_recipe(**changes: Any) -> JointRecipe:
-    own = {
-        "experts": ("left", "right"),
-        "gate": GateSettings(width=2, temperature=1.0),
-        "mixing": "probabilities",
-        "adversary": MIXED,
-        "gate_lr": 0.1,
-        "load_balance": 0.01,
-        "alarms": Alarms(load=0.9, gradient=1e-6),
-    }
-    return JointRecipe(**RECIPE | own | changes)
+    return JointRecipe(**RECIPE | JOINT | {"adversary": MIXED} | changes)
 
 
 def make_course(recipe: Recipe, adversary: Adversary = CLEAN, select_by: str = "clean") -> Course:
@@ -266,7 +232,7 @@ def test_clean_training_crafts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("attack", [Fgsm(kind="fgsm"), LONG], ids=["fgsm", "pgd"])
 def test_a_training_batch_gets_the_attack_as_it_was_drawn(attack: Fgsm | Pgd) -> None:
-    model, images = make_model().eval(), make_split(8, "crafted").pixels()
+    model, images = make_model().eval(), patterned(stream, 8, "crafted").pixels()
     labels, ball = engine.predict(model, images, 8).argmax(1), LInf(EPSILON)
     found = craft(model, images, labels, Drawn(attack, ball), BatchDraws(stream("craft")), "float32")
     with engine.crafting(model, "float32") as cheap:
@@ -277,7 +243,7 @@ def test_a_training_batch_gets_the_attack_as_it_was_drawn(attack: Fgsm | Pgd) ->
 
 def test_training_attacks_every_image_to_the_last_step() -> None:
     """Evaluation lets an image go when it has fallen; a network that learns should meet the worst that was found."""
-    model, images = make_model().eval(), make_split(8, "crafted").pixels()
+    model, images = make_model().eval(), patterned(stream, 8, "crafted").pixels()
     labels = (engine.predict(model, images, 8).argmax(1) + 1) % 3  # fallen before the first step
     found = craft(model, images, labels, Drawn(LONG, LInf(EPSILON)), BatchDraws(stream("craft")), "float32")
     at_the_wall = (found - images).abs() > 0.99 * EPSILON
@@ -385,7 +351,7 @@ def test_batch_indices_are_shuffled_anew_every_epoch() -> None:
 
 
 def test_batches_are_floats_in_range_with_the_right_labels() -> None:
-    split = make_split(20, "batches")
+    split = patterned(stream, 20, "batches")
     found = list(batches(split.images, split.labels, 8, OFF, stream("batches")))
     assert sum(len(labels) for _, labels in found) == 20
     by_content = {
@@ -513,7 +479,7 @@ def test_health_of_a_mixture_is_what_its_gate_says() -> None:
     mixture = make_mixture()
     give_scores(mixture, [math.log(3), 0.0])  # weights 3/4 and 1/4 for every image
     learner = MixtureLearner(mixture, joint_recipe())
-    images, labels = make_split(12, "health").pixels(), torch.arange(12) % 3
+    images, labels = patterned(stream, 12, "health").pixels(), torch.arange(12) % 3
     learner.loss(images, labels).backward()  # type: ignore[no-untyped-call]
     learner.after_backward()
     row = learner.health(mixture, images, 1 - images)
@@ -528,7 +494,7 @@ def test_health_of_a_mixture_is_what_its_gate_says() -> None:
 def test_loss_of_a_mixture_is_its_nll_plus_the_weighted_imbalance() -> None:
     mixture = make_mixture().eval()
     give_scores(mixture, [math.log(3), 0.0])
-    images, labels = make_split(12, "loss").pixels(), torch.arange(12) % 3
+    images, labels = patterned(stream, 12, "loss").pixels(), torch.arange(12) % 3
     with torch.no_grad():
         nll = -mixture(images)[torch.arange(12), labels].mean()
         found = MixtureLearner(mixture, joint_recipe(load_balance=2.0)).loss(images, labels)
