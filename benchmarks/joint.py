@@ -99,6 +99,7 @@ def _recipe(model: MixtureOfExperts, precision: Precision, batch_size: int) -> J
         optimizer=Optimizer(lr=LR, momentum=0.9, weight_decay=0.0005),
         gate_lr=LR,
         load_balance=0.0,
+        checkpointing=False,
         schedule=Schedule(warmup=0.0, decay="constant"),
         clip=CLIP,
         ema=0.0,

@@ -128,8 +128,8 @@ OTHERS: dict[str, OfExperts] = {
 }
 
 
-def learner_of_mixture(name: str | None) -> Any:
-    recipe = joint_recipe()
+def learner_of_mixture(name: str | None, **changes: Any) -> Any:
+    recipe = joint_recipe(**changes)
     design = comparators.design(OTHERS[name], recipe) if name else the_papers(recipe)
     architecture = Mixture(
         kind="mixture", backbone=BACKBONE, experts=recipe.experts, gate=design.gate, mixing=design.mixing
@@ -171,6 +171,14 @@ def test_turns_are_counted_both_and_averaged() -> None:
     of_gate = experts + 3 * gate - GATE["first"]
     of_experts = gate + 3 * experts - 2 * by_hand(3)["first"]
     assert rates(learner_of_mixture("top1"), PIXELS, LABELS).learning == (of_gate + of_experts) // 2
+
+
+@pytest.mark.parametrize("name", [None, *OTHERS])
+def test_computing_activations_again_is_not_learning(name: str | None) -> None:
+    """Or equal training would depend on how much memory there was."""
+    lean = learner_of_mixture(name, checkpointing=True)
+    assert rates(lean, PIXELS, LABELS) == rates(learner_of_mixture(name), PIXELS, LABELS)
+    assert lean.mixture.checkpointing
 
 
 # ---- counting leaves no trace

@@ -111,6 +111,7 @@ def mixture(shelf: Path | None, design: Design | None = None, temperature: float
         adversary=MIXED,
         gate_lr=0.1,
         load_balance=0.01,
+        checkpointing=False,
         alarms=Alarms(load=0.99, gradient=1e-9),
     )
     experts = [make_model(1), make_model(2)]

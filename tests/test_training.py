@@ -597,6 +597,12 @@ def test_train_mixture_twice_is_the_same_to_the_last_bit() -> None:
     assert not same(first.model, run_mixture(seed=1, epochs=1)[0].model)
 
 
+def test_checkpointing_changes_no_number() -> None:
+    (plain, _), (lean, _) = (run_mixture(checkpointing=on) for on in (False, True))
+    assert same(plain.model, lean.model)
+    assert (plain.history, plain.cost) == (lean.history, lean.cost)
+
+
 def test_train_mixture_moves_gate_and_copies_of_the_experts() -> None:
     experts = [make_model(1), make_model(2)]
     trained, _ = train_mixture(experts, BACKBONE, make_dataset(), joint_recipe(), seed=0, epsilon=EPSILON)

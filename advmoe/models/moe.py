@@ -3,13 +3,14 @@
 Shapes: B batch, C channel, H/W pixels, E experts, K classes, F features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from advmoe.models.checkpointing import recomputed
 from advmoe.models.layers import linear_in_float32
 
 Mixing = Literal["probabilities", "logits", "top1"]
@@ -74,6 +75,7 @@ class MixtureOfExperts(nn.Module):
         self.gate = gate
         self.mixing: Mixing = mixing
         self.together: Together | None = None  # set by `side_by_side`, for a while
+        self.checkpointing = False  # in train mode: one expert's activations at a time, for one more forward pass
 
     def parts(self, images_BCHW: Tensor) -> Parts:
         """The forward pass with its intermediate results."""
@@ -85,7 +87,7 @@ class MixtureOfExperts(nn.Module):
         """The experts' logits (B, E, K), all at once where something has been set up for that and pays."""
         if self.together is not None and self.together.pays(images_BCHW):
             return self.together(images_BCHW)
-        return torch.stack([expert(images_BCHW) for expert in self.experts], dim=1)
+        return torch.stack([self._run(expert, expert, images_BCHW) for expert in self.experts], dim=1)
 
     def log_gate(self, images_BCHW: Tensor) -> Tensor:
         """Log gate weights (B, E) alone."""
@@ -94,6 +96,11 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return self.parts(images_BCHW).log_probs_BK
+
+    def _run(self, expert: nn.Module, function: Callable[[Tensor], Tensor], images_BCHW: Tensor) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return recomputed(expert, function, images_BCHW)
+        return function(images_BCHW)
 
 
 class UniformGate(nn.Module):
@@ -170,4 +177,5 @@ class ConfidentExperts(MixtureOfExperts):
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """The experts' pooled features (B, E, F)."""
-        return torch.stack([expert.features(images_BCHW) for expert in self.experts], dim=1)  # type: ignore[operator]
+        each = [self._run(expert, expert.features, images_BCHW) for expert in self.experts]  # type: ignore[arg-type]
+        return torch.stack(each, dim=1)

@@ -39,7 +39,8 @@ class JointRecipe(Recipe):
     """A recipe, and what only a mixture has.
 
     `gate_lr`: the gate's own peak learning rate; `load_balance`: weight of the squared coefficient of variation of the
-    mean gate weights (Shazeer et al. 2017), 0 for none.
+    mean gate weights (Shazeer et al. 2017), 0 for none; `checkpointing`: keep one expert's activations at a time and
+    compute them again in the backward pass, which takes less memory and more time, and changes no number.
     """
 
     experts: tuple[str, ...]
@@ -48,6 +49,7 @@ class JointRecipe(Recipe):
     adversary: Adversary
     gate_lr: PositiveFloat
     load_balance: NonNegativeFloat
+    checkpointing: bool
     alarms: Alarms
 
 
@@ -64,6 +66,7 @@ class MixtureLearner:
     def __init__(self, model: MixtureOfExperts, recipe: JointRecipe) -> None:
         self.model: nn.Module = model
         self.mixture = model
+        self.mixture.checkpointing = recipe.checkpointing
         self.recipe = recipe
         self.gate_norms: list[Tensor] = []
 
