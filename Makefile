@@ -4,6 +4,7 @@
 # make test, make lint, make clean
 # make fuzz            the fuzz tests at length: a thousand random cases for each, other ones every time; SEED=n repeats, CASES=n as many
 # make bench            our attacks and poison against others', and how fast, in .venv-bench: their libraries do not get along with DVC's
+# make gpu-check        does this GPU do what the CPU does, and how fast? nine full-width experts on images of CIFAR-10's shape; minutes
 PYTHON ?= python3
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 # on a GPU (ADVMOE_DEVICE) choose what its memory holds
@@ -20,7 +21,7 @@ side_by_side = stages=$$(dvc stage list --name-only | grep -E '$(1)'); \
 	threads=$${ADVMOE_THREADS:-$$(($(CORES) > jobs ? $(CORES) / jobs : 1))}; \
 	printf '%s\n' $$stages | ADVMOE_THREADS=$$threads OMP_NUM_THREADS=$$threads xargs -r -P $$jobs -n 1 dvc --wait-for-lock repro --single-item
 .DEFAULT_GOAL := repro
-.PHONY: repro test fuzz lint bench clean
+.PHONY: repro test fuzz lint bench gpu-check clean
 
 repro: $(VENV)/.installed
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local --quiet core.no_scm true
@@ -48,6 +49,9 @@ bench: .venv-bench/.installed
 	.venv-bench/bin/python -m benchmarks.agreement
 	.venv-bench/bin/python -m benchmarks.poisoning
 	ADVMOE_THREADS=1 .venv-bench/bin/python -m benchmarks.speed
+
+gpu-check: $(VENV)/.installed
+	@python -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) .venv-bench artifacts runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -22,7 +22,7 @@ from advmoe.training.adversary import PgdBatches
 from advmoe.training.joint import Alarms, JointRecipe, MixtureLearner
 from advmoe.training.loop import Course, Run
 from advmoe.training.recipe import Optimizer, Schedule, Validation
-from benchmarks import networks, peers
+from benchmarks import networks
 
 NAME, SEED = "benchmark", 0
 EPSILON, STEPS, STEP_SIZE, CLIP, LR = 0.03, 10, 0.25, 1.0, 0.01
@@ -33,13 +33,26 @@ def our_step(
     model: MixtureOfExperts, images_BCHW: Tensor, labels_B: Tensor, precision: Precision
 ) -> Callable[[], float]:
     """A function that takes one step on this batch, from where the last one ended, and returns the loss."""
-    run = Run(*_course(copy.deepcopy(model), images_BCHW, labels_B, precision))
+    run = run_of(copy.deepcopy(model), images_BCHW, labels_B, precision)
     return lambda: float(run.step(images_BCHW, labels_B))
+
+
+def run_of(
+    model: MixtureOfExperts,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    precision: Precision,
+    *,
+    checkpointing: bool = False,
+) -> Run:
+    """The project's training loop around `model`, at its beginning; the batch is all that it has to learn from."""
+    recipe = _recipe(model, precision, len(labels_B)).model_copy(update={"checkpointing": checkpointing})
+    return Run(MixtureLearner(model, recipe), _course(recipe, images_BCHW, labels_B))
 
 
 def plain_step(model: MixtureOfExperts, images_BCHW: Tensor, labels_B: Tensor) -> Callable[[], float]:
     """The same in float32 and PyTorch's default memory format, with nothing of the project but the network."""
-    own = peers.as_documented(model)
+    own = networks.as_documented(model)
     assert isinstance(own, MixtureOfExperts)
     optimizer = MixtureLearner(own, _recipe(model, "float32", len(labels_B))).optimizer()
     noise = generator(SEED, NAME, "noise")
@@ -70,12 +83,9 @@ def plain_pgd(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor, noise: to
     return points
 
 
-def _course(
-    model: MixtureOfExperts, images_BCHW: Tensor, labels_B: Tensor, precision: Precision
-) -> tuple[MixtureLearner, Course]:
-    recipe = _recipe(model, precision, len(labels_B))
+def _course(recipe: JointRecipe, images_BCHW: Tensor, labels_B: Tensor) -> Course:
     split = Split((images_BCHW * 255).round().to(torch.uint8), labels_B, torch.arange(len(labels_B)))
-    course = Course(
+    return Course(
         name=NAME,
         seed=SEED,
         dataset=Dataset({"train": split}, networks.facts(images_BCHW), ""),
@@ -84,7 +94,6 @@ def _course(
         epsilon=EPSILON,
         select_by="pgd",
     )
-    return MixtureLearner(model, recipe), course
 
 
 def _recipe(model: MixtureOfExperts, precision: Precision, batch_size: int) -> JointRecipe:

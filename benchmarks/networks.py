@@ -6,6 +6,7 @@ mixture has been fitted to its images under attack for a few steps: a random net
 Shapes: N images, C channel, H/W pixels.
 """
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +89,11 @@ def lone_expert(images_NCHW: Tensor, *, width: int) -> nn.Module:
     """One expert without anything around it."""
     backbone = Backbone(kind="resnet18", width=width)
     return classifiers.build(Plain(kind="plain", backbone=backbone), facts(images_NCHW), "benchmark").eval()
+
+
+def as_documented(model: nn.Module) -> nn.Module:
+    """A copy in eval mode and PyTorch's default memory format, as the examples of other libraries have it."""
+    return copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()
 
 
 def settled(model: nn.Module, images_NCHW: Tensor) -> nn.Module:

@@ -3,7 +3,6 @@
 Shapes: N images, B batch, C channel, H/W pixels, K classes.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,11 +88,6 @@ def reference_autoattack(
     attack = pyautoattack.AutoAttack(model, eps=epsilon, norm="Linf", version="standard", seed=seed, device="cpu")
     found, _ = attack.run_standard_evaluation(images_NCHW, labels_N, batch_size=batch_size)
     return found  # type: ignore[no-any-return]
-
-
-def as_documented(model: nn.Module) -> nn.Module:
-    """A copy in eval mode and PyTorch's default memory format, as the examples of these libraries have it."""
-    return copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()
 
 
 def _in_batches(

@@ -167,7 +167,7 @@ def _our_pgd(subject: Subject, climb: Climb) -> dict[str, Callable[[], Tensor]]:
     craft, ball = catalogue.bind(settings, {}), LInf(climb.epsilon)
     terms: dict[str, Any] = {"ball": ball, "seed": SEED, "purpose": "pgd", "batch_size": climb.batch_size}
     standing = torch.ones_like(labels, dtype=torch.bool)
-    bare = peers.as_documented(model)
+    bare = networks.as_documented(model)
 
     def plain() -> Tensor:
         rows = torch.split(torch.arange(len(labels)), climb.batch_size)
@@ -191,7 +191,7 @@ def _our_pgd(subject: Subject, climb: Climb) -> dict[str, Callable[[], Tensor]]:
 
 def _their_pgd(subject: Subject, climb: Climb) -> dict[str, Callable[[], Tensor]]:
     """Each library on the network as documented, and the leanest of them on ours, weights in channels_last."""
-    documented = peers.as_documented(subject.model)
+    documented = networks.as_documented(subject.model)
     cases: dict[str, Callable[[], Tensor]] = {
         name: partial(attack, documented, subject.images, subject.labels, climb) for name, attack in peers.PGD.items()
     }
@@ -210,7 +210,7 @@ def autoattack(effort: Effort) -> Iterator[Table]:
 
 
 def _suite_row(subject: Subject, batch_size: int) -> Row:
-    documented = peers.as_documented(subject.model)
+    documented = networks.as_documented(subject.model)
     theirs = partial(
         peers.reference_autoattack, documented, subject.images, subject.labels, epsilon=subject.epsilon,
         batch_size=batch_size, seed=SEED,
