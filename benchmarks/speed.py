@@ -4,6 +4,7 @@
 - the standard AutoAttack against its authors' implementation;
 - a step of joint adversarial training against a plain loop;
 - achieved floating-point operations against the matmul rate of this machine;
+- a mixture's gradient with the experts side by side, where the engine runs them so, against one after another;
 - what an attack's step costs, by number of experts, width, image size and steps.
 
 All cases of a comparison are run in turn, in one process; a ratio is the median over rounds [lowest to highest]. Robust
@@ -14,6 +15,7 @@ Shapes: N images, B batch, C channel, H/W pixels.
 """
 
 import argparse
+import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +38,7 @@ from advmoe.attacks.model import Model, input_gradient
 from advmoe.attacks.pgd import Pgd
 from advmoe.evaluation import harness
 from advmoe.evaluation.harness import DECISION_BATCH, Target, Terms
+from advmoe.models.layers import folded
 from advmoe.models.moe import MixtureOfExperts
 from benchmarks import checkpoints, joint, networks, peers
 from benchmarks.networks import Subject
@@ -330,6 +333,39 @@ def _matmul(side: int, precision: engine.Precision) -> Callable[[], Tensor]:
     return lambda: left @ right
 
 
+# ---- experts side by side
+
+
+def experts_side_by_side(effort: Effort) -> Iterator[Table]:
+    """A gradient of the mixture as the engine takes it, beside one expert after another."""
+    cases = [(4, networks.digits(effort.batch_size)), (16, networks.photographs(4)), (64, networks.photographs(4))]
+    cases += [(16, networks.digits(count)) for count in (4, 64, effort.batch_size)]
+    yield Table("experts side by side", [row for width, images in cases for row in _expert_rows(width, images, effort)])
+
+
+def _expert_rows(width: int, images: Tensor, effort: Effort) -> Iterator[Row]:
+    model = networks.mixture(images, width=width)
+    for precision in PRECISIONS:
+        with _in_turn(model, precision) as plain, _gradients({"engine": (model, images)}, precision) as engines:
+            timed = interleaved(engines | {"in turn": partial(_gradient, plain, images)}, effort.rounds)
+        yield {
+            "network": f"mixture 9 x width {width}, {images.shape[3]} px",
+            "images": len(images),
+            "precision": precision,
+            "in turn: CPU s": timed["in turn"].median("cpu"),
+            "engine: CPU s": timed["engine"].median("cpu"),
+            "ratio, CPU": ratio(timed["in turn"], timed["engine"], "cpu"),
+        }
+
+
+@contextmanager
+def _in_turn(model: MixtureOfExperts, precision: engine.Precision) -> Iterator[Model]:
+    """The engine's form of a copy, but for the experts, which run one after another."""
+    copied = copy.deepcopy(model)
+    with engine.frozen(copied), folded(copied):
+        yield engine.Cheap(copied, precision, engine.Passes())
+
+
 # ---- what an attack's step costs
 
 
@@ -404,6 +440,7 @@ SECTIONS: Mapping[str, Callable[[Effort], Iterator[Table]]] = {
     "autoattack": autoattack,
     "training": training_step,
     "operations": operations,
+    "experts": experts_side_by_side,
     "scaling": scaling,
 }
 
