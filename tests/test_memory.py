@@ -1,12 +1,14 @@
 """How many images an attack may take at once."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from advmoe.errors import UserError
 from advmoe.evaluation import memory
-from advmoe.evaluation.memory import LARGEST, SHARE, fitting_batch, is_out_of_memory
+from advmoe.evaluation.memory import LARGEST, SHARE, fitting_batch, in_batches, is_out_of_memory
 from advmoe.machine import generator
 
 IMAGES = torch.rand(3, 1, 8, 8, generator=generator("test_memory", "images"))
@@ -106,6 +108,8 @@ def wrapped(cause: Exception | None) -> UserError:
         (MemoryError(), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
         (wrapped(torch.cuda.OutOfMemoryError("CUDA out of memory.")), True),
@@ -118,3 +122,50 @@ def wrapped(cause: Exception | None) -> UserError:
 )
 def test_which_errors_mean_that_memory_ran_out(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+def squares(room: int, seen: list[int]) -> Callable[[Tensor], Tensor]:
+    """Work that notes how many rows it was given, and has room for so many."""
+
+    def work(rows: Tensor) -> Tensor:
+        seen.append(len(rows))
+        if len(rows) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return rows**2
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("size", "room", "expected"),
+    [
+        (4, 99, [4, 4, 2]),
+        (10, 99, [10]),
+        (360, 3, [10, 5, 2, 2, 2, 2, 2]),  # ten are tried, not 360, 180, 90, ...
+        (8, 1, [8, 4, 2, *[1] * 10]),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(size: int, room: int, expected: list[int]) -> None:
+    seen: list[int] = []
+    rows = torch.arange(10)
+    found = list(in_batches(squares(room, seen), rows, size))
+    assert seen == expected
+    assert torch.equal(torch.cat([batch for batch, _ in found]), rows)
+    assert torch.equal(torch.cat([done for _, done in found]), rows**2)
+
+
+def test_a_row_that_does_not_fit_alone_and_other_errors_are_raised() -> None:
+    seen: list[int] = []
+    with pytest.raises(torch.OutOfMemoryError):
+        list(in_batches(squares(0, seen), torch.arange(5), 4))
+    assert seen == [4, 2, 1]
+
+    def broken(rows: Tensor) -> Tensor:
+        raise RuntimeError(f"no idea what to do with {len(rows)}")
+
+    with pytest.raises(RuntimeError, match="with 4"):
+        list(in_batches(broken, torch.arange(5), 4))
+
+
+def test_no_rows_are_no_work() -> None:
+    assert list(in_batches(squares(0, []), torch.arange(0), 4)) == []

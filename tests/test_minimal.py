@@ -51,6 +51,15 @@ class Linear(nn.Module):
             return smallest
 
 
+class Cramped(Linear):
+    """There is memory for gradients of five images at once."""
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and len(images_NCHW) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return super().forward(images_NCHW)
+
+
 class Constant(nn.Module):
     """Class 0, whatever comes."""
 
@@ -147,3 +156,9 @@ def test_a_bound_is_judged_in_float32() -> None:
     terms = Terms(LInf(0.05), 0, "bfloat16", None, drop_fallen=False)
     measured: Measured = measure(target, {}, terms)
     assert minimal_epsilons(target, FAB, measured, terms).isinf().all()
+
+
+@every_norm
+def test_a_batch_that_memory_does_not_hold_is_halved(norm: Norm) -> None:
+    roomy, cramped = (bounds(make_target(model), norm, COUNT) for model in (Linear(), Cramped()))
+    torch.testing.assert_close(cramped, roomy, atol=1e-4, rtol=1e-3)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from advmoe.attacks.own import Own
 from advmoe.engine import Passes, Precision
 from advmoe.errors import UserError
 from advmoe.evaluation.intervals import Share
-from advmoe.evaluation.memory import fitting_batch, is_out_of_memory
+from advmoe.evaluation.memory import fitting_batch, in_batches
 from advmoe.evaluation.resume import Part, Store
 from advmoe.machine import derive_seed
 from advmoe.models.moe import MixtureOfExperts
@@ -214,17 +215,8 @@ def _parts(target: Target, name: str, attack: AnyAttack, terms: Terms, wanted: T
     size = terms.batch_size or fitting_batch(target.model, target.images)
     fallen = 0
     with console.Progress(f"{target.name}: {name}", len(rows)) as progress:
-        while len(rows):
-            batch = rows[:size]
-            try:
-                part = _batch(target, name, attack, terms, batch)
-            except (RuntimeError, MemoryError, UserError) as error:
-                if not is_out_of_memory(error) or size == 1:
-                    raise
-                size = max(1, size // 2)
-                continue
+        for batch, part in in_batches(partial(_batch, target, name, attack, terms), rows, size):
             store.add(part)
-            rows = rows[size:]
             changed = engine.predict(target.model, part.images.to(target.images), DECISION_BATCH).argmax(1)
             fallen += int((changed != target.labels[batch]).sum())
             progress.advance(len(batch), f"{fallen} fallen")

@@ -1,6 +1,8 @@
-"""How many images an attack may take at once."""
+"""How many images an attack may take at once, and what to do when they were too many."""
 
 import os
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +10,10 @@ from torch import Tensor, nn
 from advmoe import engine
 from advmoe.errors import UserError
 
+T = TypeVar("T")
 LARGEST = 360  # more brings nothing on a CPU, and progress should move
 SHARE = 0.25  # of the free memory: attacks keep several copies of their images beside the gradients' graph
+NO_MEMORY = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
 ASSUMED = 4 * 2**30  # bytes, where the system does not say
 
 
@@ -19,13 +23,35 @@ def fitting_batch(model: nn.Module, images_NCHW: Tensor) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch has a class for it on CUDA; elsewhere only the text tells. A user's own attack has it wrapped."""
+    """PyTorch has a class for it on CUDA; elsewhere, and in cuBLAS and cuDNN, only the text tells. A user's own
+    attack has it wrapped.
+    """
     if isinstance(error, UserError) and error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).lower()
-    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
     )
+
+
+def in_batches(work: Callable[[Tensor], T], rows_N: Tensor, size: int) -> Iterator[tuple[Tensor, T]]:
+    """`work` on `size` rows after the other: which rows, and what it made of them.
+
+    A batch that memory does not hold is halved, and so are those that follow. Raises what a single row raises.
+    """
+    while len(rows_N):
+        batch = rows_N[:size]
+        try:
+            done = work(batch)
+        except (RuntimeError, MemoryError, UserError) as error:
+            if not is_out_of_memory(error) or len(batch) == 1:
+                raise
+            size = len(batch) // 2
+        else:
+            yield batch, done
+            rows_N = rows_N[len(batch) :]
+            continue
+        if torch.cuda.is_available():  # only now: the error held on to what it was raised in
+            torch.cuda.empty_cache()
 
 
 def _bytes_per_image(model: nn.Module, images_NCHW: Tensor) -> float:

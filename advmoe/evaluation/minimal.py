@@ -11,7 +11,7 @@ from advmoe.attacks.ball import length
 from advmoe.attacks.draws import ImageDraws
 from advmoe.attacks.fab import FabT, closest
 from advmoe.evaluation.harness import CLEAN, DECISION_BATCH, Measured, Target, Terms
-from advmoe.evaluation.memory import fitting_batch
+from advmoe.evaluation.memory import fitting_batch, in_batches
 
 
 def minimal_epsilons(target: Target, settings: FabT, measured: Measured, terms: Terms) -> Tensor:
@@ -32,8 +32,7 @@ def minimal_epsilons(target: Target, settings: FabT, measured: Measured, terms: 
         return bounds
     size = terms.batch_size or fitting_batch(target.model, target.images)
     with console.Progress(f"{target.name}: minimal epsilon", len(rows)) as progress:
-        for batch in torch.split(rows, size):
-            points = _closest(target, settings, batch, terms)
+        for batch, points in in_batches(lambda batch: _closest(target, settings, batch, terms), rows, size):
             wrong = engine.predict(target.model, points, DECISION_BATCH).argmax(1) != target.labels[batch]
             found = torch.where(wrong.cpu(), length(points.cpu() - clean[batch], norm), torch.inf)
             bounds[batch] = torch.minimum(bounds[batch], found)

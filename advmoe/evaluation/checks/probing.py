@@ -23,7 +23,7 @@ from advmoe.attacks.pgd import Pgd
 from advmoe.errors import first_line
 from advmoe.evaluation.checks.case import Case, Finding, Status
 from advmoe.evaluation.harness import DECISION_BATCH, bound
-from advmoe.evaluation.memory import fitting_batch, is_out_of_memory
+from advmoe.evaluation.memory import fitting_batch, in_batches, is_out_of_memory
 from advmoe.evaluation.paired import Paired, compare
 
 STEP_SIZE = 0.25  # of epsilon, customary for PGD; with 20 steps five times the radius
@@ -166,8 +166,9 @@ def struck(case: Case, probe: Stage, craft: Craft, ball: Ball, purpose: str | No
     """
     try:
         size = case.terms.batch_size or fitting_batch(case.target.model, probe.images)
-        chunks = torch.split(torch.arange(len(probe.images)), size)
-        return torch.cat([_batch(case, probe, rows, craft, ball, purpose) for rows in chunks])
+        rows = torch.arange(len(probe.images))
+        parts = in_batches(lambda some: _batch(case, probe, some, craft, ball, purpose), rows, size)
+        return torch.cat([found for _, found in parts])
     except Exception as error:  # anybody's model, which may raise anything
         raise UnaskableError("not checked", f"attacking the model raised {first_line(error)}") from error
 
