@@ -330,6 +330,22 @@ def check() -> None:
 
 
 @app.command(rich_help_panel=QUESTIONS)
+def cost(
+    flops: Annotated[
+        float | None, typer.Option(min=1.0, help="Operations a second, e.g. 300e12; default: measured here.")
+    ] = None,
+) -> None:
+    """Forecast what params.yaml costs: operations and hours of each stage."""
+    from advmoe import schema
+
+    params = schema.load_params()
+    _torch()
+    from advmoe import forecast
+
+    forecast.show(params, flops)
+
+
+@app.command(rich_help_panel=QUESTIONS)
 def inspect(file: Annotated[Path, typer.Argument(help="An artifact of this project.")]) -> None:
     """Print what an artifact says of itself; its content is checked against its hash."""
     from advmoe import artifacts

@@ -44,6 +44,7 @@ COMMANDS = (
     "use",
     "check",
     "clean",
+    "cost",
     "inspect",
     "predict",
     "info",

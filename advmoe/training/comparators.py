@@ -16,7 +16,7 @@ from advmoe.data.dataset import Dataset, Facts
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import PositiveFloat, Settings, load_section
 from advmoe.training.adversary import SingleAdversary, TradesBatches, expected_passes
-from advmoe.training.cost import SAMPLE, Learns, parameters, rates
+from advmoe.training.cost import SAMPLE, Learns, Rates, parameters, rates
 from advmoe.training.joint import Design, JointRecipe, MixtureLearner
 from advmoe.training.rivals import AlternatingLearner, LastLayersLearner, SynergyLearner
 from advmoe.training.single import SingleRecipe, Student, learner_of
@@ -165,8 +165,13 @@ def _epoch(learner: Learns, adversary: SingleAdversary, dataset: Dataset) -> flo
     """Operations of one epoch, on average over the adversary's draws."""
     train = dataset["train"]
     each = rates(learner, train.first(SAMPLE).pixels(), train.first(SAMPLE).labels)
+    return len(train) * per_image(each, adversary)
+
+
+def per_image(each: Rates, adversary: SingleAdversary) -> float:
+    """Operations that an image takes in one epoch: to attack it, on average over the draws, and to learn from it."""
     look = each.forward if isinstance(adversary, TradesBatches) else 0  # TRADES climbs away from the clean answer
-    return len(train) * (expected_passes(adversary) * (each.forward + each.pixels) + look + each.learning)
+    return expected_passes(adversary) * (each.forward + each.pixels) + look + each.learning
 
 
 def plain(student: SingleNetwork, backbone: Backbone) -> Plain:
