@@ -111,8 +111,8 @@ class UniformGate(nn.Module):
         self.experts = experts
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        log_share = -torch.log(torch.tensor(float(self.experts)))
-        return log_share.to(images_BCHW.device).expand(images_BCHW.shape[0], self.experts)
+        log_share = -float(torch.tensor(float(self.experts)).log())  # a float32: no copy to wait for
+        return torch.full((images_BCHW.shape[0], self.experts), log_share, device=images_BCHW.device)
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:
