@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +45,10 @@ from advmoe.training.loop import Course, Learner, Run
 from advmoe.training.recipe import Recipe
 from advmoe.training.single import Student, baseline_recipe, learner_of
 
-KNOWN = {  # images to train on and to test on (None: taken from the former), channels, pixels a side, classes
+Known = tuple[int, int | None, Literal[1, 3], int, int]
+KNOWN: dict[
+    str, Known
+] = {  # images to train on and to test on (None: taken from the former), channels, pixels a side, classes
     "digits": (1797, None, 1, 8, 10),
     "cifar10": (50_000, 10_000, 3, 32, 10),
     "cifar100": (50_000, 10_000, 3, 32, 100),

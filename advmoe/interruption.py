@@ -81,12 +81,14 @@ def _deliver(number: int) -> None:
 
 @contextmanager
 def _handlers(handler: Handler) -> Iterator[None]:
-    """Both signals go to `handler`, unless they are ignored. Only the main thread may ask for that."""
+    """Both signals go to `handler`, unless they are ignored, or heard by something that is not Python and could not be
+    put back. Only the main thread may ask for that.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    chosen = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    chosen = {number: old for number, old in before.items() if old not in {signal.SIG_IGN, None}}
     try:
         for number in chosen:
             signal.signal(number, handler)

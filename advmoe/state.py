@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -28,7 +28,7 @@ import advmoe
 from advmoe import console
 from advmoe.artifacts import hash_tensors
 from advmoe.errors import STUMBLES, UserError
-from advmoe.files import write_bytes
+from advmoe.files import as_written, write_bytes
 from advmoe.machine import device, machine
 
 VERSION_LENGTH, KEY_LENGTH = 8, 16  # hex digits in a folder's name
@@ -36,6 +36,8 @@ NAME = re.compile(rf".+-([0-9a-f]{{{VERSION_LENGTH}}})-[0-9a-f]{{{KEY_LENGTH}}}"
 CHECKSUM, VALUES = "sha256", "values"
 LOCK = ".lock"
 UNKEPT = "work goes on, but nothing is kept for the case of a kill"
+
+T = TypeVar("T")
 
 _held: dict[Path, FileLock] = {}  # of this process, which may come back to a folder that it holds already
 
@@ -217,22 +219,22 @@ def _values(path: Path, stored: Tensor | None) -> dict[str, Any]:
     return values
 
 
-def remembered(file: Path | None, find: Callable[[], Snapshot]) -> Snapshot:
-    """What is kept in a file (None: nowhere), else what `find` finds, which is kept there.
+def remembered(file: Path | None, find: Callable[[], Snapshot], as_kept: Callable[[Snapshot], T]) -> T:
+    """What is kept in a file (None: nowhere), else what `find` finds, which is kept there; `as_kept` reads either.
 
-    A damaged file is as good as none.
+    A file that is damaged, or holds something else, is as good as none.
     """
-    if file is None:
-        return find()
     try:
-        known = read(file)
+        known = read(file) if file is not None else None
+        if known is not None:
+            with as_written(file):
+                return as_kept(known)
     except UserError as error:
-        console.warn(f"{error} and left aside; what it held is found again")
-        known = None
-    if known is None:
-        known = find()
-        keep(file, known)
-    return known
+        console.warn(f"{error}; it is left aside, and what it held is found again")
+    found = find()
+    if file is not None:
+        keep(file, found)
+    return as_kept(found)
 
 
 def flat(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from advmoe.evaluation.memory import fitting_batch, in_batches
 from advmoe.evaluation.resume import Part, Store
 from advmoe.machine import derive_seed
 from advmoe.models.moe import MixtureOfExperts
+from advmoe.state import circumstances
 from advmoe.user_code import digest
 
 CLEAN = "clean"
@@ -271,7 +272,8 @@ def _store(target: Target, name: str, attack: AnyAttack, terms: Terms) -> Store:
                 digest(attack.function) if isinstance(attack, Own) else "",
             ],
             "ball": [terms.ball.norm, terms.ball.epsilon],
-            "terms": [terms.seed, terms.precision, target.images.device.type],
+            "terms": [terms.seed, terms.precision],
+            "circumstances": circumstances(),
             "sources": sources,
         }
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from advmoe import console, state
 from advmoe.artifacts import hash_tensors
 from advmoe.data.dataset import Dataset
-from advmoe.errors import UserError
+from advmoe.errors import STUMBLES, UserError, first_line
 from advmoe.interruption import GO_ON, Held, Interrupted, held_back
 from advmoe.machine import machine
 from advmoe.state import KEY_LENGTH, Snapshot, circumstances, digest_of
@@ -130,6 +130,10 @@ class Keeper:
         except UserError as error:
             self._anew(f"{self.file} {error}")
             return
+        except STUMBLES as error:  # halfway: nobody knows what is of which run
+            raise UserError(
+                f"{self.file}: cannot be gone on with ({first_line(error)}); remove it and run the same command again"
+            ) from error
         self.saved = self.run.position
         console.say(f"{self.name}: taken over from the run that was stopped, after {self.run.progress}")
 

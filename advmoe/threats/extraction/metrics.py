@@ -172,8 +172,10 @@ def to_keep(answers: Sheet | Copy) -> Snapshot:
 
 def as_kept(found: Snapshot, side: type[Answers]) -> Answers:
     """The side that was kept, on the CPU."""
-    tensors: dict[str, Any] = {field.name: found.tensors.get(field.name) for field in fields(side)}
-    return side(**tensors)
+    # what a victim without a network does not answer was not kept either
+    answers: dict[str, Any] = {field.name: None for field in fields(side) if str(field.type).endswith("None")}
+    answers.update(found.tensors)
+    return side(**answers)
 
 
 def numbers(copy: Copy, control: Copy | None, known: Sheet, exam: Exam) -> dict[str, Any]:

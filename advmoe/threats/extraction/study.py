@@ -149,14 +149,17 @@ class Campaign:
     def known(self) -> Sheet:
         """The victim's answers to the exam."""
         file = state.spot(self.case.shelf, "sheet", self.victim.identity)
-        found = state.remembered(file, lambda: metrics.to_keep(metrics.sheet(self.victim, self.exam)))
-        return metrics.as_kept(found, Sheet)
+        return state.remembered(
+            file,
+            lambda: metrics.to_keep(metrics.sheet(self.victim, self.exam)),
+            lambda found: metrics.as_kept(found, Sheet),
+        )
 
     def _examined(self, surrogate: nn.Module) -> Copy:
         """A surrogate's answers to it; what was asked before a kill is not asked again."""
         file = state.spot(self.case.shelf, "copy", self.victim.identity, fingerprint(surrogate))
         find = partial(metrics.examine, surrogate, self.victim, self.known, self.exam)
-        return metrics.as_kept(state.remembered(file, lambda: metrics.to_keep(find())), Copy)
+        return state.remembered(file, lambda: metrics.to_keep(find()), lambda found: metrics.as_kept(found, Copy))
 
     def controls(self) -> list[Row]:
         """Surrogates trained on the attacker's own images and their true labels: the victim was never asked."""

@@ -139,7 +139,9 @@ def told(model: nn.Module, case: Case, audit: Audit) -> Told:
     asked before a kill it is not asked again.
     """
     file = state.spot(case.recipes.shelf, "told", fingerprint(model))
-    return state.remembered(file, lambda: Snapshot(_told(model.to(device()), case, audit), {})).tensors
+    return state.remembered(
+        file, lambda: Snapshot(_told(model.to(device()), case, audit), {}), lambda found: found.tensors
+    )
 
 
 def _told(model: nn.Module, case: Case, audit: Audit) -> Told:

@@ -202,8 +202,10 @@ def to_keep(poisoned: Poisoned) -> Snapshot:
 
 
 def as_kept(found: Snapshot) -> Poisoned:
-    """The set that was kept."""
+    """The set that was kept. Raises ValueError or KeyError for another thing."""
     values = found.values
+    if not _fits(found.tensors):
+        raise ValueError("its tensors do not belong together")
     return _poisoned(found.tensors, values["of"], values["available"], Goal(**values["goal"]))
 
 

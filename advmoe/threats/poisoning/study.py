@@ -247,7 +247,7 @@ def _made(workshop: Workshop, rate: float, trial: int) -> Poisoned:
     if type(attack) in catalogue.PLAIN:  # takes less time than to read it
         return craft()
     file = state.spot(workshop.recipes.shelf, "poisoned", workshop.title)
-    return poisoned.as_kept(state.remembered(file, lambda: poisoned.to_keep(craft())))
+    return state.remembered(file, lambda: poisoned.to_keep(craft()), poisoned.as_kept)
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,9 @@ def _examined(case: Case, model: nn.Module) -> Twin:
 def _answers(case: Case, model: nn.Module) -> Answers:
     """To the exam; a model that was asked before a kill is not asked again."""
     file = state.spot(case.recipes.shelf, "answers", fingerprint(model))
-    return Answers(**state.remembered(file, lambda: Snapshot(vars(metrics.examine(model, case.exam)), {})).tensors)
+    return state.remembered(
+        file, lambda: Snapshot(vars(metrics.examine(model, case.exam)), {}), lambda found: Answers(**found.tensors)
+    )
 
 
 def _twin_of(victim: str) -> str:
@@ -353,7 +355,7 @@ def _flagged(case: Case, dose: Dose, victim: nn.Module, name: str, settings: Any
     def look() -> Snapshot:
         return Snapshot({"flagged": flag(evidence, settings, dose.poisoned.is_poison)}, {})
 
-    return state.remembered(file, look).tensors["flagged"]
+    return state.remembered(file, look, lambda found: found.tensors["flagged"])
 
 
 def _without(train: Split, flagged_N: torch.Tensor, name: str) -> Split:
