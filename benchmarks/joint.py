@@ -105,6 +105,7 @@ def _recipe(model: MixtureOfExperts, precision: Precision, batch_size: int) -> J
         adversary=ADVERSARY,
         epochs=1000,
         batch_size=batch_size,
+        micro_batch=None,
         optimizer=Optimizer(lr=LR, momentum=0.9, weight_decay=0.0005),
         gate_lr=LR,
         load_balance=0.0,

@@ -57,6 +57,7 @@ SMALL: dict[str, Any] = {  # what makes a run of seconds out of params.yaml, wha
 LEARNING: dict[str, Any] = {  # a surrogate's recipe of a moment
     "epochs": 1,
     "batch_size": 16,
+    "micro_batch": None,
     "optimizer": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005},
     "schedule": {"warmup": 0.1, "decay": "cosine"},
     "clip": 0.0,

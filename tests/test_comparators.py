@@ -430,7 +430,7 @@ def test_more_changes_the_gate_and_the_last_layers_and_nothing_else() -> None:
 def test_more_learns_in_the_state_that_pre_training_left() -> None:
     """Expert statistics are those of pre-training in the forward pass too, not the batch's."""
     learner = LastLayersLearner(start_of("more").train(), joint_recipe())
-    learner.begin(IMAGES)
+    learner.begin()
     assert learner.mixture.gate.training
     assert not any(module.training for module in learner.mixture.experts.modules())
     whole = learner.mixture.parts(IMAGES).logits_BEK
@@ -460,9 +460,9 @@ class Turns(AlternatingLearner):
         super().__init__(model, recipe)
         self.seen: list[nn.Module] = []
 
-    def begin(self, clean_BCHW: Tensor) -> None:
+    def begin(self) -> None:
         self.seen.append(copy.deepcopy(self.mixture))
-        super().begin(clean_BCHW)
+        super().begin()
 
 
 def turns(epochs: int = 2, **changes: Any) -> list[set[str]]:
@@ -496,8 +496,8 @@ def test_only_the_experts_that_were_chosen_learn() -> None:
         model.gate.get_parameter("score.bias").copy_(torch.tensor([0.0, 3.0]))
     learner = AlternatingLearner(model, joint_recipe())
     for _ in range(2):
-        learner.begin(IMAGES)
-    learner.loss(IMAGES, LABELS).backward()  # type: ignore[no-untyped-call]
+        learner.begin()
+    learner.loss(IMAGES, LABELS, IMAGES).backward()  # type: ignore[no-untyped-call]
     first, second = ([parameter.grad for parameter in expert.parameters()] for expert in model.experts)
     assert all(gradient is not None and (gradient == 0).all() for gradient in first)
     assert any(gradient is not None and (gradient != 0).any() for gradient in second)
@@ -507,8 +507,8 @@ def test_only_the_experts_that_were_chosen_learn() -> None:
 def test_the_gate_has_the_first_turn() -> None:
     model = start_of("top1")
     learner = AlternatingLearner(model, joint_recipe())
-    learner.begin(IMAGES)
-    learner.loss(IMAGES, LABELS).backward()  # type: ignore[no-untyped-call]
+    learner.begin()
+    learner.loss(IMAGES, LABELS, IMAGES).backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is None for parameter in model.experts.parameters())
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.gate.parameters())
 
@@ -562,7 +562,7 @@ def test_loss_of_synergy_is_worked_out_by_hand() -> None:
     with torch.no_grad():
         for head, bias in zip(heads_of(model), (0.7, -0.4), strict=True):
             head.bias.fill_(bias)
-        found = float(learner.loss(IMAGES, LABELS))
+        found = float(learner.loss(IMAGES, LABELS, IMAGES))
     p_NE, sure_E = right_of(model), torch.tensor([0.7, -0.4]).sigmoid()
     unsure = -(p_NE * sure_E.log() + (1 - p_NE) * (1 - sure_E).log()).mean()
     assert found == pytest.approx(float(-p_NE.mean(1).log().mean() + unsure), abs=1e-5)
@@ -578,7 +578,7 @@ def test_confidence_learns_the_probability_of_the_true_class() -> None:
         with torch.no_grad():
             for head, p in zip(heads_of(model), p_E, strict=True):
                 head.bias.fill_(float(torch.logit(p)) + offset)
-        learner.loss(IMAGES, LABELS).backward()  # type: ignore[no-untyped-call]
+        learner.loss(IMAGES, LABELS, IMAGES).backward()  # type: ignore[no-untyped-call]
         slopes = torch.cat([head.bias.grad for head in heads_of(model) if head.bias.grad is not None])
         expected = (torch.logit(p_E) + offset).sigmoid() - p_E
         torch.testing.assert_close(slopes, expected / 2, atol=1e-5, rtol=1e-4)  # a mean over two experts
@@ -593,7 +593,7 @@ def test_experts_do_not_learn_to_fit_what_is_said_of_them() -> None:
     with torch.no_grad():
         for head, bias in zip(heads_of(model), (2.0, -2.0), strict=True):
             head.bias.fill_(bias)
-    learner.loss(IMAGES, LABELS).backward()  # type: ignore[no-untyped-call]
+    learner.loss(IMAGES, LABELS, IMAGES).backward()  # type: ignore[no-untyped-call]
     found = [expert.get_parameter("classify.bias").grad for expert in model.experts]
     with torch.no_grad():
         answers_NEK = torch.stack([expert(IMAGES).softmax(1) for expert in model.experts], dim=1)

@@ -48,6 +48,7 @@ TRADES = TradesBatches(kind="trades", steps=(1, 2), step_size=0.5, beta=2.0)
 RECIPE: dict[str, Any] = {
     "epochs": EPOCHS,
     "batch_size": 8,
+    "micro_batch": None,
     "optimizer": Optimizer(lr=0.05, momentum=0.9, weight_decay=0.0005),
     "schedule": Schedule(warmup=0.2, decay="cosine"),
     "clip": 1.0,

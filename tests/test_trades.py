@@ -313,6 +313,7 @@ def make_recipe(**changes: Any) -> Learning:
     settings: dict[str, Any] = {
         "epochs": 2,
         "batch_size": 8,
+        "micro_batch": None,
         "optimizer": Optimizer(lr=0.05, momentum=0.9, weight_decay=0.0005),
         "schedule": Schedule(warmup=0.0, decay="constant"),
         "clip": 0.0,
@@ -344,8 +345,8 @@ def test_a_learning_step_passes_the_clean_batch_and_then_the_attacked_one() -> N
     seen: list[Tensor] = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     learner = TradesLearner(model.eval(), make_recipe(), beta=2.0)
-    learner.begin(clean)
-    loss = learner.loss(attacked, labels(8))
+    learner.begin()
+    loss = learner.loss(attacked, labels(8), clean)
     assert len(seen) == 2
     assert torch.equal(seen[0], clean)
     assert torch.equal(seen[1], attacked)
@@ -356,12 +357,12 @@ def test_a_learning_step_passes_the_clean_batch_and_then_the_attacked_one() -> N
     assert all(torch.equal(left, right) for left, right in zip(model.buffers(), twin.buffers(), strict=True))
 
 
-def test_training_remembers_the_clean_images_of_the_very_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_hands_over_the_clean_images_of_the_very_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs: list[tuple[Tensor, Tensor]] = []
 
-    def watched(self: TradesLearner, images: Tensor, labels_B: Tensor) -> Tensor:
-        pairs.append((self.clean_BCHW.clone(), images.clone()))
-        return original(self, images, labels_B)
+    def watched(self: TradesLearner, images: Tensor, labels_B: Tensor, clean: Tensor) -> Tensor:
+        pairs.append((clean.clone(), images.clone()))
+        return original(self, images, labels_B, clean)
 
     original = TradesLearner.loss
     monkeypatch.setattr(loop, "rates", lambda *_: Rates(1, 1, 1))  # or its trial step would be seen too

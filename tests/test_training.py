@@ -480,7 +480,7 @@ def test_health_of_a_mixture_is_what_its_gate_says() -> None:
     give_scores(mixture, [math.log(3), 0.0])  # weights 3/4 and 1/4 for every image
     learner = MixtureLearner(mixture, joint_recipe())
     images, labels = patterned(stream, 12, "health").pixels(), torch.arange(12) % 3
-    learner.loss(images, labels).backward()  # type: ignore[no-untyped-call]
+    learner.loss(images, labels, images).backward()  # type: ignore[no-untyped-call]
     learner.after_backward()
     row = learner.health(mixture, images, 1 - images)
     assert row["load_left"] == pytest.approx(0.75)
@@ -497,7 +497,7 @@ def test_loss_of_a_mixture_is_its_nll_plus_the_weighted_imbalance() -> None:
     images, labels = patterned(stream, 12, "loss").pixels(), torch.arange(12) % 3
     with torch.no_grad():
         nll = -mixture(images)[torch.arange(12), labels].mean()
-        found = MixtureLearner(mixture, joint_recipe(load_balance=2.0)).loss(images, labels)
+        found = MixtureLearner(mixture, joint_recipe(load_balance=2.0)).loss(images, labels, images)
     # loads 3/4 and 1/4: variance 1/16, squared mean 1/4
     assert float(found) == pytest.approx(float(nll) + 2.0 * 0.25, abs=1e-5)
 
@@ -688,9 +688,9 @@ class Watched(PlainLearner):
         super().__init__(model, recipe)
         self.seen: list[list[Tensor]] = []
 
-    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
         self.seen.append([parameter.detach().clone() for parameter in self.model.parameters()])
-        return super().loss(images_BCHW, labels_B)
+        return super().loss(images_BCHW, labels_B, clean_BCHW)
 
 
 def test_ema_keeps_the_averaged_weights() -> None:

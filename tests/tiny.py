@@ -20,6 +20,7 @@ CONSTANT = Schedule(warmup=0.0, decay="constant")  # a short run is then the beg
 RECIPE: dict[str, Any] = {
     "epochs": 2,
     "batch_size": 8,
+    "micro_batch": None,
     "optimizer": Optimizer(lr=0.05, momentum=0.9, weight_decay=0.0005),
     "schedule": Schedule(warmup=0.2, decay="cosine"),
     "clip": 0.0,

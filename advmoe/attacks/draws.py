@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,32 @@ class BatchDraws:
         """The one stream serves any part of the batch."""
         del rows
         return self
+
+
+@dataclass(frozen=True)
+class PartDraws:
+    """What BatchDraws would draw for a batch of `size` images, for those at `rows` (b,) alone: the draws of an image do
+    not depend on how the batch is cut.
+    """
+
+    stream: torch.Generator
+    size: int
+    rows: Tensor
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Uniform in [-1, 1], in the shape and on the device of `like`."""
+        return (torch.rand(self._whole(like), generator=self.stream)[self.rows] * 2 - 1).to(like)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal, in the shape and on the device of `like`."""
+        return torch.randn(self._whole(like), generator=self.stream)[self.rows].to(like)
+
+    def pick(self, rows: Tensor) -> "PartDraws":
+        """The draws of the images `rows` (c,) of these."""
+        return replace(self, rows=self.rows[rows.cpu()])
+
+    def _whole(self, like: Tensor) -> tuple[int, ...]:
+        return (self.size, *like.shape[1:])
 
 
 class ImageDraws:

@@ -30,11 +30,11 @@ class Learns(Protocol):
 
     model: nn.Module
 
-    def begin(self, clean_BCHW: Tensor) -> None:
+    def begin(self) -> None:
         """A step begins."""
         ...
 
-    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
         """The scalar to minimise."""
         ...
 
@@ -64,8 +64,8 @@ def rates(learner: Learns, images_BCHW: Tensor, labels_B: Tensor) -> Rates:
         trial.model.checkpointing = False  # to compute again is a price of memory: equal training stays equal
     with _counted() as learning:
         for _ in range(ROUNDS):
-            trial.begin(images)
-            torch.autograd.backward(trial.loss(images, labels))
+            trial.begin()
+            torch.autograd.backward(trial.loss(images, labels, images))
     once = forward.get_total_flops()
     return Rates(
         forward=once // len(images),

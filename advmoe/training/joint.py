@@ -75,13 +75,16 @@ class MixtureLearner:
         pairs = [(self.mixture.experts, self.recipe.optimizer.lr), (self.mixture.gate, self.recipe.gate_lr)]
         return sgd(pairs, self.recipe.optimizer)
 
-    def begin(self, clean_BCHW: Tensor) -> None:
+    def begin(self) -> None:
         """All of the mixture learns."""
-        del clean_BCHW
         self.mixture.train()
 
-    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-        """NLL of the mixture (its output is a log-probability already) plus the weighted imbalance of the load."""
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
+        """NLL of the mixture (its output is a log-probability already) plus the weighted imbalance of the load.
+
+        The load is that of the images at hand: where a batch is learned from in pieces, each has to balance its own.
+        """
+        del clean_BCHW
         parts = self.mixture.parts(images_BCHW)
         loss = functional.nll_loss(parts.log_probs_BK, labels_B)
         return loss + self.recipe.load_balance * load_imbalance(parts.log_gate_BE)

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advmoe import console, engine, files
 from advmoe.attacks.ball import LInf
-from advmoe.attacks.draws import BatchDraws
+from advmoe.attacks.draws import PartDraws
 from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.pgd import Pgd
 from advmoe.data.batches import batches, batches_per_epoch
@@ -33,6 +33,7 @@ from advmoe.state import Snapshot, flat, in_parts
 from advmoe.training.adversary import CleanBatches, SingleAdversary, bind, craft, draw
 from advmoe.training.cost import SAMPLE, Cost, Rates, cost, rates
 from advmoe.training.keeper import Look, forms, identity, is_stream, kept
+from advmoe.training.pieces import Piece, as_one, cut
 from advmoe.training.recipe import Learning, Recipe, Validation, rate
 
 VALIDATION_BATCH = 200
@@ -54,12 +55,12 @@ class Learner(Protocol):
         """A fresh optimiser over the model's parameters."""
         ...
 
-    def begin(self, clean_BCHW: Tensor) -> None:
-        """A step begins: put the model into train mode, or those parts that learn in it; look at the clean images."""
+    def begin(self) -> None:
+        """A step begins: put the model into train mode, or those parts that learn in it."""
         ...
 
-    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-        """The scalar to minimise on one (attacked) batch."""
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
+        """The scalar to minimise on one (attacked) batch or a piece of it: a mean over its images."""
         ...
 
     def after_backward(self) -> None:
@@ -215,17 +216,12 @@ class Run:
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Attack one batch as drawn, learn from it; returns its loss."""
-        course, model = self.course, self.learner.model
-        recipe = course.recipe
-        drawn, clean = draw(course.adversary, course.epsilon, self.adversary), images
-        if drawn is not None:
-            images = craft(model, images, labels, drawn, BatchDraws(self.noise), recipe.precision, self.passes)
-        self.learner.begin(clean.contiguous(memory_format=torch.channels_last))
+        model, recipe = self.learner.model, self.course.recipe
+        pieces = self._crafted(images, labels)
+        self.learner.begin()
         self.learned += len(labels)
         self.optimizer.zero_grad(set_to_none=True)
-        with engine.autocast(images.device, recipe.precision):
-            loss = self.learner.loss(images.contiguous(memory_format=torch.channels_last), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._gradients(pieces)
         self.learner.after_backward()
         if recipe.clip:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -233,7 +229,35 @@ class Run:
         self.scheduler.step()
         if self.average is not None:
             self.average.update_parameters(model)
-        return loss.detach()
+        return loss
+
+    def _crafted(self, images: Tensor, labels: Tensor) -> list[Piece]:
+        """The batch under one drawn attack, piece by piece, against the network as it is before the step."""
+        course, pieces = self.course, []
+        drawn, began = draw(course.adversary, course.epsilon, self.adversary), self.noise.get_state()
+        for part in cut(len(labels), course.recipe.micro_batch):
+            rows = part.to(labels.device)
+            clean, truth = images[rows], labels[rows]
+            attacked = clean
+            if drawn is not None:
+                self.noise.set_state(began)  # every piece sees the draws of the whole batch, and takes its own
+                draws = PartDraws(self.noise, len(labels), part)
+                attacked = craft(self.learner.model, clean, truth, drawn, draws, course.recipe.precision, self.passes)
+            pieces.append(Piece(clean, attacked, truth, len(truth) / len(labels)))
+        return pieces
+
+    def _gradients(self, pieces: list[Piece]) -> Tensor:
+        """Of the batch's loss, which is returned; left where the optimiser looks for them."""
+        total = torch.zeros((), device=self.images.device)
+        for piece in as_one(self.learner.model, pieces):
+            images, clean = (
+                found.contiguous(memory_format=torch.channels_last) for found in (piece.images, piece.clean)
+            )
+            with engine.autocast(images.device, self.course.recipe.precision):
+                loss = piece.share * self.learner.loss(images, piece.labels, clean)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach()
+        return total
 
     # ---- to be killed and go on, to the last bit the same
 

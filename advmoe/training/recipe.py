@@ -44,12 +44,14 @@ class Validation(Settings):
 class Learning(Settings):
     """Everything a training run needs besides a model, an adversary and a seed. The last epoch is kept.
 
-    `clip`: largest gradient norm, 0 for none; `ema`: decay of the averaged weights, which are then the ones kept,
-    0 for none.
+    `micro_batch`: a batch is crafted and learned from in pieces of at most so many images, None: in one (see
+    `advmoe.training.pieces`); `clip`: largest gradient norm, 0 for none; `ema`: decay of the averaged weights, which
+    are then the ones kept, 0 for none.
     """
 
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
+    micro_batch: Annotated[int, Field(ge=2)] | None
     optimizer: Optimizer
     schedule: Schedule
     clip: NonNegativeFloat

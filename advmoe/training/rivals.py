@@ -33,9 +33,9 @@ class LastLayersLearner(MixtureLearner):
         pairs = [(self.heads, self.recipe.optimizer.lr), (self.mixture.gate, self.recipe.gate_lr)]
         return sgd(pairs, self.recipe.optimizer)
 
-    def begin(self, clean_BCHW: Tensor) -> None:
+    def begin(self) -> None:
         """The gate is in train mode, the experts are as pre-training left them."""
-        super().begin(clean_BCHW)
+        super().begin()
         self.mixture.experts.eval()
 
 
@@ -52,9 +52,9 @@ class AlternatingLearner(MixtureLearner):
         super().__init__(model, recipe)
         self.turn = 0
 
-    def begin(self, clean_BCHW: Tensor) -> None:
+    def begin(self) -> None:
         """Hand the turn over."""
-        super().begin(clean_BCHW)
+        super().begin()
         routing = self.turn % 2 == 0
         self.turn += 1
         self.mixture.gate.requires_grad_(routing)
@@ -87,8 +87,9 @@ class SynergyLearner(MixtureLearner):
     attacked through the whole, straight through the choice.
     """
 
-    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
         """Smooth minimum of the experts' losses plus the loss of their confidences, means over the batch."""
+        del clean_BCHW
         assert isinstance(self.mixture, ConfidentExperts)
         features_BEF = self.mixture.features(images_BCHW)
         log_probs_BEK = functional.log_softmax(self.mixture.votes(features_BEF), dim=2)

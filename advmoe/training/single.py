@@ -67,13 +67,13 @@ class PlainLearner:
         """SGD over all parameters."""
         return sgd([(self.model, self.recipe.optimizer.lr)], self.recipe.optimizer)
 
-    def begin(self, clean_BCHW: Tensor) -> None:
-        """Train mode; what the batch was before the attack does not matter."""
-        del clean_BCHW
+    def begin(self) -> None:
+        """Train mode."""
         self.model.train()
 
-    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-        """Mean cross-entropy."""
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
+        """Mean cross-entropy; what the images were before the attack does not matter."""
+        del clean_BCHW
         return functional.cross_entropy(self.model(images_BCHW), labels_B)
 
     def after_backward(self) -> None:
@@ -105,16 +105,10 @@ class TradesLearner(PlainLearner):
     def __init__(self, model: nn.Module, recipe: Learning, beta: float) -> None:
         super().__init__(model, recipe)
         self.beta = beta
-        self.clean_BCHW = torch.zeros(0)
 
-    def begin(self, clean_BCHW: Tensor) -> None:
-        """Remember the clean images of this batch."""
-        super().begin(clean_BCHW)
-        self.clean_BCHW = clean_BCHW
-
-    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
         """Cross-entropy on the clean images plus beta times the divergence on the attacked ones."""
-        return trades_loss(self.model(self.clean_BCHW), self.model(images_BCHW), labels_B, self.beta)
+        return trades_loss(self.model(clean_BCHW), self.model(images_BCHW), labels_B, self.beta)
 
 
 def learner_of(student: Student, model: nn.Module, recipe: Learning) -> Learner:
