@@ -1,7 +1,8 @@
 """The command line: wiring, no behaviour. Torch is imported inside commands only, so that `--help` is quick."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,7 +38,7 @@ def main() -> None:
         with interruption.heard():
             app()
     except UserError as error:
-        console.err.print(f"error: {error}", style="red", markup=False)
+        console.fail(f"error: {error}")
         sys.exit(EXIT_MISTAKE)
     except interruption.Interrupted as signalled:
         console.err.print(f"interrupted; {interruption.GO_ON}", style="red")
@@ -46,17 +47,35 @@ def main() -> None:
 
 def _stage() -> None:
     """What every stage does first: the whole of params.yaml must be sound, then threads and determinism are set."""
+    _check()
+    _torch()
+
+
+@contextmanager
+def _shared_stage() -> Iterator[None]:
+    """A stage that the processes of torchrun work at together."""
+    _check()
+    from advmoe import distributed, machine
+
+    machine.prepare_torch()
+    with distributed.joined():
+        yield
+
+
+def _check() -> None:
     from advmoe import checking, machine, params, schema
 
     _last.append(params.watched())
     machine.refuse_several_processes()
     checking.check_dvc_file(schema.load_params())
-    _torch()
 
 
 def _torch() -> None:
-    from advmoe import machine
+    """For work that one process does; where torchrun has started several, the others leave it to the first."""
+    from advmoe import distributed, machine
 
+    if distributed.is_extra():
+        raise typer.Exit
     machine.prepare_torch()
 
 
@@ -72,28 +91,28 @@ def prepare() -> None:
 @app.command(rich_help_panel=STAGES)
 def pretrain(name: Annotated[str, typer.Argument(help="An expert of params.yaml, e.g. fgsm-1.")]) -> None:
     """Train one expert on its own."""
-    _stage()
-    from stages import pretrain as stage
+    with _shared_stage():
+        from stages import pretrain as stage
 
-    stage.run(name)
+        stage.run(name)
 
 
 @app.command(rich_help_panel=STAGES)
 def train() -> None:
     """Train gate and experts jointly."""
-    _stage()
-    from stages import train as stage
+    with _shared_stage():
+        from stages import train as stage
 
-    stage.run()
+        stage.run()
 
 
 @app.command(rich_help_panel=STAGES)
 def baseline(name: Annotated[str, typer.Argument(help="A baseline of params.yaml, e.g. adversarial.")]) -> None:
     """Train one plain network to compare with."""
-    _stage()
-    from stages import baseline as stage
+    with _shared_stage():
+        from stages import baseline as stage
 
-    stage.run(name)
+        stage.run(name)
 
 
 @app.command(rich_help_panel=STAGES)

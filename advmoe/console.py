@@ -18,6 +18,7 @@ PLAIN_WIDTH = 120  # of tables in a log
 out = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 PLAIN_SECONDS = 10.0
+_NAME: list[str] = []  # of this process, where several share the screen
 
 T = TypeVar("T")
 
@@ -26,6 +27,18 @@ def plain() -> None:
     """From here on write as to a log: several processes cannot share a progress bar."""
     out.no_color = True
     out._force_terminal = False
+
+
+def mute(name: str) -> None:
+    """From here on another process does the talking; of what ends it this one still speaks, as `name`."""
+    out.quiet = err.quiet = True
+    _NAME.append(f"{name}: ")
+
+
+def fail(text: str) -> None:
+    """Print the sentence that ends this process to standard error."""
+    err.quiet = False
+    err.print("".join(_NAME) + text, style="red", markup=False)
 
 
 def say(text: str) -> None:

@@ -61,14 +61,12 @@ class Held:
 
 @contextmanager
 def held_back() -> Iterator[Held]:
-    """Inside, signals are only noted; one that came has its usual effect when the block ends."""
+    """Inside, signals are only noted; one that came has its usual effect when the block ends, unless by an error."""
     held = Held()
-    try:
-        with _handlers(held.note):
-            yield held
-    finally:
-        if held.pending is not None:
-            _deliver(held.pending)
+    with _handlers(held.note):
+        yield held
+    if held.pending is not None:
+        _deliver(held.pending)
 
 
 def _deliver(number: int) -> None:

@@ -111,11 +111,17 @@ def describe() -> list[tuple[str, str]]:
 
 
 def refuse_several_processes() -> None:
-    """Raises UserError under a launcher that starts several copies: each would train and write the same files."""
-    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):  # torchrun, srun, mpirun
+    """Raises UserError under a launcher that starts several copies: each would train and write the same files. Those of
+    torchrun know of each other.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):  # others, srun, mpirun
         processes = os.environ.get(name, "1")
         if processes != "1":
-            raise UserError(f"environment: started as {processes} processes ({name}), but a stage runs in one")
+            raise UserError(
+                f"environment: started as {processes} processes ({name}); only torchrun may start several of a stage"
+            )
 
 
 def derive_seed(*parts: object) -> int:

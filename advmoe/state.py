@@ -25,7 +25,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 import advmoe
-from advmoe import console
+from advmoe import console, distributed
 from advmoe.artifacts import hash_tensors
 from advmoe.errors import STUMBLES, UserError
 from advmoe.files import as_written, write_bytes
@@ -127,19 +127,22 @@ class Place:
 def work(label: str, *facts: object) -> Iterator[Path | None]:
     """The folder to keep unfinished work in, locked; removed when the block ends without an exception.
 
-    None, with a warning, when another process is at the same work or the folder cannot be written: work goes on and
-    nothing is kept. To wait for the other would gain nothing, as it may be stopped or gone on for hours.
+    Of several processes of one run the first has the lock. None, with a warning, when another run is at the same work
+    or the folder cannot be written: work goes on and nothing is kept. To wait for the other would gain nothing, as it
+    may be stopped or gone on for hours.
     """
     place = Place.of(label, *facts)
-    if not taken(place):
+    if not distributed.on_main(lambda: taken(place)):
         yield None
         return
     try:
         yield place.folder
     except BaseException:
-        place.leave()
+        if distributed.is_main():
+            place.leave()
         raise
-    place.remove()
+    if distributed.is_main():
+        place.remove()
 
 
 def taken(place: Place) -> bool:

@@ -115,6 +115,7 @@ def _recipe(model: MixtureOfExperts, precision: Precision, batch_size: int) -> J
         ema=0.0,
         augmentation=Augmentation(crop=0, flip=False),
         precision=precision,
+        sync_batchnorm=False,
         selection="last",
         validation=Validation(steps=1, step_size=1.0, gap=0.2, images=1),
         alarms=Alarms(load=0.9, gradient=1e-6),

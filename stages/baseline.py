@@ -5,16 +5,15 @@ epochs, and the pre-trained experts. Writes artifacts/baseline/NAME.safetensors,
 plots/baseline/NAME.csv.
 """
 
-from advmoe import paths, state
+from advmoe import paths
 from advmoe.classifiers import Backbone
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset
 from advmoe.params import Epsilon, PositiveInt, Seed, load_section
-from advmoe.training import comparators, cost
+from advmoe.training import comparators, cost, joint
 from advmoe.training.comparators import OfExperts, SingleNetwork
-from advmoe.training.experts import backbone_of, hashes, load_experts
-from advmoe.training.joint import JointRecipe, train_mixture
-from advmoe.training.record import record
+from advmoe.training.experts import load_experts
+from advmoe.training.joint import JointRecipe
 from advmoe.training.single import SingleRecipe, baseline_recipe, train_and_record
 
 STAGE = "baseline"
@@ -39,36 +38,23 @@ def _train_single(name: str, student: SingleNetwork, data: Dataset) -> None:
             student.backbone, comparators.the_mixture(backbone, load_section("train", JointRecipe)), data.facts
         )
     elif student.match == "passes":
-        joint = load_section("train", JointRecipe)
-        spent = cost.spent(load_experts(joint.experts, data))
-        recipe = comparators.lengthened(recipe, student, backbone, joint, spent, data)
+        matched = load_section("train", JointRecipe)
+        spent = cost.spent(load_experts(matched.experts, data))
+        recipe = comparators.lengthened(recipe, student, backbone, matched, spent, data)
     train_and_record(STAGE, name, f"baseline-{name}", student, own, data, recipe, seed=seed, epsilon=epsilon)
 
 
 def _train_mixture(name: str, comparator: OfExperts, data: Dataset) -> None:
     seed, epsilon = load_section("seed", Seed), load_section("epsilon", Epsilon)
     recipe = load_section("train", JointRecipe)
-    experts = load_experts(recipe.experts, data)
-    with state.work(f"{STAGE}-{name}", comparator, recipe, seed, epsilon, hashes(data, experts)) as shelf:
-        trained, architecture = train_mixture(
-            [expert.model for expert in experts.values()],
-            backbone_of(experts),
-            data,
-            recipe,
-            seed=seed,
-            epsilon=epsilon,
-            spent=cost.spent(experts),
-            name=f"baseline-{name}",
-            design=comparators.design(comparator, recipe),
-            shelf=shelf,
-        )
-        record(
-            STAGE,
-            name,
-            trained,
-            architecture,
-            data.facts,
-            params={"recipe": recipe, "comparator": comparator, "epsilon": epsilon},
-            inputs=hashes(data, experts),
-            seed=seed,
-        )
+    joint.train_and_record(
+        STAGE,
+        name,
+        f"baseline-{name}",
+        recipe,
+        data,
+        seed=seed,
+        epsilon=epsilon,
+        design=comparators.design(comparator, recipe),
+        settings={"comparator": comparator},
+    )

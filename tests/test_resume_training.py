@@ -55,6 +55,7 @@ RECIPE: dict[str, Any] = {
     "ema": 0.5,
     "augmentation": Augmentation(crop=1, flip=True),
     "precision": "float32",
+    "sync_batchnorm": False,
     "selection": "best",
     "validation": Validation(steps=2, step_size=0.5, gap=0.2, images=9),
 }

@@ -27,6 +27,7 @@ RECIPE: dict[str, Any] = {
     "ema": 0.0,
     "augmentation": Augmentation(crop=0, flip=False),
     "precision": "float32",
+    "sync_batchnorm": False,
     "selection": "last",
     "validation": Validation(steps=2, step_size=0.5, gap=0.2, images=18),
 }

@@ -6,22 +6,26 @@ Shapes: B batch, C channel, H/W pixels, E experts.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe import classifiers
+from advmoe import classifiers, state
 from advmoe.classifiers import Backbone, GateSettings, Mixture, NoGate, OwnConfidence
 from advmoe.data.dataset import Dataset
 from advmoe.errors import UserError
 from advmoe.models.moe import Mixing, MixtureOfExperts
 from advmoe.params import Fraction01, NonNegativeFloat, PositiveFloat, Settings
 from advmoe.routing import entropy, gate_weights, shift
+from advmoe.training import cost
 from advmoe.training.adversary import Adversary
+from advmoe.training.experts import backbone_of, hashes, load_experts
 from advmoe.training.loop import DIGITS, Course, Learner, Row, Trained, fit
 from advmoe.training.recipe import Recipe, sgd
+from advmoe.training.record import record
 
 
 class Alarms(Settings):
@@ -104,7 +108,6 @@ class MixtureLearner:
             "gate_entropy": float(entropy(clean_NE)),
             "gate_shift": float(shift(clean_NE, attacked_NE)),
         }
-        self.gate_norms.clear()
         loads = zip(self.recipe.experts, clean_NE.mean(dim=0).tolist(), strict=True)
         row |= {f"load_{name}": load for name, load in loads}
         return {name: round(value, DIGITS) for name, value in row.items()}
@@ -113,6 +116,10 @@ class MixtureLearner:
     def columns(self) -> tuple[str, ...]:
         """Gate and load; the gradient of a gate that has none is left out."""
         return ("gate_entropy", "gate_shift", *(f"load_{name}" for name in self.recipe.experts))
+
+    def epoch_ends(self) -> None:
+        """Forget the norms of this epoch."""
+        self.gate_norms.clear()
 
     def state(self) -> dict[str, Tensor]:
         """The norms of this epoch."""
@@ -191,3 +198,45 @@ def train_mixture(
     trained = fit(design.learner(mixture, recipe), course)
     trained.alarms.extend(alarms(trained.history, trained.kept, recipe))
     return trained, architecture
+
+
+def train_and_record(
+    stage: str,
+    name: str,
+    label: str,
+    recipe: JointRecipe,
+    data: Dataset,
+    *,
+    seed: int,
+    epsilon: float,
+    design: Design | None = None,
+    settings: Mapping[str, Settings] = MappingProxyType({}),
+) -> None:
+    """Train a mixture of the pre-trained experts, its random numbers drawn under `label`, and write it as `name` of
+    `stage`; `settings`: what else its header should tell.
+    """
+    experts = load_experts(recipe.experts, data)
+    made_from = hashes(data, experts)
+    with state.work(f"{stage}-{name}", dict(settings), recipe, seed, epsilon, made_from) as shelf:
+        trained, architecture = train_mixture(
+            [expert.model for expert in experts.values()],
+            backbone_of(experts),
+            data,
+            recipe,
+            seed=seed,
+            epsilon=epsilon,
+            spent=cost.spent(experts),
+            name=label,
+            design=design,
+            shelf=shelf,
+        )
+        record(
+            stage,
+            name,
+            trained,
+            architecture,
+            data.facts,
+            params={"recipe": recipe, "epsilon": epsilon, **settings},
+            inputs=made_from,
+            seed=seed,
+        )

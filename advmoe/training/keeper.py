@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from advmoe import console, state
+from advmoe import console, distributed, state
 from advmoe.artifacts import hash_tensors
 from advmoe.data.dataset import Dataset
 from advmoe.errors import STUMBLES, UserError, first_line
 from advmoe.interruption import GO_ON, Held, Interrupted, held_back
-from advmoe.machine import machine
+from advmoe.machine import device, machine
 from advmoe.state import KEY_LENGTH, Snapshot, circumstances, digest_of
 from advmoe.training.cost import Learns
 
@@ -75,7 +75,7 @@ def identity(name: str, learner: Learns, dataset: Dataset, settings: object) -> 
         [type(learner).__qualname__, _plain(vars(learner))],
         fingerprint(learner.model),
         hash_tensors(images),
-        circumstances(),
+        _circumstances(),
     )
     return f"{name.replace('/', '-')}-{key[:KEY_LENGTH]}.safetensors"
 
@@ -83,6 +83,15 @@ def identity(name: str, learner: Learns, dataset: Dataset, settings: object) -> 
 def fingerprint(model: nn.Module) -> str:
     """sha256 over all that determines what a network answers."""
     return digest_of(_structure(model), hash_tensors(model.state_dict()))
+
+
+def _circumstances() -> list[object]:
+    """One process alone promises the last bit. Several leave it to others to go on, more or fewer: equal up to rounding
+    anyway.
+    """
+    if distributed.is_distributed():
+        return ["several processes", device().type, torch.__version__, state.code_digest()]
+    return circumstances()
 
 
 def _structure(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
@@ -118,11 +127,11 @@ class Keeper:
         self.run, self.name, self.file = run, name, file
         self.saved: tuple[int, ...] | None = None
         self.due = time.monotonic() + machine().state_seconds
-        self.works = True
+        self.works = distributed.is_main()  # all processes are in the same state
 
     def resume(self) -> None:
         """Take over what there is; a damaged file is as good as none, and so is one of anything else."""
-        found = self._found()
+        found = distributed.on_main(self._found)
         if found is None:
             return
         try:
@@ -148,14 +157,15 @@ class Keeper:
         console.warn(f"{why} and left aside; {self.name} begins anew")
 
     def look(self, held: Held) -> None:
-        """Save if it is time to; if the process was told to end, save and let it."""
-        if held.pending is None and time.monotonic() < self.due:
+        """Save if it is time to; if a process was told to end, save and let all of them."""
+        told = distributed.largest(held.pending or 0)
+        if not told and time.monotonic() < self.due:
             return
         self.save()
-        if held.pending is not None:
+        if told:
             if self.works:
                 console.say(f"{self.name}: kept as it is; {GO_ON}")
-            raise Interrupted(held.pending)
+            raise Interrupted(told)
 
     def save(self) -> None:
         """Save, unless just this was saved. Raises UserError for a run that has gone wrong, and keeps what it had."""

@@ -7,7 +7,7 @@ Shapes: B batch, C channel, H/W pixels.
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from advmoe import console, engine, files
+from advmoe import console, distributed, engine, files
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.draws import PartDraws
 from advmoe.attacks.fgsm import Fgsm
@@ -33,7 +33,7 @@ from advmoe.state import Snapshot, flat, in_parts
 from advmoe.training.adversary import CleanBatches, SingleAdversary, bind, craft, draw
 from advmoe.training.cost import SAMPLE, Cost, Rates, cost, rates
 from advmoe.training.keeper import Look, forms, identity, is_stream, kept
-from advmoe.training.pieces import Piece, as_one, cut
+from advmoe.training.pieces import SMALLEST, Piece, as_one, cut
 from advmoe.training.recipe import Learning, Recipe, Validation, rate
 
 VALIDATION_BATCH = 200
@@ -68,7 +68,11 @@ class Learner(Protocol):
         ...
 
     def health(self, model: nn.Module, clean_NCHW: Tensor, attacked_NCHW: Tensor) -> Row:
-        """Further columns of the history, from validation images clean and attacked; the epoch ends here."""
+        """Further columns of the history, from validation images clean and attacked."""
+        ...
+
+    def epoch_ends(self) -> None:
+        """Begin anew whatever is counted by the epoch."""
         ...
 
     @property
@@ -147,6 +151,10 @@ class Run:
         learner.model.to(place)
         self.images, self.labels = train.images.to(place), train.labels.to(place)
         self.steps_per_epoch = batches_per_epoch(len(train), recipe.batch_size)
+        self.smallest = SMALLEST  # piece of a batch
+        if isinstance(recipe, Recipe) and recipe.sync_batchnorm and distributed.is_distributed():
+            distributed.synchronise(learner.model, course.name, len(train) // self.steps_per_epoch)
+            self.smallest = 1  # what is normalised together is larger
         self.optimizer = learner.optimizer()
         steps = recipe.epochs * self.steps_per_epoch
         self.rate: Callable[[int], float] = lambda step: rate(recipe.schedule, step, steps)
@@ -185,8 +193,9 @@ class Run:
         self.check()
         row: Row = {"epoch": number, "loss": round(float(torch.stack(self.losses).float().mean()), DIGITS)}
         if isinstance(recipe, Recipe):
-            row |= _watch(self.learner, self.model, course, number)
+            row |= distributed.on_main(lambda: _watch(self.learner, self.model, course, number))
             console.say(f"{course.name} {_summary(row)}")
+        self.learner.epoch_ends()
         self.losses, self.epoch_began = [], self.shuffle.get_state()
         self.history.append(row)
         self._keep(row)
@@ -215,13 +224,17 @@ class Run:
             raise DivergedError(f"{self.course.name}: the weights became NaN or infinite {where} {len(self.losses)}")
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Attack one batch as drawn, learn from it; returns its loss."""
+        """Attack one batch as drawn, learn from it; returns its loss.
+
+        Of several processes each takes some pieces of the batch, and all are in the same state afterwards.
+        """
         model, recipe = self.learner.model, self.course.recipe
         pieces = self._crafted(images, labels)
         self.learner.begin()
         self.learned += len(labels)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._gradients(pieces)
+        loss = distributed.total(self._gradients(pieces))
+        distributed.add_gradients(model)
         self.learner.after_backward()
         if recipe.clip:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -234,29 +247,37 @@ class Run:
     def _crafted(self, images: Tensor, labels: Tensor) -> list[Piece]:
         """The batch under one drawn attack, piece by piece, against the network as it is before the step."""
         course, pieces = self.course, []
-        drawn, began = draw(course.adversary, course.epsilon, self.adversary), self.noise.get_state()
-        for part in cut(len(labels), course.recipe.micro_batch):
+        drawn, began, passes = draw(course.adversary, course.epsilon, self.adversary), self.noise.get_state(), Passes()
+        for part in self._parts(len(labels)):
             rows = part.to(labels.device)
             clean, truth = images[rows], labels[rows]
             attacked = clean
             if drawn is not None:
                 self.noise.set_state(began)  # every piece sees the draws of the whole batch, and takes its own
                 draws = PartDraws(self.noise, len(labels), part)
-                attacked = craft(self.learner.model, clean, truth, drawn, draws, course.recipe.precision, self.passes)
+                attacked = craft(self.learner.model, clean, truth, drawn, draws, course.recipe.precision, passes)
             pieces.append(Piece(clean, attacked, truth, len(truth) / len(labels)))
-        return pieces
+        done = distributed.total(torch.tensor([passes.forward, passes.backward])).tolist()
+        self.passes.forward, self.passes.backward = self.passes.forward + done[0], self.passes.backward + done[1]
+        return [piece for piece in pieces if len(piece.labels)]
+
+    def _parts(self, count: int) -> Sequence[Tensor]:
+        """The pieces of this process; without one it attacks no image, but draws along with the others."""
+        pieces = cut(count, self.course.recipe.micro_batch, distributed.world(), self.smallest)
+        return distributed.dealt(pieces) or [torch.arange(0)]
 
     def _gradients(self, pieces: list[Piece]) -> Tensor:
         """Of the batch's loss, which is returned; left where the optimiser looks for them."""
-        total = torch.zeros((), device=self.images.device)
-        for piece in as_one(self.learner.model, pieces):
+        model = self.learner.model
+        total = next(model.parameters()).new_zeros(())
+        for piece in as_one(model, pieces):
             images, clean = (
                 found.contiguous(memory_format=torch.channels_last) for found in (piece.images, piece.clean)
             )
             with engine.autocast(images.device, self.course.recipe.precision):
                 loss = piece.share * self.learner.loss(images, piece.labels, clean)
             loss.backward()  # type: ignore[no-untyped-call]
-            total = total + loss.detach()
+            total += loss.detach()
         return total
 
     # ---- to be killed and go on, to the last bit the same
@@ -371,10 +392,13 @@ class Run:
 def fit(learner: Learner, course: Course) -> Trained:
     """Train `learner.model` in place on the training split; returns the model that `recipe.selection` keeps.
 
-    Deterministic in the course on a given machine and number of threads, however often it was killed in between.
+    Deterministic in the course on a given machine and number of threads, however often it was killed in between. What
+    several processes find differs from what one finds by rounding, and by what a BatchNorm normalises together.
     Raises UserError when the loss is no longer finite, and keeps the last good weights.
     """
-    file = course.shelf and course.shelf / identity(course.name, learner, course.dataset, course.settings)
+    work = identity(course.name, learner, course.dataset, course.settings)
+    distributed.must_agree(course.name, work)
+    file = course.shelf and course.shelf / work
     run = Run(learner, course)
     each = rates(learner, run.images[:SAMPLE].float() / 255, run.labels)
     try:

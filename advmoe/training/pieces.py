@@ -1,5 +1,5 @@
 """A batch in pieces, so that large batches fit a small memory: crafted and learned from one after another, gradients
-added up.
+added up. Several processes take a piece each.
 
 The batch stays the unit of everything else: one draw of the attack, one step of the optimiser, and one step of
 BatchNorm's running statistics. What a piece alone decides is what it is normalised by, and a mixture's load balance.
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from advmoe import distributed
+
 SMALLEST = 2  # images: BatchNorm cannot learn from one
 
 
@@ -26,10 +28,12 @@ class Piece(NamedTuple):
     share: float
 
 
-def cut(count: int, most: int | None) -> tuple[Tensor, ...]:
-    """Positions 0 to `count` - 1 in as few pieces of nearly equal size as keep each at `most`; None: in one."""
+def cut(count: int, most: int | None, processes: int = 1, smallest: int = SMALLEST) -> tuple[Tensor, ...]:
+    """Positions 0 to `count` - 1 in as few pieces of nearly equal size as keep each at `most`, None: at any size, and
+    give as many to each process. None is `smallest`, which may leave processes without.
+    """
     pieces = 1 if most is None else -(-count // most)
-    return torch.tensor_split(torch.arange(count), max(1, min(pieces, count // SMALLEST)))
+    return torch.tensor_split(torch.arange(count), max(1, min(-(-pieces // processes) * processes, count // smallest)))
 
 
 def as_one(model: nn.Module, pieces: Sequence[Piece]) -> Iterator[Piece]:
@@ -38,7 +42,7 @@ def as_one(model: nn.Module, pieces: Sequence[Piece]) -> Iterator[Piece]:
     Every piece starts from the statistics before the batch, and the batch leaves the weighted mean of what its pieces
     made of them. So neither their number nor their order matters to how fast the statistics move.
     """
-    if len(pieces) == 1:
+    if len(pieces) == 1 and not distributed.is_distributed():
         yield from pieces
         return
     statistics = _Statistics(model)
@@ -55,20 +59,18 @@ class _Statistics:
         layers = [layer for layer in model.modules() if isinstance(layer, BatchNorm) and layer.training]
         moving = [found for layer in layers for found in (layer.running_mean, layer.running_var)]
         self.moving = [tensor for tensor in moving if tensor is not None]
-        self.counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
-        self.before = [tensor.clone() for tensor in self.moving + self.counts]
+        self.before = [tensor.clone() for tensor in self.moving]
         self.after = [torch.zeros_like(tensor) for tensor in self.moving]
 
     def take(self, share: float) -> None:
         """A piece has moved them."""
         for total, moved in zip(self.after, self.moving, strict=True):
             total.add_(moved, alpha=share)
-        for tensor, before in zip(self.moving + self.counts, self.before, strict=True):
+        for tensor, before in zip(self.moving, self.before, strict=True):
             tensor.copy_(before)
 
     def settle(self) -> None:
-        """The batch is over."""
+        """The batch is over, for all processes."""
+        distributed.add_up(self.after)
         for tensor, total in zip(self.moving, self.after, strict=True):
             tensor.copy_(total)
-        for count in self.counts:
-            count.add_(1)

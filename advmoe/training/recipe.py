@@ -61,8 +61,11 @@ class Learning(Settings):
 
 
 class Recipe(Learning):
-    """The same, watched on the validation split; `selection`: keep the last epoch or the best there."""
+    """The same, watched on the validation split; `selection`: keep the last epoch or the best there; `sync_batchnorm`:
+    where several GPUs train, their BatchNorms normalise by what all of them have in hand, not each by its own share.
+    """
 
+    sync_batchnorm: bool
     selection: Literal["last", "best"]
     validation: Validation
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel
 
-from advmoe import classifiers, console, files, paths
+from advmoe import classifiers, console, distributed, files, paths
 from advmoe.classifiers import Mixture, Plain
 from advmoe.data.dataset import Facts
 from advmoe.training.loop import Trained
@@ -21,7 +21,11 @@ def record(
     inputs: Mapping[str, str],
     seed: int,
 ) -> None:
-    """Write a trained classifier with its numbers. The artifact comes last: where it is, all of it is."""
+    """Write a trained classifier with its numbers. The artifact comes last: where it is, all of it is. Of several
+    processes the first writes.
+    """
+    if not distributed.is_main():
+        return
     metrics = {"validation": trained.kept, "alarms": trained.alarms, "cost": trained.cost.as_dict()}
     files.write_json(paths.metrics(stage, name), metrics)
     files.write_csv(paths.plots(stage, name), trained.history)

@@ -89,6 +89,9 @@ class PlainLearner:
         """None."""
         return ()
 
+    def epoch_ends(self) -> None:
+        """Nothing is counted."""
+
     def state(self) -> dict[str, Tensor]:
         """Nothing."""
         return {}
