@@ -139,10 +139,10 @@ def evaluate(
     """Without options the stage: everything, for the record. With any option a quick question about one model."""
     asked = (attack, epsilon, norm, steps, limit, model, weights, expert, data, training_data, batch_size)
     if all(option is None or option == [] for option in asked) and checks:
-        _stage()
-        from stages import evaluate as stage
+        with _shared_stage():
+            from stages import evaluate as stage
 
-        return stage.run()
+            return stage.run()
     _torch()
     from advmoe.evaluation.answer import answer
     from advmoe.evaluation.question import Question

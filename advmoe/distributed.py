@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from advmoe import console, machine
-from advmoe.errors import UserError, first_line
+from advmoe.errors import UserError
 from advmoe.interruption import GO_ON
 
 T = TypeVar("T")
@@ -117,10 +117,8 @@ def _all_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = first_line(error)
-        raise UserError(
-            f"another process of this run was lost; {GO_ON}, with as many as there are ({reason})"
-        ) from error
+        reason = str(error).partition(". ")[0].rpartition(": ")[2]  # behind gloo's file, line and address
+        raise UserError(f"another process of this run was lost ({reason}); {GO_ON}, with any number") from error
 
 
 # ---- to find together; outside a group each of these returns what it is given

@@ -1,7 +1,7 @@
 """Independent work, spread over the cores: two processes, each with half of the threads.
 
-A network on small images hardly gets faster with a second thread; two networks at a time do. On a GPU, or with one
-thread, everything runs in this process.
+A network on small images hardly gets faster with a second thread; two networks at a time do. On a GPU, with one
+thread, or where several processes share each piece of work, everything runs in this process.
 """
 
 import multiprocessing
@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from advmoe import console, machine
+from advmoe import console, distributed, machine
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -26,7 +26,8 @@ WORKERS = 2
 def spread(work: Callable[[A], T], items: Sequence[A]) -> list[T]:
     """`work(item)` for every item, in that order of results. `work` must be importable; its errors are raised here."""
     threads = torch.get_num_threads()
-    if threads < WORKERS or len(items) < WORKERS or machine.device().type != "cpu":
+    alone = distributed.is_distributed() or machine.device().type != "cpu"
+    if alone or threads < WORKERS or len(items) < WORKERS:
         return [work(item) for item in items]
     # spawn: a forked copy of a process that has used OpenMP hangs
     context = multiprocessing.get_context("spawn")

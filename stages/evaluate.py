@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from torch import Tensor, nn
 
-from advmoe import artifacts, classifiers, console, files, paths
+from advmoe import artifacts, classifiers, console, distributed, files, paths
 from advmoe.attacks.ball import LInf
 from advmoe.classifiers import Classifier, Mixture
 from advmoe.data import dataset
@@ -112,12 +112,14 @@ class Inputs:
 
 
 def run() -> None:
-    """Evaluate everything the pipeline trained."""
+    """Evaluate everything the pipeline trained. Several processes share the images; the first judges and writes."""
     started = time.monotonic()
     Inputs.read.cache_clear()
     inputs = Inputs.read()
     names = list(inputs.subjects())
     found = dict(zip(names, spread(evaluate_one, names), strict=True))
+    if not distributed.is_main():
+        return
     _compare(found, inputs.seed)
     _write(found, inputs)
     _write_examples(found, inputs, time.monotonic() - started)
@@ -158,7 +160,8 @@ def _judge(result: Result, inputs: Inputs) -> None:
     settings, terms, target = inputs.settings, inputs.terms, result.target
     training = frozenset(content_hashes(inputs.data["train"].images))
     case = Case(target, result.attacks, result.measured, terms, settings.checks, training)
-    result.verdict = verdict.judge(case)
+    if distributed.is_main():
+        result.verdict = verdict.judge(case)
     result.curve = dict(robustness_curve(target, settings.grid, terms))
     result.minimal = minimal_epsilons(target, settings.minimal, result.measured, terms)
 

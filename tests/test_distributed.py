@@ -19,14 +19,24 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, Advmoe, Edit
+from test_harness import FGSM, NOISE, SQUARE, make_resnet, make_target, make_terms
+from test_harness import PGD as LONGER
 from test_pieces import PGD, TRADES, Exact, exact, joint_recipe, recipe_of
 from test_resume_training import FACTS, MIXED, RECIPE, make_model, make_split
 from torch import Tensor
 from torch.nn import functional
 
-from advmoe import cli, distributed, machine, paths
+from advmoe import classifiers, cli, distributed, machine, paths
+from advmoe.attacks.catalogue import AnyAttack
+from advmoe.attacks.fab import FabT
+from advmoe.classifiers import Backbone, Plain
+from advmoe.data import dataset
 from advmoe.data.dataset import Dataset
 from advmoe.errors import UserError
+from advmoe.evaluation import harness
+from advmoe.evaluation.harness import Measured, Target, Terms, measure
+from advmoe.evaluation.minimal import minimal_epsilons
+from advmoe.evaluation.resume import Part
 from advmoe.models.moe import Mixing, MixtureOfExperts
 from advmoe.training import keeper
 from advmoe.training.adversary import SingleAdversary
@@ -56,7 +66,9 @@ def together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Together:
     """`together(3, work, 1, 2)`: `work(1, 2)` in three processes as torchrun would start them, by rank."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # for what is imported once
     context = multiprocessing.get_context("forkserver")  # which imports once for all of them
-    context.set_forkserver_preload(["test_distributed", "stages.pretrain", "torch._dynamo", "torch._inductor.config"])
+    context.set_forkserver_preload(
+        ["test_distributed", "stages.pretrain", "stages.evaluate", "torch._dynamo", "torch._inductor.config"]
+    )
     runs = iter(range(100))
 
     def run(world: int, work: Callable[..., Any], *arguments: Any) -> list[Ended]:
@@ -108,6 +120,21 @@ def _ended(folder: Path, rank: int, code: int | None) -> Ended:
 def founds(ended: list[Ended]) -> list[Any]:
     assert [each.code for each in ended] == [0] * len(ended), [each.err for each in ended]
     return [each.found for each in ended]
+
+
+Fresh = Callable[[], None]
+
+
+@pytest.fixture
+def fresh_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fresh:
+    """`fresh_state()`: from here on nothing is left of what was found before."""
+    folders = (tmp_path / f"state-{number}" for number in range(100))
+
+    def fresh() -> None:
+        monkeypatch.setenv("ADVMOE_STATE_DIR", str(next(folders)))
+        machine.machine.cache_clear()
+
+    return fresh
 
 
 # ---- the same gradients
@@ -286,9 +313,8 @@ def test_a_lost_process_ends_all_and_any_number_goes_on(
     first, second = together(2, command, pretrain, (1, 4, signal.SIGKILL))
     assert (first.code, second.code) == (2, -signal.SIGKILL)
     assert first.out == "clean: taken over from the run that was stopped, after 0 epochs and 3 steps\n"
-    assert first.err.startswith(
-        "error: another process of this run was lost; run the same command again to go on, with"
-    )
+    assert first.err.startswith("error: another process of this run was lost (")
+    assert first.err.endswith("); run the same command again to go on, with any number\n")
     assert first.err.count("\n") == 1
     assert not (project / files).exists()
 
@@ -306,8 +332,111 @@ def test_a_lost_process_ends_all_and_any_number_goes_on(
 def test_a_first_process_that_is_lost_leaves_a_sentence_too(together: Together) -> None:
     first, second = together(2, command, ("pretrain", "clean"), (0, 1, signal.SIGKILL))
     assert (first.code, second.code) == (-signal.SIGKILL, 2)
-    assert second.err.startswith("rank 1: error: another process of this run was lost; ")
+    assert second.err.startswith("rank 1: error: another process of this run was lost (")
     assert second.err.count("\n") == 1
+
+
+# ---- evaluation
+
+
+ATTACKS: dict[str, AnyAttack] = {"fgsm": FGSM, "pgd": LONGER, "square": SQUARE, "noise": NOISE}
+
+
+def measured(batch_size: int | None, *, lost: bool = False) -> tuple[Measured, Tensor, list[int]]:
+    """What was found, the smallest epsilons, and the images that this process attacked, over all attacks."""
+    attacked: list[int] = []
+    original = harness._batch
+
+    def batch(target: Target, name: str, attack: AnyAttack, terms: Terms, rows: Tensor) -> Part:
+        if lost and distributed.rank() == 1 and attacked:
+            os.kill(os.getpid(), signal.SIGKILL)
+        attacked.extend(rows.tolist())
+        return original(target, name, attack, terms, rows)
+
+    vars(harness)["_batch"] = batch
+    try:
+        with distributed.joined():
+            target = make_target(make_resnet())
+            terms = make_terms(batch_size=batch_size, limits={"square": 5})
+            found = measure(target, ATTACKS, terms)
+            smallest = minimal_epsilons(target, FabT(kind="fab-t", steps=2, targets=1, restarts=1), found, terms)
+    finally:
+        vars(harness)["_batch"] = original
+    return found, smallest, attacked
+
+
+def same_decisions(left: tuple[Measured, Tensor, Any], right: tuple[Measured, Tensor, Any]) -> bool:
+    pairs = zip(left[0].correct.items(), right[0].correct.items(), strict=True)
+    assert left[1].isfinite().any()
+    return torch.allclose(left[1], right[1], atol=1e-5) and all(
+        mine[0] == other[0] and torch.equal(mine[1], other[1]) for mine, other in pairs
+    )
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(2, 3), (3, None)])
+def test_processes_share_the_images_and_decide_as_one(
+    world: int, batch_size: int | None, together: Together, fresh_state: Fresh
+) -> None:
+    fresh_state()
+    everybody = founds(together(world, measured, batch_size))
+    fresh_state()
+    alone = measured(batch_size)
+    assert all(same_decisions(each, alone) for each in everybody)
+    shares = [each[2] for each in everybody]
+    assert sorted(row for share in shares for row in share) == sorted(alone[2])
+    assert max(map(len, shares)) < len(alone[2]) * 0.7
+    for name, outcome in alone[0].outcomes.items():
+        assert all(each[0].outcomes[name].forward == outcome.forward for each in everybody)
+
+
+def lost_evaluation() -> None:
+    sys.argv = ["advmoe", "info"]
+    vars(cli)["app"] = lambda: measured(2, lost=True)
+    cli.main()
+
+
+def test_a_lost_evaluation_is_gone_on_with_by_any_number(together: Together, fresh_state: Fresh) -> None:
+    fresh_state()
+    alone = measured(2)
+    fresh_state()
+    first, second = together(2, lost_evaluation)
+    assert (first.code, second.code) == (2, -signal.SIGKILL)
+    assert first.err.startswith("error: another process of this run was lost (")
+    everybody = founds(together(3, measured, 2))
+    assert all(same_decisions(each, alone) for each in everybody)
+    done = 4  # two batches of two, one by each process
+    assert sum(len(each[2]) for each in everybody) == len(alone[2]) - done
+
+
+def test_the_stage_writes_what_one_process_writes(
+    together: Together, project: Path, edit: Edit, advmoe: Advmoe
+) -> None:
+    claims = {"better": {"model": "mixture", "over": "baseline/standard", "under": "worst"}}
+    edit({"evaluate.baselines": ["standard"], "evaluate.batch_size": 6, "evaluate.grid.epsilons": [0.1]})
+    edit({"report.claims": claims})
+    data = dataset.load(paths.DATASET)
+    plain = Plain(kind="plain", backbone=Backbone(kind="resnet18", width=2))
+    for stage, name in (("pretrain", "clean"), ("pretrain", "pgd-1"), ("baseline", "standard")):
+        model = classifiers.build(plain, data.facts, 0, name).eval()
+        about: dict[str, Any] = {"params": {}, "inputs": {"dataset": data.sha256}, "seed": 0, "metrics": {}}
+        classifiers.save(paths.artifact(stage, name), model, plain, data.facts, **about, seconds=0.0)
+
+    def written() -> dict[Path, bytes]:
+        files = [path for room in ("metrics", "plots", "artifacts/evaluate") for path in (project / room).rglob("*.*")]
+        return {path: path.read_bytes() for path in files if path not in before and ".run." not in path.name}
+
+    before: dict[Path, bytes] = {}
+    before = written()
+    assert advmoe("evaluate").code == 0
+    alone = written()
+    assert len(alone) > 20
+    for path in alone:
+        path.unlink()
+    ended = together(2, command, ("evaluate",))
+    assert [each.code for each in ended] == [0, 0], [each.err for each in ended]
+    assert written() == alone
+    assert ended[1].out + ended[1].err == ""
+    assert list(machine.machine().state_dir.iterdir()) == []
 
 
 # ---- what processes tell each other

@@ -3,6 +3,7 @@
 Whatever an attack returns is projected into the ball and the box and classified again in float32 and eval mode, in
 padded batches of one fixed size. Random draws are seeded by the image's position, so a decision depends neither on the
 batch size nor on which other images are left. Finished batches are kept on disk: a killed run goes on where it was.
+Several processes attack a batch each at a time, and all know what was found.
 
 Shapes: N images, b images of one batch, C channel, H/W pixels, K classes.
 """
@@ -16,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from advmoe import console, engine
+from advmoe import console, distributed, engine
 from advmoe.artifacts import hash_tensors
 from advmoe.attacks import catalogue
 from advmoe.attacks.ball import Ball
@@ -147,7 +148,9 @@ def measure(target: Target, attacks: Mapping[str, AnyAttack], terms: Terms) -> M
 
 
 def forget(target: Target, attacks: Mapping[str, AnyAttack], terms: Terms) -> None:
-    """Drop what was kept for resuming: the results are on record."""
+    """Drop what was kept for resuming: the results are on record. Of several processes the first does it."""
+    if not distributed.is_main():
+        return
     for name, attack in attacks.items():
         _store(target, name, attack, terms).clear()
 
@@ -204,8 +207,9 @@ def _meet(target: Target, name: str, attack: AnyAttack, terms: Terms, standing: 
 
 def _parts(target: Target, name: str, attack: AnyAttack, terms: Terms, wanted: Tensor, store: Store) -> Iterator[Part]:
     """What was finished before, then the rest of the `wanted` (N,), kept as it comes."""
+    distributed.must_agree(target.name, store.place.folder.name)
     done = torch.zeros_like(wanted)
-    for part in store.parts(target.images, terms.ball):
+    for part in distributed.on_main(lambda: store.parts(target.images, terms.ball)):
         done[part.rows.to(done.device)] = True
         yield part
     rows = (wanted & ~done).nonzero().squeeze(1).cpu()
@@ -213,15 +217,33 @@ def _parts(target: Target, name: str, attack: AnyAttack, terms: Terms, wanted: T
         console.say(f"{target.name}: {name}: {int(done.sum())} images taken over from the run that was stopped")
     if not len(rows):
         return
-    size = terms.batch_size or fitting_batch(target.model, target.images)
+    size = _size(target, terms, len(rows))
     fallen = 0
     with console.Progress(f"{target.name}: {name}", len(rows)) as progress:
-        for batch, part in in_batches(partial(_batch, target, name, attack, terms), rows, size):
-            store.add(part)
-            changed = engine.predict(target.model, part.images.to(target.images), DECISION_BATCH).argmax(1)
-            fallen += int((changed != target.labels[batch]).sum())
-            progress.advance(len(batch), f"{fallen} fallen")
-            yield part
+        while len(rows):
+            parts = _next_parts(target, name, attack, terms, torch.split(rows, size)[: distributed.world()])
+            size = max(len(part.rows) for part in parts)  # smaller, where memory ran out
+            for part in parts:
+                if distributed.is_main():
+                    store.add(part)
+                changed = engine.predict(target.model, part.images.to(target.images), DECISION_BATCH).argmax(1)
+                fallen += int((changed != target.labels[part.rows]).sum())
+                progress.advance(len(part.rows), f"{fallen} fallen")
+                yield part
+            rows = rows[sum(len(part.rows) for part in parts) :]
+
+
+def _size(target: Target, terms: Terms, count: int) -> int:
+    """Of a batch; the same for all processes, and small enough that each has its share of `count` images."""
+    size = terms.batch_size or -distributed.largest(-fitting_batch(target.model, target.images))
+    return min(size, -(-count // distributed.world()))
+
+
+def _next_parts(target: Target, name: str, attack: AnyAttack, terms: Terms, batches: Sequence[Tensor]) -> list[Part]:
+    """These batches attacked, one by each process."""
+    attacked = partial(_batch, target, name, attack, terms)
+    own = [part for batch in distributed.dealt(batches) for _, part in in_batches(attacked, batch, len(batch))]
+    return [part for parts in distributed.gathered(own) for part in parts]
 
 
 def _batch(target: Target, name: str, attack: AnyAttack, terms: Terms, rows: Tensor) -> Part:

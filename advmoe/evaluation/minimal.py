@@ -6,7 +6,7 @@ Shapes: N images, C channel, H/W pixels.
 import torch
 from torch import Tensor
 
-from advmoe import console, engine
+from advmoe import console, distributed, engine
 from advmoe.attacks.ball import length
 from advmoe.attacks.draws import ImageDraws
 from advmoe.attacks.fab import FabT, closest
@@ -30,14 +30,15 @@ def minimal_epsilons(target: Target, settings: FabT, measured: Measured, terms: 
     rows = measured.correct[CLEAN].nonzero().squeeze(1)
     if not len(rows):
         return bounds
-    size = terms.batch_size or fitting_batch(target.model, target.images)
-    with console.Progress(f"{target.name}: minimal epsilon", len(rows)) as progress:
-        for batch, points in in_batches(lambda batch: _closest(target, settings, batch, terms), rows, size):
+    size = min(terms.batch_size or fitting_batch(target.model, target.images), -(-len(rows) // distributed.world()))
+    own = torch.cat([rows[:0], *distributed.dealt(torch.split(rows, size))])
+    with console.Progress(f"{target.name}: minimal epsilon", len(own)) as progress:
+        for batch, points in in_batches(lambda batch: _closest(target, settings, batch, terms), own, size):
             wrong = engine.predict(target.model, points, DECISION_BATCH).argmax(1) != target.labels[batch]
             found = torch.where(wrong.cpu(), length(points.cpu() - clean[batch], norm), torch.inf)
             bounds[batch] = torch.minimum(bounds[batch], found)
             progress.advance(len(batch), f"{int(wrong.sum())} found")
-    return bounds
+    return torch.stack(distributed.gathered(bounds)).amin(dim=0)
 
 
 def _closest(target: Target, settings: FabT, rows: Tensor, terms: Terms) -> Tensor:
