@@ -26,14 +26,15 @@ PREFIX = "ADVMOE_"
 
 
 class Machine(BaseSettings):
-    """Settings of this machine. `cache_dir`: for downloads; `state_dir`: for unfinished work, written there by training
-    every `state_seconds`.
+    """Settings of this machine. `compile`: attack networks that torch.compile has rewritten; `cache_dir`: for
+    downloads; `state_dir`: for unfinished work, written there by training every `state_seconds`.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
+    compile: bool = False  # minutes, before anything is faster: pays on long runs only
     cache_dir: Path = user_cache_path("advmoe")
     state_dir: Path = user_cache_path("advmoe") / "state"
     state_seconds: Annotated[float, Field(ge=0)] = 30.0

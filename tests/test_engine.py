@@ -3,14 +3,17 @@
 Shapes: B batch, N images, C channel, H/W pixels, K classes.
 """
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+import torch._dynamo.exc
+import torch._dynamo.utils
 from torch import Tensor, nn
 
-from advmoe import engine
+from advmoe import engine, machine
 from advmoe.attacks import catalogue
 from advmoe.attacks.ball import L2, Ball, Draws, LInf
 from advmoe.attacks.catalogue import AnyAttack
@@ -19,6 +22,7 @@ from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.model import Craft, Fooled, Model, input_gradient
 from advmoe.attacks.pgd import Pgd, pgd
 from advmoe.engine import Passes, Precision, Struck
+from advmoe.errors import UserError
 from advmoe.machine import generator
 from advmoe.models.gate import Gate
 from advmoe.models.layers import ConvNorm
@@ -447,3 +451,50 @@ def test_frozen_spares_parameters_that_did_not_learn_before() -> None:
         assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.classify.weight.requires_grad
     assert model.classify.bias.requires_grad
+
+
+# ---- compiled
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The machine compiles what attacks differentiate."""
+    monkeypatch.setenv("ADVMOE_COMPILE", "1")
+    machine.machine.cache_clear()
+    yield
+    torch._dynamo.reset()
+
+
+def lines() -> nn.Module:
+    """Quickly compiled."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def gradient(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    with engine.crafting(model, "float32") as cheap:
+        leaf = images.clone().requires_grad_(True)
+        logits = cheap(leaf)
+        return logits.detach(), torch.autograd.grad(logits[:, 0].sum(), leaf)[0]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_network_is_attacked_as_any_other(request: pytest.FixtureRequest) -> None:
+    images, model = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), lines()
+    plain = [gradient(model, part) for part in (images, images[:2])]
+    request.getfixturevalue("compiling")
+    torch._dynamo.utils.counters.clear()
+    compiled = [gradient(model, part) for part in (images, images[:2])]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for found, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("compiling")
+def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise torch._dynamo.exc.BackendCompilerFailed(fails, RuntimeError("no compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda _: fails)
+    with pytest.raises(UserError, match=r"^environment: ADVMOE_COMPILE is set, but PyTorch cannot compile here \("):
+        gradient(lines(), torch.rand(2, 1, 8, 8))
