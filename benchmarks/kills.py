@@ -147,6 +147,7 @@ class Project:
 
     def _start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         own = {"PYTHONPATH": str(ROOT), "ADVMOE_STATE_DIR": str(self.state), "ADVMOE_STATE_SECONDS": "0.1"}
+        own |= {"ADVMOE_THREADS": "1", "OMP_NUM_THREADS": "1"}  # so small a network gains nothing by more
         arguments = [sys.executable, "-m", "advmoe", *command]
         return subprocess.Popen(arguments, cwd=self.folder, env={**os.environ, **own}, stdout=subprocess.DEVNULL)
 

@@ -228,7 +228,7 @@ def test_another_tensor_is_left_aside(
     assert refused(unfinished, changed) is None
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {unfinished.file} ")
-    assert said.endswith(" and left aside; mixture is trained from the start\n")
+    assert said.endswith(" and left aside; mixture begins anew\n")
 
 
 # ---- evaluation

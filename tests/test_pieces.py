@@ -53,7 +53,13 @@ def recipe_of(micro_batch: int | None) -> SingleRecipe:
 
 def joint_recipe(micro_batch: int | None, load_balance: float = 0.5) -> JointRecipe:
     own = {"micro_batch": micro_batch, "experts": ("left", "right"), "gate": GateSettings(width=2, temperature=1.0)}
-    more = {"mixing": "probabilities", "adversary": MIXED, "gate_lr": 0.1, "load_balance": load_balance}
+    more = {
+        "mixing": "probabilities",
+        "adversary": MIXED,
+        "gate_lr": 0.1,
+        "load_balance": load_balance,
+        "checkpointing": False,
+    }
     return JointRecipe(**RECIPE | STEP | own | more, alarms=Alarms(load=0.99, gradient=1e-9))
 
 
