@@ -1,7 +1,8 @@
 # make repro            build everything: experts, mixture, comparators, evaluation, poisoning, extraction, membership, report; then show the results
 # make repro JOBS=1     one stage after another, as `dvc repro` does; default: as many at a time as there are cores
 # make repro PROFILE=x  the same after laying profiles/x.yaml over params.yaml (smoke, digits, digits-full, cifar10-cpu, cifar10, svhn)
-# make test, make lint, make clean
+# make test, make lint
+# make clean            remove environments, caches, artifacts/ and runs/, paid queries among them; DVC's cache stays
 # make fuzz            the fuzz tests at length: a thousand random cases for each, other ones every time; SEED=n repeats, CASES=n as many
 # make bench            our attacks and poison against others', and how fast, in .venv-bench: their libraries do not get along with DVC's
 # make gpu-check        does this GPU do what the CPU does, and how fast? nine full-width experts on images of CIFAR-10's shape; minutes
