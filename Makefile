@@ -16,8 +16,8 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 # DVC runs `python -m advmoe`: the environment's python must be the first on PATH
 export PATH := $(BIN):$(PATH)
-# comparators are listed by size: with the dearest first no core waits for it in the end
-last_first = | awk '{line[NR] = $$0} END {while (NR) print line[NR--]}'
+# the mixture, then the comparators, which are listed by size, from the dearest down: no core waits for one of them in the end
+dearest_first = | awk '{line[NR] = $$0} END {print line[1]; while (NR > 1) print line[NR--]}'
 # the stages whose names match, which do not need each other; the cores are shared out, for threads beside others wait for each other
 side_by_side = stages=$$(dvc stage list --name-only | grep -E '$(1)' $(2)); \
 	jobs=$$(printf '%s\n' "$$stages" | awk 'END {print NR < $(JOBS) ? NR : $(JOBS)}'); \
@@ -32,7 +32,7 @@ repro: $(VENV)/.installed
 	@python -m advmoe check
 	dvc repro prepare
 	@$(call side_by_side,^pretrain@)
-	@$(call side_by_side,^(train|baseline@.*)$$,$(last_first))
+	@$(call side_by_side,^(train|baseline@.*)$$,$(dearest_first))
 	@$(call side_by_side,^(evaluate|poison@.*|extract@.*|membership)$$)
 	dvc repro
 	@python -m advmoe results

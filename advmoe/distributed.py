@@ -27,14 +27,14 @@ from advmoe.interruption import GO_ON
 
 T = TypeVar("T")
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # what processes tell each other beside numbers is on the CPU
-PATIENCE = timedelta(hours=2)  # with processes that are alive: the first may be validating. A dead one is seen at once
+PATIENCE = timedelta(days=2)  # with processes that live: the first may be asking the checks. A dead one is seen at once
 BUCKET = 2**23  # numbers in one message: large enough for the network, small beside the gradients themselves
 WATCH_SECONDS = 1.0
 
 
 def is_launched() -> bool:
     """Whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return machine.LAUNCHED in os.environ
 
 
 def is_extra() -> bool:
@@ -190,31 +190,32 @@ def gathered(found: T) -> list[T]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What `work` returns on the first process, on all of them; a UserError there is one everywhere."""
+    """What `work` returns on the first process, on all of them; a UserError there is the same everywhere."""
     if not is_distributed():
         return work()
-    told: list[tuple[T | None, str | None]] = [(None, None)]
+    told: list[tuple[T | None, UserError | None]] = [(None, None)]
     if is_main():
         told = [_tried(work)]
     with _all_there():
         distributed.broadcast_object_list(told, src=0)
     found, mistake = told[0]
     if mistake is not None:
-        raise UserError(mistake)
+        raise mistake
     return cast("T", found)
 
 
-def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
+def _tried(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
     try:
         return work(), None
     except UserError as error:
-        return None, str(error)
+        return None, error
 
 
 def must_agree(name: str, digest: str) -> None:
     """Raises UserError unless all processes have the same: nodes may read different files."""
     if len(set(gathered(digest))) > 1:
-        raise UserError(f"{name}: the processes do not start from the same params, data, networks and code")
+        what = "params, data, networks, code and kind of machine"
+        raise UserError(f"{name}: the processes do not start from the same {what}")
 
 
 def synchronise(model: nn.Module, name: str, batch: int) -> None:

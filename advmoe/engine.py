@@ -8,7 +8,7 @@ Shapes: B batch, N images, C channel, H/W pixels, K classes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,7 +124,8 @@ def _compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
 @contextmanager
 def crafting(model: nn.Module, precision: Precision, passes: Passes | None = None) -> Iterator[Cheap]:
     """`model` frozen, folded, in `precision`, for attacks."""
-    with frozen(model), folded(model), side_by_side(model):
+    # a compiler that meets other objects every time compiles every time, and has its own ways to save calls
+    with frozen(model), folded(model), nullcontext() if machine().compile else side_by_side(model):
         yield Cheap(model, precision, passes or Passes())
 
 

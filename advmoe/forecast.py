@@ -283,7 +283,8 @@ def _finished(step: Callable[[], object]) -> None:
 
 def rows(jobs: list[Job], flops: float | None) -> list[list[str]]:
     """A row for each stage and one for all; `flops`: operations a second, None for what this machine does."""
-    speeds = {id(job.network): flops or job.network.speed() for job in jobs}
+    networks = {id(job.network): job.network for job in jobs}  # which many jobs share
+    speeds = {key: flops or network.speed() for key, network in networks.items()}
     found, hours = [], 0.0
     for job in jobs:
         speed = speeds[id(job.network)]

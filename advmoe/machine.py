@@ -1,4 +1,4 @@
-"""What may differ between machines and must not change a result: device, threads, folders.
+"""What may differ between machines and must not change a result but by rounding: device, threads, compiling, folders.
 
 Read from `ADVMOE_*` environment variables and nowhere else. Anything that changes a number belongs in params.yaml,
 where DVC sees it; an unknown `ADVMOE_*` variable is an error because it was probably meant to do that.
@@ -23,11 +23,12 @@ from advmoe.errors import UserError
 from advmoe.params import explain
 
 PREFIX = "ADVMOE_"
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it for the processes that it starts
 
 
 class Machine(BaseSettings):
     """Settings of this machine. `compile`: attack networks that torch.compile has rewritten; `cache_dir`: for
-    downloads; `state_dir`: for unfinished work, written there by training every `state_seconds`.
+    downloads; `state_dir`: for unfinished work, written there every `state_seconds`.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
@@ -115,7 +116,7 @@ def refuse_several_processes() -> None:
     """Raises UserError under a launcher that starts several copies: each would train and write the same files. Those of
     torchrun know of each other.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if LAUNCHED in os.environ:
         return
     for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):  # others, srun, mpirun
         processes = os.environ.get(name, "1")

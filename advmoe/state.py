@@ -62,7 +62,7 @@ def circumstances() -> list[object]:
     place = device()
     return [
         [place.type, torch.cuda.get_device_name(place) if place.type == "cuda" else torch.get_num_threads()],
-        [torch.__version__, torch.backends.cpu.get_cpu_capability(), code_digest()],
+        [torch.__version__, torch.backends.cpu.get_cpu_capability(), code_digest(), machine().compile],
     ]
 
 

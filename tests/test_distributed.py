@@ -247,6 +247,43 @@ def test_no_image_is_lost_or_learned_from_twice(count: int, batch_size: int, tog
     assert sorted(image for seen in everybody for image in seen) == pytest.approx(expected, abs=1e-9)
 
 
+class Diverging(PlainLearner):
+    """Its loss is NaN from the fifth step on, which is in the second epoch."""
+
+    steps = 0
+
+    def begin(self) -> None:
+        super().begin()
+        self.steps += 1
+
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
+        loss = super().loss(images_BCHW, labels_B, clean_BCHW)
+        return loss * torch.nan if self.steps > 4 else loss
+
+
+def diverged(shelf: Path) -> str:
+    with distributed.joined():
+        recipe = recipe_of(None).model_copy(update={"epochs": 2, "batch_size": 8})
+        course = Course("tiny", 0, data_of(32), recipe, MIXED.of[0], 0.05, "clean", shelf=shelf)
+        with pytest.raises(UserError) as told:
+            fit(Diverging(make_model(0), recipe), course)
+        return str(told.value)
+
+
+@pytest.mark.parametrize("seconds", ["0", "1000"])  # seen when the state is saved, and when the epoch is over
+def test_divergence_ends_all_with_one_sentence(
+    seconds: str, together: Together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADVMOE_STATE_SECONDS", seconds)
+    first, second = founds(together(2, diverged, tmp_path))
+    assert first == second
+    assert (
+        "NaN or infinite in epoch 2, batch 1; lower optimizer.lr or set clip; the last good weights, of epoch 1"
+        in first
+    )
+    assert Path(first.rpartition(" ")[2]).is_file()
+
+
 def trained_together(*arguments: Any) -> dict[str, Any]:
     with distributed.joined():
         found = trained(*arguments, augmentation=RECIPE["augmentation"])
@@ -353,7 +390,8 @@ def measured(batch_size: int | None, *, lost: bool = False) -> tuple[Measured, T
         attacked.extend(rows.tolist())
         return original(target, name, attack, terms, rows)
 
-    vars(harness)["_batch"] = batch
+    fitting = vars(harness)["fitting_batch"]
+    vars(harness).update(_batch=batch, fitting_batch=lambda *_: 3 + distributed.rank())  # one has more memory
     try:
         with distributed.joined():
             target = make_target(make_resnet())
@@ -361,7 +399,7 @@ def measured(batch_size: int | None, *, lost: bool = False) -> tuple[Measured, T
             found = measure(target, ATTACKS, terms)
             smallest = minimal_epsilons(target, FabT(kind="fab-t", steps=2, targets=1, restarts=1), found, terms)
     finally:
-        vars(harness)["_batch"] = original
+        vars(harness).update(_batch=original, fitting_batch=fitting)
     return found, smallest, attacked
 
 
@@ -483,7 +521,10 @@ def test_processes_find_the_same_together(together: Together) -> None:
     assert first["sums"] == [[[3.0, 3.0], [3.0, 3.0]], [0.0, 1.0, 2.0], [2.0] * 7, [2.0]]
     assert (first["largest"], first["gathered"], first["main"]) == (1, [0, 1], True)
     assert (first["mistake"], first["agreed"]) == ("no such luck on 0", None)
-    assert first["apart"] == "tiny: the processes do not start from the same params, data, networks and code"
+    assert (
+        first["apart"]
+        == "tiny: the processes do not start from the same params, data, networks, code and kind of machine"
+    )
     assert first["sync"] == ("tiny: sync_batchnorm: PyTorch synchronises BatchNorm between GPUs only; set it to false")
 
 

@@ -217,7 +217,7 @@ def _parts(target: Target, name: str, attack: AnyAttack, terms: Terms, wanted: T
         console.say(f"{target.name}: {name}: {int(done.sum())} images taken over from the run that was stopped")
     if not len(rows):
         return
-    size = _size(target, terms, len(rows))
+    size = batch_size(target, terms, len(rows))
     fallen = 0
     with console.Progress(f"{target.name}: {name}", len(rows)) as progress:
         while len(rows):
@@ -233,7 +233,7 @@ def _parts(target: Target, name: str, attack: AnyAttack, terms: Terms, wanted: T
             rows = rows[sum(len(part.rows) for part in parts) :]
 
 
-def _size(target: Target, terms: Terms, count: int) -> int:
+def batch_size(target: Target, terms: Terms, count: int) -> int:
     """Of a batch; the same for all processes, and small enough that each has its share of `count` images."""
     size = terms.batch_size or -distributed.largest(-fitting_batch(target.model, target.images))
     return min(size, -(-count // distributed.world()))

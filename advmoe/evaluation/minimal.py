@@ -10,8 +10,8 @@ from advmoe import console, distributed, engine
 from advmoe.attacks.ball import length
 from advmoe.attacks.draws import ImageDraws
 from advmoe.attacks.fab import FabT, closest
-from advmoe.evaluation.harness import CLEAN, DECISION_BATCH, Measured, Target, Terms
-from advmoe.evaluation.memory import fitting_batch, in_batches
+from advmoe.evaluation.harness import CLEAN, DECISION_BATCH, Measured, Target, Terms, batch_size
+from advmoe.evaluation.memory import in_batches
 
 
 def minimal_epsilons(target: Target, settings: FabT, measured: Measured, terms: Terms) -> Tensor:
@@ -30,7 +30,7 @@ def minimal_epsilons(target: Target, settings: FabT, measured: Measured, terms: 
     rows = measured.correct[CLEAN].nonzero().squeeze(1)
     if not len(rows):
         return bounds
-    size = min(terms.batch_size or fitting_batch(target.model, target.images), -(-len(rows) // distributed.world()))
+    size = batch_size(target, terms, len(rows))
     own = torch.cat([rows[:0], *distributed.dealt(torch.split(rows, size))])
     with console.Progress(f"{target.name}: minimal epsilon", len(own)) as progress:
         for batch, points in in_batches(lambda batch: _closest(target, settings, batch, terms), own, size):

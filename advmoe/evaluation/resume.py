@@ -1,7 +1,7 @@
 """What a killed evaluation had already found, batch by batch, so that it goes on where it was.
 
 What an attack finds for an image depends on nothing but the model, the image, the attack, the ball and the seed, so a
-finished batch can be taken as it is, whatever the batch size was. The code counts too: another version starts anew.
+finished batch can be taken as it is, whatever the batch size was. Code and machine count too: others start anew.
 A batch that cannot be one of this attack, whatever its checksum says, is attacked again.
 """
 

@@ -54,11 +54,12 @@ def rates(learner: Learns, images_BCHW: Tensor, labels_B: Tensor) -> Rates:
     """Counted on the first images of a batch of floats in [0, 1]; the learner is left as it was."""
     images, labels = images_BCHW[:SAMPLE], labels_B[:SAMPLE]
     with engine.crafting(learner.model, "float32") as cheap:
+        network = cheap.network  # what is compiled may compute where the counter does not look
         with _counted() as forward, torch.no_grad():
-            cheap(images)
+            network(images)
         pixels = images.clone().requires_grad_(True)
         with _counted() as both, torch.enable_grad():
-            torch.autograd.backward(cheap(pixels).sum())  # the counter does not bear autograd.grad
+            torch.autograd.backward(network(pixels).sum())  # the counter does not bear autograd.grad
     trial = copy.deepcopy(learner)
     if isinstance(trial.model, MixtureOfExperts):
         trial.model.checkpointing = False  # to compute again is a price of memory: equal training stays equal

@@ -41,7 +41,9 @@ class Resumable(Protocol):
         ...
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Be as at that moment, to the last bit. Raises UserError, and changes nothing, for what is none of its own."""
+        """Be as at that moment, to the last bit. Raises UserError, and changes nothing, for what is none of its own; or
+        whatever it stumbles over, halfway.
+        """
         ...
 
 
@@ -86,8 +88,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _circumstances() -> list[object]:
-    """One process alone promises the last bit. Several leave it to others to go on, more or fewer: equal up to rounding
-    anyway.
+    """One process alone promises the last bit. Several leave it to others to go on, more or fewer: then even what a
+    BatchNorm normalises together differs.
     """
     if distributed.is_distributed():
         return ["several processes", device().type, torch.__version__, state.code_digest()]
@@ -158,20 +160,23 @@ class Keeper:
 
     def look(self, held: Held) -> None:
         """Save if it is time to; if a process was told to end, save and let all of them."""
-        told = distributed.largest(held.pending or 0)
-        if not told and time.monotonic() < self.due:
+        due = self.works and time.monotonic() >= self.due
+        told = distributed.largest(held.pending or int(due))  # 1 is no signal of ours: it is only time to save
+        if not told:
             return
         self.save()
-        if told:
+        if told > 1:
             if self.works:
                 console.say(f"{self.name}: kept as it is; {GO_ON}")
             raise Interrupted(told)
 
     def save(self) -> None:
         """Save, unless just this was saved. Raises UserError for a run that has gone wrong, and keeps what it had."""
-        if not self.works or self.saved == self.run.position:
+        if self.saved == self.run.position or not (self.works or distributed.is_distributed()):
             return
         started = time.monotonic()
-        self.works = state.keep(self.file, self.run.state())
+        snapshot = self.run.state()  # by every process: what has gone wrong has so for all of them
+        if self.works:
+            self.works = state.keep(self.file, snapshot)
         self.saved, now = self.run.position, time.monotonic()
         self.due = now + max(machine().state_seconds, (now - started) / SHARE)

@@ -257,12 +257,14 @@ class Run:
                 draws = PartDraws(self.noise, len(labels), part)
                 attacked = craft(self.learner.model, clean, truth, drawn, draws, course.recipe.precision, passes)
             pieces.append(Piece(clean, attacked, truth, len(truth) / len(labels)))
+        if distributed.is_distributed():  # who had no image may not have drawn; the first process always has one
+            self.noise.set_state(distributed.on_main(self.noise.get_state))
         done = distributed.total(torch.tensor([passes.forward, passes.backward])).tolist()
         self.passes.forward, self.passes.backward = self.passes.forward + done[0], self.passes.backward + done[1]
         return [piece for piece in pieces if len(piece.labels)]
 
     def _parts(self, count: int) -> Sequence[Tensor]:
-        """The pieces of this process; without one it attacks no image, but draws along with the others."""
+        """The pieces of this process; without one it attacks no image, and adds up zeros with the others."""
         pieces = cut(count, self.course.recipe.micro_batch, distributed.world(), self.smallest)
         return distributed.dealt(pieces) or [torch.arange(0)]
 
@@ -420,7 +422,7 @@ def _last_good(run: Run, file: Path | None) -> str:
     good = file.with_name(f"{file.stem}-epoch-{run.kept['epoch']}.safetensors")
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in run.weights.items()}
     try:
-        files.write_bytes(good, to_safetensors(stored))
+        distributed.on_main(lambda: files.write_bytes(good, to_safetensors(stored)))
     except UserError as error:
         return f"the last good weights are lost: {error}"
     return f"the last good weights, of epoch {run.kept['epoch']}, are in {good}"

@@ -30,7 +30,8 @@ class Piece(NamedTuple):
 
 def cut(count: int, most: int | None, processes: int = 1, smallest: int = SMALLEST) -> tuple[Tensor, ...]:
     """Positions 0 to `count` - 1 in as few pieces of nearly equal size as keep each at `most`, None: at any size, and
-    give as many to each process. None is `smallest`, which may leave processes without.
+    give as many to each process. None has less than `smallest`, which may leave processes without, and a piece of three
+    where two are allowed.
     """
     pieces = 1 if most is None else -(-count // most)
     return torch.tensor_split(torch.arange(count), max(1, min(-(-pieces // processes) * processes, count // smallest)))

@@ -171,7 +171,7 @@ def to_keep(answers: Sheet | Copy) -> Snapshot:
 
 
 def as_kept(found: Snapshot, side: type[Answers]) -> Answers:
-    """The side that was kept, on the CPU."""
+    """The side that was kept."""
     # what a victim without a network does not answer was not kept either
     answers: dict[str, Any] = {field.name: None for field in fields(side) if str(field.type).endswith("None")}
     answers.update(found.tensors)

@@ -77,7 +77,7 @@ class _Crafting:
     @property
     def is_over(self) -> bool:
         """Whether there is nothing left to learn, or no time."""
-        return self.rounds == self.settings.rounds or self.error <= self.settings.stop
+        return self.rounds >= self.settings.rounds or self.error <= self.settings.stop
 
     def round(self, images: Tensor, labels: Tensor) -> None:
         """Learn from the noisy images, then let the noise explain more of them."""
