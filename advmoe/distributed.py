@@ -214,7 +214,7 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
 def must_agree(name: str, digest: str) -> None:
     """Raises UserError unless all processes have the same: nodes may read different files."""
     if len(set(gathered(digest))) > 1:
-        what = "params, data, networks, code and kind of machine"
+        what = "params, data, networks, code and kind of device"
         raise UserError(f"{name}: the processes do not start from the same {what}")
 
 

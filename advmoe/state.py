@@ -58,8 +58,14 @@ def digest_of(*facts: object) -> str:
 
 
 def circumstances() -> list[object]:
-    """What shows in the last bits of a result, beside its settings and its data: the machine, and the code."""
+    """What shows in the last bits of a result, beside its settings and its data: the machine, and the code.
+
+    One process alone promises the last bit. Several leave it to others to go on, more or fewer: then even what a
+    BatchNorm normalises together differs.
+    """
     place = device()
+    if distributed.is_distributed():
+        return ["several processes", place.type, torch.__version__, code_digest(), machine().compile]
     return [
         [place.type, torch.cuda.get_device_name(place) if place.type == "cuda" else torch.get_num_threads()],
         [torch.__version__, torch.backends.cpu.get_cpu_capability(), code_digest(), machine().compile],

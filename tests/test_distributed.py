@@ -22,7 +22,8 @@ from conftest import ROOT, Advmoe, Edit
 from test_harness import FGSM, NOISE, SQUARE, make_resnet, make_target, make_terms
 from test_harness import PGD as LONGER
 from test_pieces import PGD, TRADES, Exact, exact, joint_recipe, recipe_of
-from test_resume_training import FACTS, MIXED, RECIPE, make_model, make_split
+from test_resume_training import MIXED, RECIPE, make_model, make_split
+from tiny import FACTS
 from torch import Tensor
 from torch.nn import functional
 
@@ -523,7 +524,7 @@ def test_processes_find_the_same_together(together: Together) -> None:
     assert (first["mistake"], first["agreed"]) == ("no such luck on 0", None)
     assert (
         first["apart"]
-        == "tiny: the processes do not start from the same params, data, networks, code and kind of machine"
+        == "tiny: the processes do not start from the same params, data, networks, code and kind of device"
     )
     assert first["sync"] == ("tiny: sync_batchnorm: PyTorch synchronises BatchNorm between GPUs only; set it to false")
 

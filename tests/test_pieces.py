@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume_training import BACKBONE, FACTS, MIXED, RECIPE, make_data, make_model
+from test_resume_training import BACKBONE, MIXED, RECIPE, make_data, make_model
+from tiny import FACTS
 from torch import Tensor, nn
 from torch.nn import functional
 

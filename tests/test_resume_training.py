@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from conftest import EXTRACT, LEARNING, Advmoe, Edit
+from tiny import FACTS
 from torch import Tensor, nn
 
 from advmoe import artifacts, classifiers, machine, paths, state
 from advmoe.classifiers import Backbone, GateSettings, NoGate, OwnConfidence, Plain
 from advmoe.data.batches import Augmentation
-from advmoe.data.dataset import Dataset, Facts, Split, SplitName
+from advmoe.data.dataset import Dataset, Split, SplitName
 from advmoe.errors import UserError
 from advmoe.evaluation.subjects import read_weights
 from advmoe.machine import generator
@@ -26,13 +28,12 @@ from advmoe.threats import retraining
 from advmoe.threats.extraction import study as extraction
 from advmoe.training import keeper
 from advmoe.training.adversary import CleanBatches, FgsmBatches, MixedBatches, PgdBatches, TradesBatches
-from advmoe.training.joint import Alarms, Design, JointRecipe, MixtureLearner, the_papers, train_mixture
+from advmoe.training.joint import Design, JointRecipe, MixtureLearner, the_papers, train_mixture
 from advmoe.training.loop import Course, Run, Trained, fit
-from advmoe.training.recipe import Optimizer, Schedule, Validation
+from advmoe.training.recipe import Schedule, Validation
 from advmoe.training.rivals import AlternatingLearner, LastLayersLearner, SynergyLearner
 from advmoe.training.single import PlainLearner, SingleRecipe, TradesLearner
 
-FACTS = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,))
 BACKBONE = Backbone(kind="cnn", width=2)
 EPOCHS, STEPS = 2, 3  # in each epoch
 MIXED = MixedBatches(
@@ -45,17 +46,11 @@ MIXED = MixedBatches(
     ),
 )
 TRADES = TradesBatches(kind="trades", steps=(1, 2), step_size=0.5, beta=2.0)
-RECIPE: dict[str, Any] = {
+RECIPE: dict[str, Any] = tiny.RECIPE | {  # with all that has a state of its own
     "epochs": EPOCHS,
-    "batch_size": 8,
-    "micro_batch": None,
-    "optimizer": Optimizer(lr=0.05, momentum=0.9, weight_decay=0.0005),
-    "schedule": Schedule(warmup=0.2, decay="cosine"),
     "clip": 1.0,
     "ema": 0.5,
     "augmentation": Augmentation(crop=1, flip=True),
-    "precision": "float32",
-    "sync_batchnorm": False,
     "selection": "best",
     "validation": Validation(steps=2, step_size=0.5, gap=0.2, images=9),
 }
@@ -106,15 +101,7 @@ def trades(shelf: Path | None) -> Trained:
 
 def mixture(shelf: Path | None, design: Design | None = None, temperature: float = 1.0) -> Trained:
     recipe = JointRecipe(
-        **RECIPE,
-        experts=("left", "right"),
-        gate=GateSettings(width=2, temperature=temperature),
-        mixing="probabilities",
-        adversary=MIXED,
-        gate_lr=0.1,
-        load_balance=0.01,
-        checkpointing=False,
-        alarms=Alarms(load=0.99, gradient=1e-9),
+        **RECIPE | tiny.JOINT | {"gate": GateSettings(width=2, temperature=temperature), "adversary": MIXED},
     )
     experts = [make_model(1), make_model(2)]
     design = design or the_papers(recipe)

@@ -14,7 +14,7 @@ from advmoe.artifacts import hash_tensors
 from advmoe.data.dataset import Dataset
 from advmoe.errors import STUMBLES, UserError, first_line
 from advmoe.interruption import GO_ON, Held, Interrupted, held_back
-from advmoe.machine import device, machine
+from advmoe.machine import machine
 from advmoe.state import KEY_LENGTH, Snapshot, circumstances, digest_of
 from advmoe.training.cost import Learns
 
@@ -77,7 +77,7 @@ def identity(name: str, learner: Learns, dataset: Dataset, settings: object) -> 
         [type(learner).__qualname__, _plain(vars(learner))],
         fingerprint(learner.model),
         hash_tensors(images),
-        _circumstances(),
+        circumstances(),
     )
     return f"{name.replace('/', '-')}-{key[:KEY_LENGTH]}.safetensors"
 
@@ -85,15 +85,6 @@ def identity(name: str, learner: Learns, dataset: Dataset, settings: object) -> 
 def fingerprint(model: nn.Module) -> str:
     """sha256 over all that determines what a network answers."""
     return digest_of(_structure(model), hash_tensors(model.state_dict()))
-
-
-def _circumstances() -> list[object]:
-    """One process alone promises the last bit. Several leave it to others to go on, more or fewer: then even what a
-    BatchNorm normalises together differs.
-    """
-    if distributed.is_distributed():
-        return ["several processes", device().type, torch.__version__, state.code_digest()]
-    return circumstances()
 
 
 def _structure(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
