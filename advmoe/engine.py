@@ -24,15 +24,16 @@ from advmoe.machine import machine
 from advmoe.models.layers import folded
 from advmoe.models.moe import Mixing, MixtureOfExperts, Parts
 from advmoe.models.side_by_side import side_by_side
+from advmoe.replay import Replayed
 
 Precision = Literal["float32", "bfloat16"]
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @contextmanager
-def autocast(device: torch.device, precision: Precision) -> Iterator[None]:
-    """Run matrix work in `precision`; in float32 nothing is cast."""
-    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32"):
+def autocast(device: torch.device, precision: Precision, *, cache: bool = True) -> Iterator[None]:
+    """Run matrix work in `precision`; in float32 nothing is cast. `cache`: remember weights once cast."""
+    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32", cache_enabled=cache):
         yield
 
 
@@ -67,12 +68,15 @@ class Cheap:
     def __init__(self, network: nn.Module, precision: Precision, passes: Passes) -> None:
         self.network, self.precision, self.passes = network, precision, passes
         self.forward = _compiled(network) if machine().compile else network
+        self.replayed = Replayed(network) if machine().graphs and not machine().compile else self.forward
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Logits (B, K)."""
         self._count(images_BCHW)
-        with autocast(images_BCHW.device, self.precision):
-            output: Tensor = self.forward(images_BCHW.contiguous(memory_format=torch.channels_last))
+        forward = self.replayed if images_BCHW.is_cuda else self.forward
+        # folded weights are cast already, and a recording must not write into a cache that ends with this pass
+        with autocast(images_BCHW.device, self.precision, cache=False):
+            output: Tensor = forward(images_BCHW.contiguous(memory_format=torch.channels_last))
         return output.float()
 
     @property

@@ -27,8 +27,9 @@ LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it for the processes that it s
 
 
 class Machine(BaseSettings):
-    """Settings of this machine. `compile`: attack networks that torch.compile has rewritten; `cache_dir`: for
-    downloads; `state_dir`: for unfinished work, written there every `state_seconds`.
+    """Settings of this machine. `compile`: attack networks that torch.compile has rewritten; `graphs`: on a GPU, record
+    the steps of an attack as CUDA graphs; `cache_dir`: for downloads; `state_dir`: for unfinished work, written there
+    every `state_seconds`.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
@@ -36,6 +37,7 @@ class Machine(BaseSettings):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     compile: bool = False  # minutes, before anything is faster: pays on long runs only
+    graphs: bool = True
     cache_dir: Path = user_cache_path("advmoe")
     state_dir: Path = user_cache_path("advmoe") / "state"
     state_seconds: Annotated[float, Field(ge=0)] = 30.0

@@ -72,7 +72,7 @@ def plain_step(model: MixtureOfExperts, images_BCHW: Tensor, labels_B: Tensor) -
 
 def plain_pgd(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor, noise: torch.Generator) -> Tensor:
     """Adversarial images (B, C, H, W) after all steps."""
-    shift = EPSILON * (2 * torch.rand(images_BCHW.shape, generator=noise) - 1)
+    shift = EPSILON * (2 * torch.rand(images_BCHW.shape, generator=noise).to(images_BCHW.device) - 1)
     points = (images_BCHW + shift).clamp(0, 1)
     for _ in range(STEPS):
         points = points.detach().requires_grad_(True)

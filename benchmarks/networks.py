@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from advmoe import classifiers, engine
+from advmoe import classifiers, engine, machine
 from advmoe.attacks import catalogue
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.fgsm import Fgsm
@@ -49,8 +49,9 @@ class Subject:
 
 def checkpoint(name: str, count: int) -> Subject:
     """A robust network of others, at the epsilon of its reference decisions."""
-    images, labels = checkpoints.images(name, count)
-    return Subject(name, checkpoints.model(name), images, labels, checkpoints.reference(name).epsilon)
+    place = machine.device()
+    images, labels = (each.to(place) for each in checkpoints.images(name, count))
+    return Subject(name, checkpoints.model(name).to(place), images, labels, checkpoints.reference(name).epsilon)
 
 
 def mixture_subject(name: str, images_NCHW: Tensor, labels_N: Tensor, *, width: int, epsilon: float) -> Subject:
@@ -76,19 +77,20 @@ def fit(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, epsilon: float)
 
 
 def mixture(images_NCHW: Tensor, *, width: int, experts: int = EXPERTS) -> MixtureOfExperts:
-    """Nine experts (or so many) of ResNet-18 and a gate, for images of this shape."""
+    """Nine experts (or so many) of ResNet-18 and a gate, for images of this shape, where they are."""
     names = tuple(f"expert-{number}" for number in range(experts))
     backbone = Backbone(kind="resnet18", width=width)
     architecture = Mixture(kind="mixture", backbone=backbone, experts=names, gate=GATE, mixing="probabilities")
     model = classifiers.build(architecture, facts(images_NCHW), "benchmark")
     assert isinstance(model, MixtureOfExperts)
-    return model.eval()
+    return model.to(images_NCHW.device).eval()
 
 
 def lone_expert(images_NCHW: Tensor, *, width: int) -> nn.Module:
     """One expert without anything around it."""
     backbone = Backbone(kind="resnet18", width=width)
-    return classifiers.build(Plain(kind="plain", backbone=backbone), facts(images_NCHW), "benchmark").eval()
+    model = classifiers.build(Plain(kind="plain", backbone=backbone), facts(images_NCHW), "benchmark")
+    return model.to(images_NCHW.device).eval()
 
 
 def as_documented(model: nn.Module) -> nn.Module:

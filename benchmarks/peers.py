@@ -39,7 +39,7 @@ def torchattacks_pgd(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, cl
 
 def foolbox_pgd(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, climb: Climb) -> Tensor:
     """Adversarial images (N, C, H, W) of foolbox."""
-    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=images_NCHW.device)
     attack = foolbox.attacks.LinfPGD(rel_stepsize=climb.step_size, steps=climb.steps, random_start=True)
 
     def found(images: Tensor, labels: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def art_pgd(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, climb: Clim
         input_shape=tuple(images_NCHW.shape[1:]),
         nb_classes=classes,
         clip_values=(0.0, 1.0),
-        device_type="cpu",
+        device_type="gpu" if images_NCHW.is_cuda else "cpu",
     )
     attack = ProjectedGradientDescentPyTorch(
         classifier,
@@ -71,7 +71,8 @@ def art_pgd(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, climb: Clim
         batch_size=climb.batch_size,
         verbose=False,
     )
-    return torch.from_numpy(attack.generate(images_NCHW.numpy(), labels_N.numpy()))
+    found = attack.generate(images_NCHW.cpu().numpy(), labels_N.cpu().numpy())
+    return torch.from_numpy(found).to(images_NCHW.device)
 
 
 PGD: dict[str, Attack] = {
@@ -85,7 +86,8 @@ def reference_autoattack(
     model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, *, epsilon: float, batch_size: int, seed: int
 ) -> Tensor:
     """Adversarial images (N, C, H, W) of the authors' standard AutoAttack; an image that stands is as it was."""
-    attack = pyautoattack.AutoAttack(model, eps=epsilon, norm="Linf", version="standard", seed=seed, device="cpu")
+    place = str(images_NCHW.device)
+    attack = pyautoattack.AutoAttack(model, eps=epsilon, norm="Linf", version="standard", seed=seed, device=place)
     found, _ = attack.run_standard_evaluation(images_NCHW, labels_N, batch_size=batch_size)
     return found  # type: ignore[no-any-return]
 

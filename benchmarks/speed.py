@@ -98,16 +98,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer images, steps and rounds")
     parser.add_argument("--only", choices=SECTIONS, action="append", help="only this part; may be repeated")
+    parser.epilog = f"On a GPU: {', '.join(WALL_CLOCK)}; the others count CPU seconds."
     parser.add_argument("--out", type=Path, default=None, help="the JSON file; default: a new one under runs/")
     arguments = parser.parse_args()
     if not checkpoints.available():
         parser.exit(2, f"error: {checkpoints.FOLDER} is not there; BENCH_DATA=folder names another place\n")
     machine.prepare_torch()
+    there = SECTIONS if machine.device().type == "cpu" else WALL_CLOCK
+    sections = arguments.only or there
+    if not set(sections) <= set(there):
+        parser.exit(2, f"error: on {machine.device()} there are {', '.join(there)}; the others count CPU seconds\n")
     logging.getLogger("art").setLevel(logging.WARNING)
     effort = QUICK if arguments.quick else FULL
     console.say(_machine_line())
     tables = []
-    for name in arguments.only or SECTIONS:
+    for name in sections:
         for table in SECTIONS[name](effort):
             console.table(table.title, list(table.rows[0]), table.cells())
             tables.append(table)
@@ -135,12 +140,12 @@ def _mixtures(effort: Effort) -> list[Subject]:
 
 
 def _digits_mixture(effort: Effort) -> Subject:
-    images, labels = networks.labelled_digits(effort.images)
+    images, labels = _here(networks.labelled_digits(effort.images))
     return networks.mixture_subject("mixture 9 x width 16, 8 px", images, labels, width=16, epsilon=0.1)
 
 
 def _photographs_mixture(effort: Effort) -> Subject:
-    images, labels = networks.labelled_photographs(effort.images // 12)
+    images, labels = _here(networks.labelled_photographs(effort.images // 12))
     return networks.mixture_subject("mixture 9 x width 16, 32 px", images, labels, width=16, epsilon=8 / 255)
 
 
@@ -253,7 +258,8 @@ def _our_suite(subject: Subject, batch_size: int) -> Tensor:
 def training_step(effort: Effort) -> Iterator[Table]:
     """PGD of ten steps through the whole mixture, then a step of SGD; both losses follow the same random numbers."""
     rows = []
-    for side, images in ((8, networks.digits(64)), (32, networks.photographs(16))):
+    sizes = _here((networks.digits(64), networks.photographs(16)))
+    for side, images in zip((8, 32), sizes, strict=True):
         model = networks.settled(networks.mixture(images, width=16), images)
         assert isinstance(model, MixtureOfExperts)
         rows += _step_rows(f"mixture 9 x width 16, {side} px", model, images, effort.rounds)
@@ -261,7 +267,7 @@ def training_step(effort: Effort) -> Iterator[Table]:
 
 
 def _step_rows(name: str, model: MixtureOfExperts, images: Tensor, rounds: int) -> list[Row]:
-    labels = torch.arange(len(images)) % len(networks.CLASS_NAMES)
+    labels = torch.arange(len(images), device=images.device) % len(networks.CLASS_NAMES)
     cases: dict[str, Callable[[], float]] = {
         f"ours, {precision}": joint.our_step(model, images, labels, precision) for precision in PRECISIONS
     }
@@ -445,7 +451,14 @@ SECTIONS: Mapping[str, Callable[[Effort], Iterator[Table]]] = {
 }
 
 
+WALL_CLOCK = ("pgd", "autoattack", "training")  # sections whose rows have both clocks
+
 # ---- rows, and where they go
+
+
+def _here(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same on the device that computes."""
+    return tuple(each.to(machine.device()) for each in tensors)
 
 
 def _standing(subject: Subject, found_NCHW: Tensor) -> Tensor:
@@ -477,8 +490,9 @@ def _cell(value: object) -> str:
 
 
 def _machine_line() -> str:
-    threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} of {machine.usable_cores()} cores, torch {version('torch')}"
+    place, threads = machine.device(), torch.get_num_threads()
+    gpu = f"{torch.cuda.get_device_name(place)}, " if place.type == "cuda" else ""
+    return f"{gpu}{_processor()}, {threads} of {machine.usable_cores()} cores, torch {version('torch')}"
 
 
 def _processor() -> str:

@@ -1,7 +1,7 @@
 """Times of several cases taken in turn, so that a bad minute of the machine falls on all of them.
 
 Wall-clock seconds are what a user waits for. CPU seconds, summed over threads, tell cases apart where others compute on
-the same cores; with several threads they also count waiting for each other.
+the same cores; with several threads they also count waiting for each other, and with a GPU they tell nothing.
 """
 
 import statistics
@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
+
+import torch
 
 T = TypeVar("T")
 Clock = Literal["wall", "cpu"]
@@ -52,9 +54,17 @@ class Ratio:
 
 def measured(work: Callable[[], T]) -> tuple[T, Seconds]:
     """What `work` returns, and what it took."""
+    _finish()
     wall, cpu = time.perf_counter(), time.process_time()
     result = work()
+    _finish()
     return result, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def _finish() -> None:
+    """A GPU computes on while Python goes on."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def interleaved(cases: Mapping[str, Callable[[], T]], rounds: int, *, warm: bool = True) -> dict[str, Timed[T]]:

@@ -50,7 +50,10 @@ def test_variables_are_read(variable: SetVariable) -> None:
 @pytest.mark.parametrize("name", ["ADVMOE_EPSILON", "ADVMOE_DEVISE", "ADVMOE_"])
 def test_an_unknown_variable_is_refused(variable: SetVariable, name: str) -> None:
     variable(name, "0.1")
-    known = "ADVMOE_CACHE_DIR, ADVMOE_COMPILE, ADVMOE_DEVICE, ADVMOE_STATE_DIR, ADVMOE_STATE_SECONDS, ADVMOE_THREADS"
+    known = (
+        "ADVMOE_CACHE_DIR, ADVMOE_COMPILE, ADVMOE_DEVICE, ADVMOE_GRAPHS, ADVMOE_STATE_DIR, ADVMOE_STATE_SECONDS, "
+        "ADVMOE_THREADS"
+    )
     with pytest.raises(UserError, match=f"^environment: {name} is not known; known are {known}$"):
         machine.machine()
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from advmoe import engine
@@ -249,6 +250,19 @@ def test_other_networks_run_as_ever(make: Callable[[], MixtureOfExperts], precis
     assert torch.equal(found, plain.float())
     with engine.crafting(model, precision) as cheap, torch.no_grad():
         assert getattr(model, "together", None) is None or not model.together.pays(pixels())  # type: ignore[union-attr]
+
+
+@every_precision
+def test_a_gpu_takes_more(precision: Precision) -> None:
+    """Launches are what it waits for; the tensor is one in name only, so that no GPU is needed."""
+    model = mixture(expert(0, width=24), expert(1, width=24))
+    largest = rules.MOST_ON_GPU // (24 * 32 * 32)
+    with side_by_side(model.eval()), FakeTensorMode():
+        assert model.together is not None
+        images = torch.empty(largest, 1, 32, 32, device="cuda", dtype=engine.DTYPES[precision])
+        assert model.together.pays(images)
+        assert not model.together.pays(torch.cat([images, images[:1]]))
+        assert not model.together.pays(images.cpu())
 
 
 def test_rules_of_size() -> None:

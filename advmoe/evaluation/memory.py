@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from advmoe import engine
+from advmoe import engine, replay
 from advmoe.errors import UserError
 
 T = TypeVar("T")
@@ -50,6 +50,7 @@ def in_batches(work: Callable[[Tensor], T], rows_N: Tensor, size: int) -> Iterat
             yield batch, done
             rows_N = rows_N[len(batch) :]
             continue
+        replay.forget()
         if torch.cuda.is_available():  # only now: the error held on to what it was raised in
             torch.cuda.empty_cache()
 

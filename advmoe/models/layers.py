@@ -66,6 +66,12 @@ class ConvNorm(nn.Module):
         """Run as one convolution from now on."""
         self.is_folded = True
 
+    def refold(self) -> None:
+        """The weights have changed: fold those of now, into the memory of those before."""
+        for kept in self._folded.values():
+            for old, new in zip(kept, self.one_convolution(), strict=True):
+                old.copy_(new)
+
     def unfold(self) -> None:
         """Run as two layers again, and forget the one."""
         self.is_folded = False

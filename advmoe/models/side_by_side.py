@@ -1,8 +1,10 @@
 """The experts of a mixture as one network with a group of channels for each: faster for small batches, the same logits.
 
 PyTorch looks for a kernel anew at every convolution, for about 0.1 ms; nine small experts one after another spend more
-on that than on computing. One convolution with nine groups looks once. Steps of learning stay as they are: with
-gradients of weights to find, groups gained nothing at the sizes that the pipeline trains at.
+on that than on computing. One convolution with nine groups looks once. A GPU waits for launches of kernels even at full
+width: an H200 takes gradients of 128 images of 32 pixels in bfloat16 3 times as fast at width 16, 1.5 times at 64.
+Steps of learning stay as they are: with gradients of weights to find, groups gained nothing at the sizes that the
+pipeline trains at.
 
 Shapes: B batch, C channel, H/W pixels, E experts, K classes, F features.
 """
@@ -22,9 +24,10 @@ from advmoe.models.resnet import BasicBlock, ResNet18, residual
 
 # Measured with nine experts of widths 4 to 64 on 8 to 32 pixels, forwards and back to the pixels, on one thread of a
 # CPU with AVX-512 and AMX: wide groups, or many images, compute for longer than they wait, and in groups they compute
-# slower. On a GPU nothing has been measured.
-WIDEST = 16  # channels of an expert's first stage; 24 and 32 gain with a few images only, 64 never
+# slower.
+WIDEST = 16  # on a CPU: channels of an expert's first stage; 24 and 32 gain with a few images only, 64 never
 MOST = {torch.float32: 80_000, torch.bfloat16: 160_000}  # numbers that one expert's first convolution puts out
+MOST_ON_GPU = 10_000_000  # an H200 gained from 65 thousand to 8 million, and lost a fifth at 34 million
 FEWEST = {torch.float32: 2, torch.bfloat16: 1}  # images; a lone one in float32 has a faster kernel, but not in groups
 
 
@@ -43,6 +46,15 @@ def side_by_side(model: nn.Module) -> Iterator[None]:
     finally:
         for mixture in mixtures:
             mixture.together = None
+
+
+def refold(model: nn.Module) -> None:
+    """Weights of a folded copy have changed: fold them anew, side by side too, into the same memory."""
+    for layer in model.modules():
+        if isinstance(layer, ConvNorm):
+            layer.refold()
+        elif isinstance(layer, MixtureOfExperts) and isinstance(layer.together, SideBySide):
+            layer.together.refold()
 
 
 def _together(experts: Sequence[nn.Module]) -> "SideBySide | None":
@@ -79,6 +91,8 @@ class SideBySide:
     def pays(self, images_BCHW: Tensor) -> bool:
         """Whether this is faster than one expert after another."""
         dtype, (images, _, *sides) = compute_dtype(images_BCHW), images_BCHW.shape
+        if images_BCHW.device.type == "cuda":
+            return images * prod(sides) * self.width <= MOST_ON_GPU
         if images_BCHW.device.type != "cpu" or self.width > WIDEST or dtype not in MOST:
             return False
         return images >= FEWEST[dtype] and images * prod(sides) * self.width <= MOST[dtype]
@@ -91,6 +105,11 @@ class SideBySide:
         pairs = zip(self.classify, features_BEF.unbind(dim=1), strict=True)
         return torch.stack([linear_in_float32(layer, features_BF) for layer, features_BF in pairs], dim=1)
 
+    def refold(self) -> None:
+        """The experts' weights have changed."""
+        for row in (self.stem, *chain(*(block.rows for block in self.blocks))):
+            row.refold()
+
 
 class _Block:
     """The same block of every expert."""
@@ -99,6 +118,7 @@ class _Block:
         self.first, self.second = _Row([block.first for block in blocks]), _Row([block.second for block in blocks])
         shortcuts = [block.shortcut for block in blocks if isinstance(block.shortcut, ConvNorm)]
         self.shortcut = _Row(shortcuts) if shortcuts else nn.Identity()
+        self.rows = [row for row in (self.first, self.second, self.shortcut) if isinstance(row, _Row)]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return residual(hidden, self.first, self.second, self.shortcut)
@@ -115,10 +135,19 @@ class _Row:
         """Channels (B, C, H, W) that all layers read (the stem's pixels), or a group of channels for each."""
         dtype = compute_dtype(hidden)
         if dtype not in self.folded:
-            weights, biases = zip(*(layer.one_convolution() for layer in self.layers), strict=True)
-            weight = torch.cat(weights).contiguous(memory_format=torch.channels_last)
-            self.folded[dtype] = weight.to(dtype), torch.cat(biases).to(dtype)
+            weight, bias = self._one_convolution()
+            self.folded[dtype] = weight.to(dtype), bias.to(dtype)
         weight, bias = self.folded[dtype]
         conv = self.layers[0].conv
         groups = hidden.shape[1] // conv.in_channels
         return functional.conv2d(hidden, weight, bias, conv.stride, conv.padding, groups=groups)
+
+    def refold(self) -> None:
+        """The layers' weights have changed: fold those of now, into the memory of those before."""
+        for kept in self.folded.values():
+            for old, new in zip(kept, self._one_convolution(), strict=True):
+                old.copy_(new)
+
+    def _one_convolution(self) -> tuple[Tensor, Tensor]:
+        weights, biases = zip(*(layer.one_convolution() for layer in self.layers), strict=True)
+        return torch.cat(weights).contiguous(memory_format=torch.channels_last), torch.cat(biases)
