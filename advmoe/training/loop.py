@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,19 +28,18 @@ from advmoe.data.dataset import Dataset
 from advmoe.engine import Passes
 from advmoe.errors import UserError
 from advmoe.machine import derive_seed, device, generator
-from advmoe.state import Snapshot, flat, in_parts
+from advmoe.state import Snapshot
+from advmoe.training import resume
 from advmoe.training.adversary import CleanBatches, SingleAdversary, bind, craft, draw
 from advmoe.training.cost import SAMPLE, Cost, Rates, cost, rates
-from advmoe.training.keeper import Look, forms, identity, is_stream, kept
+from advmoe.training.keeper import Look, identity, kept
 from advmoe.training.pieces import SMALLEST, Piece, as_one, cut
 from advmoe.training.recipe import Learning, Recipe, Validation, rate
+from advmoe.training.resume import STREAMS
 
 VALIDATION_BATCH = 200
 DIGITS = 6  # of the numbers in histories: enough for any accuracy, and equal on equal runs
 
-STREAMS = ("shuffle", "adversary", "noise")  # of random numbers
-LOSSES = "epoch/losses"  # in a file of state
-ALIEN = "is no state of this run"
 
 Row = dict[str, Any]
 
@@ -130,16 +128,6 @@ class DivergedError(UserError):
     """The loss, the weights or the answers are no longer finite numbers."""
 
 
-class Progress(BaseModel):
-    """What a file of state holds beside tensors: `work` counts forward passes, backward passes and images learned."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
-
-    history: list[dict[str, int | float]]
-    work: Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)]
-    seconds: NonNegativeFloat
-
-
 class Run:
     """The moving parts of a training run, all that changes from step to step."""
 
@@ -201,11 +189,11 @@ class Run:
         self._keep(row)
 
     def _keep(self, row: Row) -> None:
-        self.kept = self._best()
+        self.kept = self.best()
         if self.kept is row:
             self.weights = copy.deepcopy(self.model.state_dict())
 
-    def _best(self) -> Row:
+    def best(self) -> Row:
         """The row of the epoch to keep: the first of the best, or the last."""
         recipe = self.course.recipe
         if isinstance(recipe, Recipe) and recipe.selection == "best":
@@ -300,95 +288,12 @@ class Run:
         return time.monotonic() - self.started
 
     def state(self) -> Snapshot:
-        """All of it. Of the order of images only where the epoch's draws began: they are drawn again from there.
-
-        Raises UserError when the loss or the weights are no longer finite.
-        """
-        self.check()
-        momenta = {
-            f"{number}": self.optimizer.state[parameter]["momentum_buffer"]
-            for number, parameter in enumerate(self._parameters())
-            if "momentum_buffer" in self.optimizer.state[parameter]
-        }
-        parts: dict[str, Mapping[str, Tensor]] = {
-            "model": self.learner.model.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else {},
-            "momentum": momenta,
-            "weights": self.weights,
-            "learner": self.learner.state(),
-            "streams": {name: getattr(self, name).get_state() for name in STREAMS} | {"shuffle": self.epoch_began},
-            "epoch": {"losses": torch.stack(self.losses)} if self.losses else {},
-        }
-        values = {
-            "history": self.history,
-            "work": [self.passes.forward, self.passes.backward, self.learned],
-            "seconds": self.seconds,
-        }
-        return Snapshot(flat(parts), values)
+        """All that changes from step to step. Raises UserError when the loss or the weights are no longer finite."""
+        return resume.state_of(self)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Be as at that moment. Raises UserError, and changes nothing, for what is no state of this run."""
-        place, progress, parts = self.images.device, _progress(snapshot), in_parts(snapshot.tensors)
-        self._refuse_alien(snapshot.tensors, progress.history)
-        self.learner.restore({name: tensor.to(place) for name, tensor in parts["learner"].items()})
-        self.learner.model.load_state_dict(parts["model"])
-        if self.average is not None:
-            self.average.load_state_dict(parts["average"])
-        self.weights = {name: tensor.to(place) for name, tensor in parts["weights"].items()}
-        for name in STREAMS:
-            getattr(self, name).set_state(parts["streams"][name])
-        self.epoch_began = self.shuffle.get_state()
-        self.losses = list(parts["epoch"]["losses"].to(place)) if parts["epoch"] else []
-        self.history = progress.history
-        self.kept = self._best()
-        self.passes.forward, self.passes.backward, self.learned = progress.work
-        self.started -= progress.seconds
-        self._restore_optimizer(parts["momentum"])
-
-    def _refuse_alien(self, tensors: Mapping[str, Tensor], history: list[Row]) -> None:
-        """Raises UserError unless all is there, nothing else is, and types and shapes are those of this run."""
-        found = {name: tensor for name, tensor in tensors.items() if not name.startswith("learner/")}
-        sound = (
-            forms(found) == forms(self._like(found, history))
-            and all(tensor.isfinite().all() for tensor in found.values())
-            and all(is_stream(found[f"streams/{name}"]) for name in STREAMS)
-            and self._is_history(history, found.get(LOSSES, torch.zeros(0)).numel())
-        )
-        if not sound:
-            raise UserError(ALIEN)
-
-    def _like(self, found: Mapping[str, Tensor], history: list[Row]) -> dict[str, Tensor]:
-        """Tensors of the names, types and shapes that the state of this run has after such a history."""
-        now = {name: tensor for name, tensor in self.state().tensors.items() if not name.startswith("learner/")}
-        momenta = flat({"momentum": {f"{number}": each for number, each in enumerate(self._parameters())}})
-        weights = flat({"weights": self.model.state_dict()}) if history else {}
-        losses = {LOSSES: torch.zeros(found[LOSSES].numel())} if LOSSES in found else {}
-        return now | {name: each for name, each in momenta.items() if name in found} | weights | losses
-
-    def _is_history(self, history: list[Row], steps: int) -> bool:
-        """Whether rows are those of the first epochs, and some steps can follow."""
-        recipe = self.course.recipe
-        watched = {"clean", "fgsm", "pgd", self.course.select_by, *self.learner.columns}
-        columns = {"epoch", "loss"} | (watched if isinstance(recipe, Recipe) else set())
-        return (
-            all(columns <= row.keys() for row in history)
-            and [row["epoch"] for row in history] == list(range(1, len(history) + 1))
-            and len(history) <= recipe.epochs
-            and steps <= (self.steps_per_epoch if len(history) < recipe.epochs else 0)
-        )
-
-    def _restore_optimizer(self, momenta: Mapping[str, Tensor]) -> None:
-        for number, parameter in enumerate(self._parameters()):
-            if f"{number}" in momenta:  # laid out in memory as the parameter is, as PyTorch itself does
-                buffer = torch.empty_like(parameter).copy_(momenta[f"{number}"]).detach()
-                self.optimizer.state[parameter]["momentum_buffer"] = buffer
-        done = len(self.history) * self.steps_per_epoch + len(self.losses)
-        self.scheduler.load_state_dict(self.scheduler.state_dict() | {"last_epoch": done, "_step_count": done + 1})
-        for group, peak in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
-            group["lr"] = peak * self.rate(done)
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        resume.put_back(self, snapshot)
 
 
 def fit(learner: Learner, course: Course) -> Trained:
@@ -426,13 +331,6 @@ def _last_good(run: Run, file: Path | None) -> str:
     except UserError as error:
         return f"the last good weights are lost: {error}"
     return f"the last good weights, of epoch {run.kept['epoch']}, are in {good}"
-
-
-def _progress(snapshot: Snapshot) -> Progress:
-    try:
-        return Progress.model_validate(snapshot.values)
-    except ValidationError as error:
-        raise UserError(ALIEN) from error
 
 
 def _outcome(run: Run, each: Rates) -> Trained:
