@@ -94,7 +94,8 @@ def _made(network: nn.Module, network_form: Form, key: Key, images_BCHW: Tensor)
     steps[key] += 1
     if not network_form or key in refused or steps[key] <= STEPS:
         return None
-    del _kept[: len(_kept) - KEPT + 1]
+    while len(_kept) >= KEPT:
+        _drop(_kept[0])
     recording = _tried(network, network_form, key, images_BCHW)
     if recording is None:
         refused.add(key)
@@ -102,6 +103,14 @@ def _made(network: nn.Module, network_form: Form, key: Key, images_BCHW: Tensor)
     else:
         _kept.append(recording)
     return recording
+
+
+def _drop(recording: "Recording") -> None:
+    """Its steps must repeat again, or many networks in turn would be recorded all the time."""
+    _kept.remove(recording)
+    network = recording.network()
+    if network is not None:
+        _steps[network][recording.key] = 0
 
 
 def _tried(network: nn.Module, network_form: Form, key: Key, images_BCHW: Tensor) -> "Recording | None":

@@ -26,6 +26,24 @@ PROFILE = """
 model: {width: 2}
 pretrain: {epochs: 8, ema: 0.9, clip: 1.0, selection: best}
 train: {epochs: 3, experts: [clean, pgd-1]}
+evaluate:
+  baselines: [standard]
+  limit: 16
+  batch_size: 4
+  attacks:
+    square: {kind: square, queries: 10, p_init: 0.8}
+    rays: {kind: rays, queries: 10}
+    transfer: {kind: transfer, steps: 5, step_size: 0.25, restarts: 1, sources: [baseline/standard]}
+  checks: {images: 4, steps: 5, samples: 50}
+  grid: {epsilons: [0.1]}
+membership: {victims: {standard: 4}}
+report:
+  claims:
+    more-robust-than-adversarial: {model: mixture, over: baseline/standard, under: worst}
+    more-robust-than-equal-parameters: {model: mixture, over: baseline/standard, under: worst}
+    more-robust-than-uniform: {model: mixture, over: uniform-average, under: worst}
+    more-accurate-than-adversarial: {model: mixture, over: baseline/standard, under: clean}
+    more-accurate-than-equal-parameters: {model: mixture, over: baseline/standard, under: clean}
 poison:
   images: 60
   attacks:
@@ -48,13 +66,17 @@ extract:
       surrogates: [same]
       seeds: [0]
 """  # noqa: E501  (as params.yaml has them)
+TRAINED = [("pretrain", "clean"), ("pretrain", "pgd-1")]
+SHORT = [("use", "smoke"), ("use", "kills")]  # every attack of an evaluation, as short as it can be
 # by name: the command, and the commands that make what it needs
 STAGES: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
     "pretrain": (("pretrain", "pgd-1"), []),
-    "train": (("train",), [("pretrain", "clean"), ("pretrain", "pgd-1")]),
+    "train": (("train",), [*TRAINED]),
     "baseline": (("baseline", "adversarial"), []),
+    "evaluate": (("evaluate",), [*SHORT, *TRAINED, ("train",), ("baseline", "standard")]),
     "poison": (("poison", "unlearnable"), []),
     "extract": (("extract", "dfme"), [("pretrain", "pgd-1")]),
+    "membership": (("membership",), [("baseline", "standard")]),
 }
 SIDECAR = ".run.json"  # how long it took, and when
 

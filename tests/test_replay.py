@@ -161,6 +161,14 @@ def test_few_are_kept(recordings: list[int]) -> None:
     assert recordings == [*counts, counts[0]]
 
 
+def test_networks_in_turn_are_not_recorded_all_the_time(recordings: list[int]) -> None:
+    models = [lone() for _ in range(KEPT + 1)]
+    for _ in range(3):
+        for model in models:
+            attack(model, STEPS)
+    assert len(recordings) <= 2 * len(models)
+
+
 def test_a_network_that_has_become_another_is_recorded_anew(recordings: list[int]) -> None:
     model = mixture()
     attack(model, STEPS + 1)

@@ -140,7 +140,9 @@ def told(model: nn.Module, case: Case, audit: Audit) -> Told:
     """
     file = state.spot(case.recipes.shelf, "told", fingerprint(model))
     return state.remembered(
-        file, lambda: Snapshot(_told(model.to(device()), case, audit), {}), lambda found: found.tensors
+        file,
+        lambda: Snapshot(_told(model.to(device()), case, audit), {}),
+        lambda found: {kind: found.tensors[kind] for kind in (CLEAN, ADVERSARIAL)},  # a file has an order of its own
     )
 
 
