@@ -18,6 +18,8 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 # the mixture, then the comparators, which are listed by size, from the dearest down: no core waits for one of them in the end
 dearest_first = | awk '{line[NR] = $$0} END {print line[1]; while (NR > 1) print line[NR--]}'
+# evaluation and, listed last, membership take longest: nobody should wait for one of them alone
+longest_first = | awk '{line[NR] = $$0} END {print line[1]; print line[NR]; for (i = 2; i < NR; i++) print line[i]}'
 # the stages whose names match, which do not need each other; the cores are shared out, for threads beside others wait for each other
 side_by_side = stages=$$(dvc stage list --name-only | grep -E '$(1)' $(2)); \
 	jobs=$$(printf '%s\n' "$$stages" | awk 'END {print NR < $(JOBS) ? NR : $(JOBS)}'); \
@@ -33,7 +35,7 @@ repro: $(VENV)/.installed
 	dvc repro prepare
 	@$(call side_by_side,^pretrain@)
 	@$(call side_by_side,^(train|baseline@.*)$$,$(dearest_first))
-	@$(call side_by_side,^(evaluate|poison@.*|extract@.*|membership)$$)
+	@$(call side_by_side,^(evaluate|poison@.*|extract@.*|membership)$$,$(longest_first))
 	dvc repro
 	@python -m advmoe results
 
