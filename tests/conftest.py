@@ -78,6 +78,12 @@ EXTRACT: dict[str, Any] = {  # what extraction studies share, as little of it as
 Edit = Callable[[dict[str, Any]], None]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes first: beside the many others, and not alone in the end."""
+    slow = {item.path for item in items if item.get_closest_marker("pipeline")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_a_clean_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory

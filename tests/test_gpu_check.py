@@ -86,7 +86,7 @@ def test_a_state_that_forgets_is_found_out(monkeypatch: pytest.MonkeyPatch) -> N
     images, labels = pictures(4)
     model = networks.mixture(images, width=1, experts=2)
     assert [row.ok for row in resume(model, images, labels)] == [True]
-    monkeypatch.setattr("advmoe.training.loop.Run._restore_optimizer", lambda *_: None)
+    monkeypatch.setattr("advmoe.training.resume._restore_optimizer", lambda *_: None)
     assert [row.ok for row in resume(model, images, labels)] == [False]
 
 
