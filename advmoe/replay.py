@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from advmoe.models.layers import compute_dtype
+from advmoe.models.layers import compute_dtype, structure
 from advmoe.models.side_by_side import refold
 
 STEPS = 20  # of one shape, before it is recorded: recording takes about as long as ten to twenty
@@ -56,15 +56,10 @@ class Replayed:
 
 def form(network: nn.Module) -> Form:
     """All that shapes a forward pass beside the weights, to know a network again; empty for one not to be recorded."""
-    seen: list[object] = []
     for module in network.modules():
         if not type(module).__module__.startswith(OURS) or module._forward_hooks or module._forward_pre_hooks:
             return ()
-        plain = [
-            (name, value) for name, value in vars(module).items() if isinstance(value, bool | int | float | str | tuple)
-        ]
-        seen.append((type(module), *plain, *(each.shape for each in module.parameters(recurse=False))))
-    return tuple(seen)
+    return *structure(network), *(each.shape for each in network.parameters())
 
 
 _kept: list["Recording"] = []  # the one used last at the end

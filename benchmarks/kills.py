@@ -66,12 +66,12 @@ extract:
       surrogates: [same]
       seeds: [0]
 """  # noqa: E501  (as params.yaml has them)
-TRAINED = [("pretrain", "clean"), ("pretrain", "pgd-1")]
+TRAINED: list[tuple[str, ...]] = [("pretrain", "clean"), ("pretrain", "pgd-1")]
 SHORT = [("use", "smoke"), ("use", "kills")]  # every attack of an evaluation, as short as it can be
 # by name: the command, and the commands that make what it needs
 STAGES: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
     "pretrain": (("pretrain", "pgd-1"), []),
-    "train": (("train",), [*TRAINED]),
+    "train": (("train",), TRAINED),
     "baseline": (("baseline", "adversarial"), []),
     "evaluate": (("evaluate",), [*SHORT, *TRAINED, ("train",), ("baseline", "standard")]),
     "poison": (("poison", "unlearnable"), []),

@@ -95,10 +95,11 @@ class Table:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = f"On a GPU: {', '.join(WALL_CLOCK)}; the others count CPU seconds."
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=on_gpu, formatter_class=raw)
     parser.add_argument("--quick", action="store_true", help="fewer images, steps and rounds")
     parser.add_argument("--only", choices=SECTIONS, action="append", help="only this part; may be repeated")
-    parser.epilog = f"On a GPU: {', '.join(WALL_CLOCK)}; the others count CPU seconds."
     parser.add_argument("--out", type=Path, default=None, help="the JSON file; default: a new one under runs/")
     arguments = parser.parse_args()
     if not checkpoints.available():
@@ -107,7 +108,7 @@ def main() -> None:
     there = SECTIONS if machine.device().type == "cpu" else WALL_CLOCK
     sections = arguments.only or there
     if not set(sections) <= set(there):
-        parser.exit(2, f"error: on {machine.device()} there are {', '.join(there)}; the others count CPU seconds\n")
+        parser.exit(2, f"error: {on_gpu}\n")
     logging.getLogger("art").setLevel(logging.WARNING)
     effort = QUICK if arguments.quick else FULL
     console.say(_machine_line())
@@ -449,9 +450,8 @@ SECTIONS: Mapping[str, Callable[[Effort], Iterator[Table]]] = {
     "experts": experts_side_by_side,
     "scaling": scaling,
 }
-
-
 WALL_CLOCK = ("pgd", "autoattack", "training")  # sections whose rows have both clocks
+
 
 # ---- rows, and where they go
 

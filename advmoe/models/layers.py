@@ -3,8 +3,9 @@
 Shapes: B batch, C channel, H/W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,14 +69,30 @@ class ConvNorm(nn.Module):
 
     def refold(self) -> None:
         """The weights have changed: fold those of now, into the memory of those before."""
-        for kept in self._folded.values():
-            for old, new in zip(kept, self.one_convolution(), strict=True):
-                old.copy_(new)
+        renew(self._folded, self.one_convolution())
 
     def unfold(self) -> None:
         """Run as two layers again, and forget the one."""
         self.is_folded = False
         self._folded.clear()
+
+
+def renew(folded_by_type: Mapping[torch.dtype, tuple[Tensor, Tensor]], convolution: tuple[Tensor, Tensor]) -> None:
+    """Write another weight and bias to where the old ones are, in each of their types."""
+    for kept in folded_by_type.values():
+        for old, new in zip(kept, convolution, strict=True):
+            old.copy_(new)
+
+
+def structure(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
+    """What a state_dict does not say: kinds of layers, and numbers like a temperature."""
+    return [(name, type(layer).__qualname__, plain(vars(layer))) for name, layer in model.named_modules()]
+
+
+def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are numbers, words or tuples, by name, in alphabetical order; private ones and `training` apart."""
+    kept = {name: value for name, value in attributes.items() if not name.startswith("_") and name != "training"}
+    return {name: value for name, value in sorted(kept.items()) if isinstance(value, int | float | str | tuple)}
 
 
 def compute_dtype(images_BCHW: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.models.layers import ConvNorm, compute_dtype, linear_in_float32
+from advmoe.models.layers import ConvNorm, compute_dtype, linear_in_float32, renew
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.models.resnet import BasicBlock, ResNet18, residual
 
@@ -144,9 +144,7 @@ class _Row:
 
     def refold(self) -> None:
         """The layers' weights have changed: fold those of now, into the memory of those before."""
-        for kept in self.folded.values():
-            for old, new in zip(kept, self._one_convolution(), strict=True):
-                old.copy_(new)
+        renew(self.folded, self._one_convolution())
 
     def _one_convolution(self) -> tuple[Tensor, Tensor]:
         weights, biases = zip(*(layer.one_convolution() for layer in self.layers), strict=True)

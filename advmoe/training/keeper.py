@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from advmoe.data.dataset import Dataset
 from advmoe.errors import STUMBLES, UserError, first_line
 from advmoe.interruption import GO_ON, Held, Interrupted, held_back
 from advmoe.machine import machine
+from advmoe.models.layers import plain, structure
 from advmoe.state import KEY_LENGTH, Snapshot, circumstances, digest_of
 from advmoe.training.cost import Learns
 
@@ -74,7 +75,7 @@ def identity(name: str, learner: Learns, dataset: Dataset, settings: object) -> 
     key = digest_of(
         name,
         settings,
-        [type(learner).__qualname__, _plain(vars(learner))],
+        [type(learner).__qualname__, plain(vars(learner))],
         fingerprint(learner.model),
         hash_tensors(images),
         circumstances(),
@@ -84,17 +85,7 @@ def identity(name: str, learner: Learns, dataset: Dataset, settings: object) -> 
 
 def fingerprint(model: nn.Module) -> str:
     """sha256 over all that determines what a network answers."""
-    return digest_of(_structure(model), hash_tensors(model.state_dict()))
-
-
-def _structure(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
-    """What a state_dict does not say: kinds of layers, and numbers like a temperature."""
-    return [(name, type(layer).__qualname__, _plain(vars(layer))) for name, layer in model.named_modules()]
-
-
-def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in attributes.items() if not name.startswith("_") and name != "training"}
-    return {name: value for name, value in sorted(kept.items()) if isinstance(value, int | float | str | tuple)}
+    return digest_of(structure(model), hash_tensors(model.state_dict()))
 
 
 @contextmanager
