@@ -37,7 +37,7 @@ from advmoe.machine import device, generator
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.schema import Params
 from advmoe.training import comparators
-from advmoe.training.adversary import PgdBatches, SingleAdversary, TradesBatches, expected_passes
+from advmoe.training.adversary import Adversary, PgdBatches, TradesBatches, expected_passes
 from advmoe.training.comparators import SingleNetwork
 from advmoe.training.cost import SAMPLE, Learns, Rates, rates
 from advmoe.training.joint import JointRecipe, MixtureLearner
@@ -201,9 +201,9 @@ class Forecast:
     def _trained(self, stage: str, student: Student, backbone: Backbone, recipe: Recipe) -> Job:
         return self._job(stage, self.single(backbone, student), recipe, student.adversary)
 
-    def _job(self, stage: str, network: Network, recipe: Recipe, adversary: SingleAdversary) -> Job:
+    def _job(self, stage: str, network: Network, recipe: Recipe, adversary: Adversary) -> Job:
         each, watched = network.each, recipe.validation
-        training = recipe.epochs * self.sizes.train * comparators.per_image(each, adversary)
+        training = recipe.epochs * self.sizes.train * comparators.per_image(each, adversary, recipe.gradients)
         looks = (1 + watched.steps) * (each.forward + each.pixels) + 4 * each.forward
         beside = recipe.epochs * min(watched.images, self.sizes.validation) * looks
         return Job(stage, expected_passes(adversary), training, beside, network)
@@ -254,7 +254,7 @@ class Forecast:
         count, before = min(FIRST_BATCH, recipe.batch_size), 0.0
         while True:
             learner, (images, labels) = fresh(), self._noise(count)
-            work = count * comparators.per_image(self._count(learner), PROBE)
+            work = count * comparators.per_image(self._count(learner), PROBE, recipe.gradients)
             run = Run(learner, self._course(recipe.model_copy(update={"batch_size": count}), images, labels))
             seconds = timed(partial(run.step, images, labels), self.clock)
             if count == recipe.batch_size or (seconds >= LONG_ENOUGH and work / seconds < GAIN * before):

@@ -57,8 +57,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: rounds, images and steps of dense PGD, batch, images of AutoAttack on a small network and
-    on the mixture, images of a gradient at full width.
+    """How much is measured: rounds, images and steps of dense PGD, batch, images of AutoAttack, images of a gradient at
+    full width.
     """
 
     rounds: int
@@ -66,12 +66,11 @@ class Effort:
     steps: int
     batch_size: int
     suite: int
-    suite_mixture: int
     wide: int
 
 
-FULL = Effort(rounds=3, images=240, steps=10, batch_size=120, suite=50, suite_mixture=12, wide=16)
-QUICK = Effort(rounds=2, images=60, steps=4, batch_size=60, suite=4, suite_mixture=2, wide=4)
+FULL = Effort(rounds=3, images=240, steps=10, batch_size=120, suite=50, wide=16)
+QUICK = Effort(rounds=2, images=60, steps=4, batch_size=60, suite=4, wide=4)
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ def _their_pgd(subject: Subject, climb: Climb) -> dict[str, Callable[[], Tensor]
 def autoattack(effort: Effort) -> Iterator[Table]:
     """The whole suite. Minutes for each network, so one round, and no warming up."""
     subjects = [networks.checkpoint(name, effort.suite) for name in checkpoints.CHECKPOINTS]
-    subjects.append(_digits_mixture(effort).first(effort.suite_mixture))
+    subjects.append(_digits_mixture(effort).first(effort.suite))
     yield Table("standard AutoAttack", [_suite_row(subject, effort.batch_size) for subject in subjects])
 
 

@@ -23,12 +23,12 @@ from advmoe.machine import generator
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.training import comparators, cost, loop
 from advmoe.training.adversary import (
+    Adversary,
     CleanBatches,
     Drawn,
     FgsmBatches,
     MixedBatches,
     PgdBatches,
-    SingleAdversary,
     TradesBatches,
     draw,
     expected_passes,
@@ -206,7 +206,7 @@ def test_counting_leaves_a_mixtures_learner_as_it_was(name: str | None) -> None:
     assert {key: vars(learner)[key] for key in own} == own
 
 
-def train_one(adversary: SingleAdversary, **changes: Any) -> Trained:
+def train_one(adversary: Adversary, **changes: Any) -> Trained:
     meets = not isinstance(adversary, CleanBatches | FgsmBatches)
     student = Student(adversary=adversary, seed=0, reads="epsilon" if meets else "seed")
     recipe, radius = single_recipe(**changes), EPSILON if meets else None
@@ -256,7 +256,7 @@ def test_cost_is_a_sum_of_products() -> None:
     [(CLEAN, 0, 0), (FGSM, 1, 1), (PGD, 3, 3), (TRADES, 4, 3)],
     ids=["clean", "fgsm", "pgd", "trades"],
 )
-def test_work_of_a_run_is_what_its_recipe_says(adversary: SingleAdversary, forward: int, backward: int) -> None:
+def test_work_of_a_run_is_what_its_recipe_says(adversary: Adversary, forward: int, backward: int) -> None:
     """Every image once an epoch, in every pass of the attack; validation is not training."""
     found = train_one(adversary, epochs=3).cost
     assert found.learning == 3 * IMAGES
@@ -373,7 +373,7 @@ def test_a_mixture_smaller_than_any_other_backbone_is_met_by_the_narrowest() -> 
 # ---- budgets: as much work
 
 
-def student(adversary: SingleAdversary = PGD, kind: BackboneKind = "cnn") -> SingleNetwork:
+def student(adversary: Adversary = PGD, kind: BackboneKind = "cnn") -> SingleNetwork:
     return SingleNetwork.model_validate(
         {
             "kind": "single",
@@ -397,10 +397,11 @@ BUDGETS: dict[str, tuple[SingleNetwork, JointRecipe, int]] = {
     "one step": (student(FGSM), joint_recipe(adversary=TWO_STEPS), 10**7),
     "trades": (student(TRADES), joint_recipe(), 10**8),
     "another backbone": (student(kind="resnet18"), joint_recipe(), 5 * 10**8),
+    "perturbed weights": (student(), joint_recipe(awp=0.01), 10**7),
 }
 
 
-def course(recipe: Recipe, adversary: SingleAdversary) -> Course:
+def course(recipe: Recipe, adversary: Adversary) -> Course:
     return Course("tiny", 0, DATA, recipe, adversary, EPSILON, "pgd")
 
 
@@ -417,7 +418,8 @@ def test_a_lengthened_run_takes_the_mixtures_work_to_half_an_epoch(
 ) -> None:
     """Both are trained for real, and what they are found to have cost is compared."""
     assert joint.adversary in (PGD, TWO_STEPS)  # nothing is drawn: what is expected on average is what happens
-    target = train_joint(spent=spent, epochs=joint.epochs, adversary=joint.adversary).cost.total_training_flops
+    own: dict[str, Any] = {"epochs": joint.epochs, "adversary": joint.adversary, "awp": joint.awp}
+    target = train_joint(spent=spent, **own).cost.total_training_flops
     recipe = comparators.lengthened(single_recipe(), wanted, BACKBONE, joint, spent, DATA)
     model = build(comparators.plain(wanted, BACKBONE))
     short = recipe.model_copy(update={"epochs": 1})
@@ -452,7 +454,7 @@ def test_more_data_does_not_change_how_long_is_as_long() -> None:
     ],
     ids=["clean", "fgsm", "pgd", "mixed"],
 )
-def test_expected_passes_are_the_mean_over_the_draws(adversary: SingleAdversary, expected: float) -> None:
+def test_expected_passes_are_the_mean_over_the_draws(adversary: Adversary, expected: float) -> None:
     assert expected_passes(adversary) == pytest.approx(expected)
 
 

@@ -40,7 +40,7 @@ from advmoe.evaluation.minimal import minimal_epsilons
 from advmoe.evaluation.resume import Part
 from advmoe.models.moe import Mixing, MixtureOfExperts
 from advmoe.training import keeper
-from advmoe.training.adversary import SingleAdversary
+from advmoe.training.adversary import Adversary
 from advmoe.training.joint import MixtureLearner
 from advmoe.training.loop import Course, Learner, Run, Trained, fit
 from advmoe.training.rivals import AlternatingLearner
@@ -154,7 +154,7 @@ def exact_mixture(mixing: Mixing) -> MixtureOfExperts:
     return MixtureOfExperts([exact(norm=True), exact(norm=False)], gate, mixing)
 
 
-def learner_called(kind: str, most: int | None) -> tuple[Learner, Any, SingleAdversary]:
+def learner_called(kind: str, most: int | None) -> tuple[Learner, Any, Adversary]:
     if kind == "mixture":
         return MixtureLearner(exact_mixture("probabilities"), joint_recipe(most)), joint_recipe(most), MIXED
     if kind == "in turn":
@@ -162,10 +162,12 @@ def learner_called(kind: str, most: int | None) -> tuple[Learner, Any, SingleAdv
     model, recipe = exact(norm=True), recipe_of(most)
     if kind == "trades":
         return TradesLearner(model, recipe, 2.0), recipe, TRADES
+    if kind == "perturbed weights":
+        recipe = recipe.model_copy(update={"awp": 0.1})
     return PlainLearner(model, recipe), recipe, PGD
 
 
-KINDS = ("plain", "trades", "mixture", "in turn")
+KINDS = ("plain", "trades", "perturbed weights", "mixture", "in turn")
 Steps = dict[str, list[dict[str, Tensor]]]
 
 
@@ -223,7 +225,7 @@ def data_of(count: int) -> Dataset:
     return Dataset({"train": make_split(count, "train"), "validation": make_split(9, "validation")}, FACTS, "0" * 64)
 
 
-def trained(count: int, adversary: SingleAdversary, **changes: Any) -> Trained:
+def trained(count: int, adversary: Adversary, **changes: Any) -> Trained:
     recipe = SingleRecipe(validation_epsilon=0.05, **RECIPE | changes)
     course = Course("tiny", 0, data_of(count), recipe, adversary, 0.05, "clean")
     return fit(PlainLearner(make_model(0), recipe), course)

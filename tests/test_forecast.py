@@ -64,7 +64,8 @@ def small(inputs_only: Path, edit: Edit) -> Params:
     ids=lambda value: getattr(value, "kind", str(value)),
 )
 def test_an_image_costs_its_attack_and_the_learning(adversary: Any, expected: float) -> None:
-    assert comparators.per_image(EACH, adversary) == expected
+    assert comparators.per_image(EACH, adversary, 1) == expected
+    assert comparators.per_image(EACH, adversary, 2) == expected + 7
 
 
 def test_a_stage_costs_its_epochs_and_the_looks_at_the_validation_split(small: Params) -> None:
@@ -159,7 +160,7 @@ def test_the_rate_of_this_machine_is_measured_on_training_steps(small: Params) -
     ticks = iter(range(10**6))
     forecast = Forecast(small, lambda: float(next(ticks)))  # every step takes a second
     assert forecast.expert.speed() == small.pretrain.batch_size * comparators.per_image(
-        forecast.expert.each, PgdBatches(kind="pgd", steps=(3,), step_size=0.25)
+        forecast.expert.each, PgdBatches(kind="pgd", steps=(3,), step_size=0.25), 1
     )
 
 

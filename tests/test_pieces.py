@@ -17,7 +17,7 @@ from advmoe.attacks.draws import BatchDraws, PartDraws
 from advmoe.classifiers import GateSettings, Mixture
 from advmoe.machine import generator
 from advmoe.models.moe import MixtureOfExperts
-from advmoe.training.adversary import PgdBatches, SingleAdversary, TradesBatches
+from advmoe.training.adversary import Adversary, PgdBatches, TradesBatches
 from advmoe.training.joint import Alarms, JointRecipe, MixtureLearner, load_imbalance
 from advmoe.training.loop import Course, Learner, Run
 from advmoe.training.pieces import cut
@@ -58,6 +58,7 @@ def joint_recipe(micro_batch: int | None, load_balance: float = 0.5) -> JointRec
         "mixing": "probabilities",
         "adversary": MIXED,
         "gate_lr": 0.1,
+        "own_loss": 0.0,
         "load_balance": load_balance,
         "checkpointing": False,
     }
@@ -75,7 +76,7 @@ def make_mixture() -> MixtureOfExperts:
     return classifiers.assemble(about, FACTS, [make_model(1), make_model(2)], 0)
 
 
-def after_steps(learner: Learner, recipe: Any, adversary: SingleAdversary = PGD, steps: int = 1) -> Run:
+def after_steps(learner: Learner, recipe: Any, adversary: Adversary = PGD, steps: int = 1) -> Run:
     run = Run(learner, Course("tiny", 0, make_data(), recipe, adversary, 0.05, "clean"))
     for step in range(steps):
         rows = slice(12 * step, 12 * step + 12)
@@ -117,10 +118,10 @@ def test_an_image_draws_the_same_in_every_piece(kind: str) -> None:
 
 
 @pytest.mark.parametrize("most", [5, 4, 2])
-@pytest.mark.parametrize("adversary", [PGD, TRADES], ids=["pgd", "trades"])
-def test_gradients_are_those_of_the_whole_batch(most: int, adversary: SingleAdversary) -> None:
+@pytest.mark.parametrize(("adversary", "awp"), [(PGD, 0.0), (TRADES, 0.0), (PGD, 0.1)], ids=["pgd", "trades", "awp"])
+def test_gradients_are_those_of_the_whole_batch(most: int, adversary: Adversary, awp: float) -> None:
     def run(micro_batch: int | None) -> Run:
-        model, recipe = exact(), recipe_of(micro_batch)
+        model, recipe = exact(), recipe_of(micro_batch).model_copy(update={"awp": awp})
         learner = TradesLearner(model, recipe, 2.0) if adversary is TRADES else PlainLearner(model, recipe)
         return after_steps(learner, recipe, adversary, steps=2)
 

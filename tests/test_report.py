@@ -544,6 +544,26 @@ def test_the_ledger_follows_the_parameters() -> None:
     assert "CIFAR-10 and SVHN svhn none" in text
 
 
+def test_the_ledger_calls_another_joint_phase_another_recipe() -> None:
+    record = made_up()
+    content = json.loads(record.content["params.yaml"])
+
+    def joint_row() -> str:
+        text = Page(page_of(record.replaced("params.yaml", content))).text
+        return text.partition("on randomly drawn attacks, clean included")[2].partition("schedule")[0].strip()
+
+    paper = content["train"]["adversary"]
+    assert joint_row().endswith("left open by the paper")
+    content["train"] |= {"own_loss": 0.5, "awp": 0.005}
+    assert joint_row().endswith(
+        "the experts' own losses, weight 0.5; weights perturbed by 0.005 of their norm another recipe"
+    )
+    content["train"] |= {"own_loss": 0.0, "awp": 0.0, "adversary": paper | {"weights": [0, 1, 1]}}
+    assert joint_row().endswith("another recipe")
+    content["train"]["adversary"] = {"kind": "trades", "steps": [5], "step_size": 0.25, "beta": 6.0}
+    assert joint_row() == "trades in every batch another recipe"
+
+
 def test_versions_and_hashes_are_told(page: str) -> None:
     assert "The mixture's artifact is not here to say which PyTorch made it." in Page(page).text
     facts: dict[str, Any] = {"about": {}, "params": {}, "inputs": {}, "metrics": {}}

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from tiny import CONSTANT, EPSILON, FACTS, JOINT, RECIPE, patterned, patterned_set
 from torch import Tensor, nn
+from torch.nn import functional
 
 from advmoe import classifiers, engine, routing
 from advmoe.attacks.ball import LInf
@@ -33,20 +34,23 @@ from advmoe.training.adversary import (
     FgsmBatches,
     MixedBatches,
     PgdBatches,
+    TradesBatches,
     bind,
     craft,
     draw,
 )
-from advmoe.training.joint import JointRecipe, MixtureLearner, train_mixture
+from advmoe.training.joint import JointRecipe, MixtureLearner, own_losses, train_mixture
 from advmoe.training.loop import Course, Row, Trained, fit
 from advmoe.training.recipe import Optimizer, Recipe, Schedule, parameter_groups, rate
 from advmoe.training.single import PlainLearner, SingleRecipe, Student, baseline_recipe, train_single
+from advmoe.training.trades import divergence
 
 BACKBONE = Backbone(kind="resnet18", width=2)
 CLEAN = CleanBatches(kind="clean")
 FGSM = FgsmBatches(kind="fgsm", epsilons=(0.01, 0.02, 0.03, 0.04))
 PGD = PgdBatches(kind="pgd", steps=(1, 2, 3), step_size=0.5)
 MIXED = MixedBatches(kind="mixed", weights=(1, 1, 1), of=(CLEAN, FGSM, PGD))
+TRADES = TradesBatches(kind="trades", steps=(1, 2), step_size=0.5, beta=3.0)
 OFF = Augmentation(crop=0, flip=False)
 LONG = Pgd(kind="pgd", steps=6, step_size=0.5, restarts=1, loss="ce", targets=0)
 BATCHES = 6  # of 8 images, in one epoch of the tiny set
@@ -501,6 +505,58 @@ def test_loss_of_a_mixture_is_its_nll_plus_the_weighted_imbalance() -> None:
         found = MixtureLearner(mixture, joint_recipe(load_balance=2.0)).loss(images, labels, images)
     # loads 3/4 and 1/4: variance 1/16, squared mean 1/4
     assert float(found) == pytest.approx(float(nll) + 2.0 * 0.25, abs=1e-5)
+
+
+def test_own_losses_are_the_mean_cross_entropy_of_the_experts() -> None:
+    logits_BEK = torch.randn(4, 2, 3, generator=stream("own"))
+    labels = torch.tensor([0, 1, 2, 0])
+    each = [functional.cross_entropy(logits_BEK[:, expert], labels) for expert in range(2)]
+    torch.testing.assert_close(own_losses(logits_BEK, labels), (each[0] + each[1]) / 2)
+
+
+def test_loss_of_a_mixture_counts_its_experts_own_losses() -> None:
+    mixture, images, labels = make_mixture().eval(), patterned(stream, 12, "loss").pixels(), torch.arange(12) % 3
+    with torch.no_grad():
+        own = own_losses(mixture.parts(images).logits_BEK, labels)
+        without = MixtureLearner(mixture, joint_recipe()).loss(images, labels, images)
+        found = MixtureLearner(mixture, joint_recipe(own_loss=0.5)).loss(images, labels, images)
+    assert own > 0
+    torch.testing.assert_close(found, without + 0.5 * own)
+
+
+def test_an_expert_without_weight_learns_from_its_own_loss_only() -> None:
+    images, labels = patterned(stream, 12, "loss").pixels(), torch.arange(12) % 3
+
+    def slope(own_loss: float) -> float:
+        mixture = make_mixture().eval()
+        give_scores(mixture, [60.0, -60.0])
+        MixtureLearner(mixture, joint_recipe(own_loss=own_loss, load_balance=0.0)).loss(
+            images, labels, images
+        ).backward()  # type: ignore[no-untyped-call]
+        gradients = [each.grad for each in mixture.experts[1].parameters() if each.grad is not None]
+        return max(float(gradient.abs().max()) for gradient in gradients)
+
+    assert slope(0.0) < 1e-9
+    assert slope(1.0) > 1e-3
+
+
+def test_loss_of_a_mixture_under_trades_has_two_terms() -> None:
+    """Clean NLL and the divergence of the mixed answers; the attacked images alone would have neither."""
+    mixture = make_mixture().eval()
+    clean, labels = patterned(stream, 12, "loss").pixels(), torch.arange(12) % 3
+    attacked = (clean + 0.2 * torch.randn(clean.shape, generator=stream("moved"))).clamp(0, 1)
+    recipe = joint_recipe(adversary=TRADES, load_balance=0.0)
+    with torch.no_grad():
+        found = MixtureLearner(mixture, recipe).loss(attacked, labels, clean)
+        nll = functional.nll_loss(mixture(clean), labels)
+        apart = divergence(mixture(clean), mixture(attacked)).mean()
+    assert apart > 1e-3
+    torch.testing.assert_close(found, nll + TRADES.beta * apart)
+
+
+def test_a_mixture_learns_by_trades() -> None:
+    trained, _ = run_mixture(adversary=TRADES, epochs=4)
+    assert trained.history[-1]["loss"] < trained.history[0]["loss"]
 
 
 # ---- the alarm for overfitting to one step

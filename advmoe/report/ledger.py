@@ -19,6 +19,7 @@ FGSM_EPSILONS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09]
 PGD_STEPS = [10, 20, 30, 40, 50]
 PAPER_WIDTH = 64  # channels of the first stage of a full ResNet-18
 PAPER_EXPERTS = {"clean": 1, "fgsm": 4, "pgd": 4}
+PAPER_BATCHES = {"clean", "fgsm", "pgd"}
 PAPER_ATTACKS = ("fgsm", "pgd")
 PAPER_SOURCES = ("cifar10", "svhn")
 NONE = "none"
@@ -122,11 +123,30 @@ def _gate(params: Params) -> str:
 
 
 def _joint(params: Params) -> str:
-    adversary = params["train"]["adversary"]
+    return "; ".join([_batches(params["train"]["adversary"]), *_additions(params)])
+
+
+def _batches(adversary: Params) -> str:
     if adversary["kind"] != "mixed":
         return f"{adversary['kind']} in every batch"
     drawn = zip((each["kind"] for each in adversary["of"]), adversary["weights"], strict=True)
     return "drawn per batch: " + ", ".join(f"{kind} (weight {weight:g})" for kind, weight in drawn)
+
+
+def _additions(params: Params) -> list[str]:
+    """What the joint phase has beside the paper's; a record of before has no such keys."""
+    train = params["train"]
+    named = {"own_loss": "the experts' own losses, weight {:g}", "awp": "weights perturbed by {:g} of their norm"}
+    return [said.format(train[key]) for key, said in named.items() if train.get(key)]
+
+
+def _joint_deviation(params: Params) -> str:
+    adversary = params["train"]["adversary"]
+    weights = zip(adversary.get("of", ()), adversary.get("weights", ()), strict=True)
+    drawn = {each["kind"] for each, weight in weights if weight}
+    if drawn == PAPER_BATCHES and not _additions(params):
+        return _left_open(params)
+    return "another recipe"
 
 
 def _epochs(params: Params) -> str:
@@ -188,7 +208,7 @@ ENTRIES = (
         "joint phase",
         "experts and gate updated together on randomly drawn attacks, clean included",
         _joint,
-        _left_open,
+        _joint_deviation,
     ),
     Entry("schedule", "-", _epochs, _left_open),
     Entry("data", "CIFAR-10 and SVHN", _data, _data_deviation),

@@ -68,9 +68,7 @@ class MixedBatches(Settings):
         return self
 
 
-Adversary = Annotated[CleanBatches | FgsmBatches | PgdBatches | MixedBatches, Field(discriminator="kind")]
-# TRADES is a loss as much as an attack, and one for plain networks
-SingleAdversary = Annotated[
+Adversary = Annotated[
     CleanBatches | FgsmBatches | PgdBatches | TradesBatches | MixedBatches, Field(discriminator="kind")
 ]
 
@@ -107,7 +105,7 @@ def craft(
         return bind(drawn.attack)(cheap, images_BCHW, labels_B, ball=drawn.ball, draws=draws)
 
 
-def draw(adversary: SingleAdversary, epsilon: float, stream: torch.Generator) -> Drawn | None:
+def draw(adversary: Adversary, epsilon: float, stream: torch.Generator) -> Drawn | None:
     """Draw the attack of one batch; None for a clean one. `epsilon` is the threat model's."""
     match adversary:
         case CleanBatches():
@@ -126,7 +124,7 @@ def draw(adversary: SingleAdversary, epsilon: float, stream: torch.Generator) ->
             return draw(adversary.of[int(chosen)], epsilon, stream)
 
 
-def expected_passes(adversary: SingleAdversary) -> float:
+def expected_passes(adversary: Adversary) -> float:
     """Passes forwards and back to the pixels that an image is attacked with, on average over the draws."""
     match adversary:
         case CleanBatches():

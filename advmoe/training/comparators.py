@@ -15,9 +15,10 @@ from advmoe.classifiers import Architecture, Backbone, BackboneKind, Mixture, No
 from advmoe.data.dataset import Dataset, Facts
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import PositiveFloat, Settings, load_section
-from advmoe.training.adversary import SingleAdversary, TradesBatches, expected_passes
+from advmoe.training.adversary import Adversary, TradesBatches, expected_passes
 from advmoe.training.cost import SAMPLE, Learns, Rates, parameters, rates
 from advmoe.training.joint import Design, JointRecipe, MixtureLearner
+from advmoe.training.recipe import Recipe
 from advmoe.training.rivals import AlternatingLearner, LastLayersLearner, SynergyLearner
 from advmoe.training.single import SingleRecipe, Student, learner_of
 
@@ -156,22 +157,24 @@ def lengthened(
     mixture = classifiers.build(the_mixture(backbone, joint), dataset.facts, 0)
     alone = classifiers.build(plain(student, backbone), dataset.facts, 0)
     assert isinstance(mixture, MixtureOfExperts)
-    target = spent + joint.epochs * _epoch(MixtureLearner(mixture, joint), joint.adversary, dataset)
-    epochs = round(target / _epoch(learner_of(student, alone, recipe), student.adversary, dataset))
+    target = spent + joint.epochs * _epoch(MixtureLearner(mixture, joint), joint.adversary, joint, dataset)
+    epochs = round(target / _epoch(learner_of(student, alone, recipe), student.adversary, recipe, dataset))
     return recipe.model_copy(update={"epochs": max(1, epochs)})
 
 
-def _epoch(learner: Learns, adversary: SingleAdversary, dataset: Dataset) -> float:
+def _epoch(learner: Learns, adversary: Adversary, recipe: Recipe, dataset: Dataset) -> float:
     """Operations of one epoch, on average over the adversary's draws."""
     train = dataset["train"]
     each = rates(learner, train.first(SAMPLE).pixels(), train.first(SAMPLE).labels)
-    return len(train) * per_image(each, adversary)
+    return len(train) * per_image(each, adversary, recipe.gradients)
 
 
-def per_image(each: Rates, adversary: SingleAdversary) -> float:
-    """Operations that an image takes in one epoch: to attack it, on average over the draws, and to learn from it."""
+def per_image(each: Rates, adversary: Adversary, gradients: int) -> float:
+    """Operations that an image takes in one epoch: to attack it, on average over the draws, and to learn from it so
+    many times.
+    """
     look = each.forward if isinstance(adversary, TradesBatches) else 0  # TRADES climbs away from the clean answer
-    return expected_passes(adversary) * (each.forward + each.pixels) + look + each.learning
+    return expected_passes(adversary) * (each.forward + each.pixels) + look + gradients * each.learning
 
 
 def plain(student: SingleNetwork, backbone: Backbone) -> Plain:

@@ -21,11 +21,12 @@ from advmoe.models.moe import Mixing, MixtureOfExperts
 from advmoe.params import Fraction01, NonNegativeFloat, PositiveFloat, Settings
 from advmoe.routing import entropy, gate_weights, shift
 from advmoe.training import cost
-from advmoe.training.adversary import Adversary
+from advmoe.training.adversary import Adversary, TradesBatches
 from advmoe.training.experts import backbone_of, hashes, load_experts
 from advmoe.training.loop import DIGITS, Course, Learner, Row, Trained, fit
 from advmoe.training.recipe import Recipe, sgd
 from advmoe.training.record import record
+from advmoe.training.trades import trades_loss
 
 
 class Alarms(Settings):
@@ -42,9 +43,10 @@ class Alarms(Settings):
 class JointRecipe(Recipe):
     """A recipe, and what only a mixture has.
 
-    `gate_lr`: the gate's own peak learning rate; `load_balance`: weight of the squared coefficient of variation of the
-    mean gate weights (Shazeer et al. 2017), 0 for none; `checkpointing`: keep one expert's activations at a time and
-    compute them again in the backward pass, which takes less memory and more time, and changes no number.
+    `gate_lr`: the gate's own peak learning rate; `own_loss`: weight of the experts' own cross-entropies beside the
+    mixture's, 0 for none; `load_balance`: weight of the squared coefficient of variation of the mean gate weights
+    (Shazeer et al. 2017), 0 for none; `checkpointing`: keep one expert's activations at a time and compute them again
+    in the backward pass, which takes less memory and more time, and changes no number.
     """
 
     experts: tuple[str, ...]
@@ -52,6 +54,7 @@ class JointRecipe(Recipe):
     mixing: Literal["probabilities", "logits"]
     adversary: Adversary
     gate_lr: PositiveFloat
+    own_loss: NonNegativeFloat
     load_balance: NonNegativeFloat
     checkpointing: bool
     alarms: Alarms
@@ -64,8 +67,15 @@ def load_imbalance(log_gate_BE: Tensor) -> Tensor:
     return imbalance
 
 
+def own_losses(logits_BEK: Tensor, labels_B: Tensor) -> Tensor:
+    """Mean cross-entropy of the experts, each asked alone."""
+    return functional.cross_entropy(logits_BEK.flatten(0, 1), labels_B.repeat_interleave(logits_BEK.shape[1]))
+
+
 class MixtureLearner:
-    """Cross-entropy of the mixed log-probabilities plus load balance; watches the gate."""
+    """Cross-entropy of the mixed log-probabilities, or TRADES' two terms of them, plus the experts' own losses and load
+    balance; watches the gate.
+    """
 
     def __init__(self, model: MixtureOfExperts, recipe: JointRecipe) -> None:
         self.model: nn.Module = model
@@ -84,14 +94,23 @@ class MixtureLearner:
         self.mixture.train()
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
-        """NLL of the mixture (its output is a log-probability already) plus the weighted imbalance of the load.
+        """That of the answer, the experts' own, and the imbalance of the load, weighted.
 
-        The load is that of the images at hand: where a batch is learned from in pieces, each has to balance its own.
+        All of the images as they were attacked, but for the first term of TRADES. The load is that of the images at
+        hand: where a batch is learned from in pieces, each has to balance its own.
         """
-        del clean_BCHW
         parts = self.mixture.parts(images_BCHW)
-        loss = functional.nll_loss(parts.log_probs_BK, labels_B)
+        loss = self._of_answer(parts.log_probs_BK, labels_B, clean_BCHW)
+        if self.recipe.own_loss:
+            loss = loss + self.recipe.own_loss * own_losses(parts.logits_BEK, labels_B)
         return loss + self.recipe.load_balance * load_imbalance(parts.log_gate_BE)
+
+    def _of_answer(self, log_probs_BK: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
+        """NLL (the output is a log-probability already), under TRADES that of the clean images plus the divergence."""
+        adversary = self.recipe.adversary
+        if isinstance(adversary, TradesBatches):
+            return trades_loss(self.mixture(clean_BCHW), log_probs_BK, labels_B, adversary.beta)
+        return functional.nll_loss(log_probs_BK, labels_B)
 
     def after_backward(self) -> None:
         """Remember the norm of the gate's gradient, where it has one."""

@@ -30,7 +30,8 @@ from advmoe.errors import UserError
 from advmoe.machine import derive_seed, device, generator
 from advmoe.state import Snapshot
 from advmoe.training import resume
-from advmoe.training.adversary import CleanBatches, SingleAdversary, bind, craft, draw
+from advmoe.training.adversary import Adversary, CleanBatches, bind, craft, draw
+from advmoe.training.awp import worst_nearby
 from advmoe.training.cost import SAMPLE, Cost, Rates, cost, rates
 from advmoe.training.keeper import Look, identity, kept
 from advmoe.training.pieces import SMALLEST, Piece, as_one, cut
@@ -100,7 +101,7 @@ class Course:
     seed: int
     dataset: Dataset
     recipe: Learning
-    adversary: SingleAdversary
+    adversary: Adversary
     epsilon: float
     select_by: str
     spent: int = 0
@@ -212,17 +213,17 @@ class Run:
             raise DivergedError(f"{self.course.name}: the weights became NaN or infinite {where} {len(self.losses)}")
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Attack one batch as drawn, learn from it; returns its loss.
+        """Attack one batch as drawn, learn from it; returns its loss, where gradients were taken.
 
         Of several processes each takes some pieces of the batch, and all are in the same state afterwards.
         """
         model, recipe = self.learner.model, self.course.recipe
         pieces = self._crafted(images, labels)
         self.learner.begin()
-        self.learned += len(labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = distributed.total(self._gradients(pieces))
-        distributed.add_gradients(model)
+        loss = self._learned(pieces, len(labels))
+        if isinstance(recipe, Recipe) and recipe.awp:
+            with worst_nearby(model, recipe.awp):
+                loss = self._learned(pieces, len(labels))
         self.learner.after_backward()
         if recipe.clip:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -256,8 +257,16 @@ class Run:
         pieces = cut(count, self.course.recipe.micro_batch, distributed.world(), self.smallest)
         return distributed.dealt(pieces) or [torch.arange(0)]
 
+    def _learned(self, pieces: list[Piece], count: int) -> Tensor:
+        """Take the gradients of a batch of so many images, with all processes; returns its loss."""
+        self.learned += count
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = distributed.total(self._gradients(pieces))
+        distributed.add_gradients(self.learner.model)
+        return loss
+
     def _gradients(self, pieces: list[Piece]) -> Tensor:
-        """Of the batch's loss, which is returned; left where the optimiser looks for them."""
+        """Of the loss of this process's pieces, which is returned; left where the optimiser looks for them."""
         model = self.learner.model
         total = next(model.parameters()).new_zeros(())
         for piece in as_one(model, pieces):

@@ -59,15 +59,27 @@ class Learning(Settings):
     augmentation: Augmentation
     precision: Precision
 
+    @property
+    def gradients(self) -> int:
+        """How many a step takes of its batch."""
+        return 1
+
 
 class Recipe(Learning):
     """The same, watched on the validation split; `selection`: keep the last epoch or the best there; `sync_batchnorm`:
-    where several GPUs train, their BatchNorms normalise by what all of them have in hand, not each by its own share.
+    where several GPUs train, their BatchNorms normalise by what all of them have in hand, not each by its own share;
+    `awp`: how far weights are perturbed for each gradient, relative to their norm, 0 for not (`advmoe.training.awp`).
     """
 
+    awp: Annotated[float, Field(ge=0, lt=1)]
     sync_batchnorm: bool
     selection: Literal["last", "best"]
     validation: Validation
+
+    @property
+    def gradients(self) -> int:
+        """How many a step takes of its batch: one more where weights are perturbed along the first."""
+        return 2 if self.awp else 1
 
 
 def rate(schedule: Schedule, step: int, steps: int) -> float:

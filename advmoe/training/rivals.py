@@ -84,7 +84,8 @@ class SynergyLearner(MixtureLearner):
     Per image the experts' cross-entropies are joined by a smooth minimum, -log mean_e exp(-CE_e), so that the gradient
     goes to the experts that are nearly right; each confidence learns the probability that its expert gives to the true
     class, by binary cross-entropy. The paper attacks every sub-model by itself; under the common protocol the batch is
-    attacked through the whole, straight through the choice.
+    attacked through the whole, straight through the choice. Its loss is its own: of `adversary: trades` it has the
+    images only, and no `own_loss`.
     """
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:

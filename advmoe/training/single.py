@@ -14,7 +14,7 @@ from advmoe.data.dataset import Dataset
 from advmoe.errors import UserError
 from advmoe.machine import derive_seed
 from advmoe.params import Epsilon, Seed, Settings
-from advmoe.training.adversary import CleanBatches, FgsmBatches, SingleAdversary, TradesBatches
+from advmoe.training.adversary import Adversary, CleanBatches, FgsmBatches, TradesBatches
 from advmoe.training.loop import Course, Learner, Row, Trained, fit
 from advmoe.training.recipe import Learning, Recipe, sgd
 from advmoe.training.record import record
@@ -28,7 +28,7 @@ class Student(Settings):
     `seed` (which everybody reads anyway) for the others, so that `-S epsilon=...` does not retrain them.
     """
 
-    adversary: SingleAdversary
+    adversary: Adversary
     seed: Seed
     reads: Literal["seed", "epsilon"]
 
