@@ -1,4 +1,4 @@
-"""Who leads on validation? `python -m benchmarks.contest artifacts/train/*.safetensors artifacts/baseline/*.safetensors`
+"""Who leads on validation? `python -m benchmarks.contest artifacts/train/mixture.safetensors OTHER.safetensors ...`
 
 Accuracy of networks on clean images and in the worst case of PGD-20 on cross-entropy and on the margin, and the first
 network minus each other on the same images. Images are those of the validation split of the prepared data set, epsilon
