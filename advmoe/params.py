@@ -4,6 +4,7 @@ params.yaml is read with DVC's own YAML dialect (1.2, ruamel): `off` is a word a
 it is the other way round. Settings have no defaults: a default in code would be a number that DVC does not track.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -23,6 +24,7 @@ LONGEST_NUMBER = 100  # characters of an epsilon: what is longer was not typed b
 EXPONENT = re.compile(r"e[+-]?[0-9_]{4,}", re.IGNORECASE)  # exact arithmetic would write out all of its zeros
 # Python reads such integers and cannot write them down, not even to say that they are too large
 UNWRITABLE = re.compile(r"0[xob][0-9a-f_]{1000}", re.IGNORECASE)
+LARGEST = 10**6  # values in a file, a shared one counted as often as it is reached; a thousand are usual
 SHOWN = 60  # characters of a value in a sentence
 BRIEF = Repr()  # looks at no more than it shows: YAML's anchors make small files of enormous values
 BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxlong = 3, SHOWN + 2, SHOWN + 2, SHOWN + 2
@@ -92,9 +94,35 @@ def parse_yaml(text: str) -> Any:
     if UNWRITABLE.search(text):
         raise ValueError("holds a number of thousands of digits")
     try:
-        return YAML(typ="safe").load(text)
+        value = YAML(typ="safe").load(text)
     except (YAMLError, *STUMBLES) as error:  # a tag or a date out of place
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+    _refuse_endless(value)
+    return value
+
+
+def _refuse_endless(value: object) -> None:
+    """Raises ValueError for what contains itself, or more than anybody can look at: YAML's anchors make small files of
+    enormous values, and whoever prints one takes the memory of the machine.
+    """
+    try:
+        size = _size(value, {})
+    except RecursionError:
+        size = math.inf
+    if size > LARGEST:
+        raise ValueError("repeats itself so often, or lies so deep in itself, that nobody can look at all of it")
+
+
+def _size(value: object, known: dict[int, float]) -> float:
+    """How many values there are in this one; infinite where one contains itself."""
+    if not isinstance(value, Mapping | list | tuple | set):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # for who meets it again inside of it
+        known[id(value)] = 1 + sum(
+            _size(part, known) for part in (value.values() if isinstance(value, Mapping) else value)
+        )
+    return known[id(value)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -152,6 +180,10 @@ def _section(key: str, path: Path) -> Any:
 
 def validate(value: object, kind: type[T], where: str, key: str = "") -> T:
     """Validate `value` as `kind`. Raises UserError: `where`, the key below `key`, and the first problem."""
+    try:
+        _refuse_endless(value)
+    except ValueError as error:
+        raise UserError(f"{where}: {key}{': ' * bool(key)}{error}") from error
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:

@@ -233,11 +233,12 @@ def test_an_enormous_epsilon_is_refused_at_once(value: object) -> None:
         f"evaluate: {'[' * 2000}\n",
         f"evaluate: 0x{'f' * 9000}\n",
         f"evaluate: {BOMB}",
+        f"x: {BOMB}evaluate: {{attacks: {{x: {{kind: *i}}}}}}\n",  # whoever refuses a kind prints it
         "evaluate: &a [*a]\n",
         "evaluate: !!timestamp x\n",
         "evaluate: {? [a] : 1}\n",
     ],
-    ids=["tag", "depth", "digits", "bomb", "itself", "date", "list as key"],
+    ids=["tag", "depth", "digits", "bomb", "bomb as kind", "itself", "date", "list as key"],
 )
 def test_yaml_that_is_more_than_it_seems_is_refused(text: str) -> None:
     Path("section.yaml").write_text(text)
