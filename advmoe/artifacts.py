@@ -147,6 +147,7 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> Header:
         raise UserError(f"{path}: a safetensors file, but not written by advmoe (no '{METADATA_KEY}' header)")
     try:
         content = json.loads(metadata[METADATA_KEY])
+        json.dumps(content, ensure_ascii=False).encode()  # half a character is valid JSON, and cannot be written down
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: its '{METADATA_KEY}' header is not valid JSON ({error})") from error
     version = content.get("schema_version") if isinstance(content, dict) else None

@@ -446,6 +446,22 @@ def test_tensors_that_do_not_belong_together_are_refused(samples: Samples, kind:
     assert refusal(lambda: USES[kind](Path("a.safetensors"))) is not None
 
 
+@pytest.mark.parametrize("dtype", [each for each in DTYPES if each != torch.float32], ids=str)
+def test_an_opacity_of_another_type_is_refused(samples: Samples, dtype: torch.dtype) -> None:
+    header, tensors = samples.parts(poisoned.KIND)
+    Path("a.safetensors").write_bytes(signed(header, tensors | {"opacity": tensors["opacity"].to(dtype)}))
+    assert refusal(lambda: USES[poisoned.KIND](Path("a.safetensors"))) is not None
+
+
+def test_half_a_character_in_a_header_is_refused_by_who_would_print_it(advmoe: Advmoe, samples: Samples) -> None:
+    header, tensors = samples.parts(classifiers.KIND)
+    header["about"]["architecture"]["\ud800"] = 1
+    Path("a.safetensors").write_bytes(signed(header, tensors))
+    sentence = ended(advmoe("inspect", "a.safetensors"))
+    assert sentence is not None
+    assert "header is not valid JSON" in sentence
+
+
 def test_a_row_that_was_changed_twice_is_refused(samples: Samples) -> None:
     header, tensors = samples.parts(poisoned.KIND)
     Path("a.safetensors").write_bytes(signed(header, tensors | {"rows": torch.tensor([2, 2])}))

@@ -228,4 +228,4 @@ def _fits(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _is_opacity(opacity: Tensor, image: torch.Size) -> bool:
-    return opacity.is_floating_point() and opacity.shape == image and bool(((opacity >= 0) & (opacity <= 1)).all())
+    return opacity.dtype == torch.float32 and opacity.shape == image and bool(((opacity >= 0) & (opacity <= 1)).all())
