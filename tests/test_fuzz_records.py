@@ -205,6 +205,12 @@ def test_results_of_another_form_are_refused(
     assert sentence.startswith("metrics/")
 
 
+def test_a_report_is_refused_where_accuracies_are_a_word() -> None:
+    name = "metrics/evaluate/expert-clean.json"
+    record = REPORTED.replaced(name, json.loads(REPORTED.content[name]) | {"accuracy": " "})
+    assert refusal(lambda: gather(record)) is not None
+
+
 @pytest.mark.parametrize("name", ["metrics/evaluate/mixture.json", "metrics/poison-runs/badnets.json"])
 def test_a_report_is_refused_where_a_key_is_gone(name: str) -> None:
     whole = json.loads(REPORTED.content[name])

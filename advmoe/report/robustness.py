@@ -123,7 +123,11 @@ def matrix(sources: Sources) -> Section:
     if not sources.models:
         return Section("attacks", title, missing("The matrix of models and attacks", HOW))
     blocks: list[Block] = [
-        _heat("Judged models: accuracy in %, clean, in the worst case and under each attack", sources.judged),
+        _heat(
+            "Judged models: accuracy in %, clean, in the worst case and under each attack",
+            sources.judged,
+            _kinds(sources.judged.values()),
+        ),
         *_limited(sources.models[MIXTURE]),
         Folded("What these attacks are, and their settings", (_suite(sources),)),
         Folded("The same with 95 % intervals", (_intervals(sources.judged),)),
@@ -153,8 +157,9 @@ def _suite(sources: Sources) -> Table:
     )
 
 
-def _heat(caption: str, models: Mapping[str, Mapping[str, Any]], extra: Iterable[Row] = ()) -> Table:
-    kinds = _kinds(models.values())
+def _heat(
+    caption: str, models: Mapping[str, Mapping[str, Any]], kinds: Sequence[str], extra: Iterable[Row] = ()
+) -> Table:
     rows = [_heat_row(model_name(name), each["accuracy"], kinds, is_mixture(name)) for name, each in models.items()]
     return table(caption, ["model", *kinds], [*rows, *extra])
 
@@ -194,13 +199,15 @@ def _experts(sources: Sources) -> Iterable[Block]:
     extra = [
         _heat_row(model_name(name), _common(each, kinds), kinds, is_mixture(name)) for name, each in beside.items()
     ]
-    yield _heat("Experts as joint training left them: accuracy in %, each attacked on its own", after, [*extra, oracle])
+    yield _heat(
+        "Experts as joint training left them: accuracy in %, each attacked on its own", after, kinds, [*extra, oracle]
+    )
     yield Paragraph(
         "Worst is over the attacks of this table, and empty for the mixture, which met more. Oracle routing counts an "
         "image made against the mixture as right if any of its experts is right about it: nobody attacked the oracle, "
         "so no gate can be expected to get there."
     )
-    yield Folded("Experts as pre-training left them", (_heat("Pre-trained experts: accuracy in %", before),))
+    yield Folded("Experts as pre-training left them", (_heat("Pre-trained experts: accuracy in %", before, kinds),))
 
 
 def _oracle(mixture: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
