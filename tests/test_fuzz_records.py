@@ -211,6 +211,13 @@ def test_a_report_is_refused_where_accuracies_are_a_word() -> None:
     assert refusal(lambda: gather(record)) is not None
 
 
+def test_a_report_is_refused_where_a_verdict_is_no_word() -> None:
+    name = "metrics/verdict.json"
+    spoilt_verdict = json.loads(REPORTED.content[name])
+    spoilt_verdict["mixture"]["verdict"] = None
+    assert refusal(lambda: gather(REPORTED.replaced(name, spoilt_verdict))) is not None
+
+
 @pytest.mark.parametrize("name", ["metrics/evaluate/mixture.json", "metrics/poison-runs/badnets.json"])
 def test_a_report_is_refused_where_a_key_is_gone(name: str) -> None:
     whole = json.loads(REPORTED.content[name])

@@ -17,6 +17,11 @@ class Cell:
     heat: float | None = None
     status: str = ""
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for what cannot be shown: cells are filled from records, which may be spoilt."""
+        if not (isinstance(self.text, str) and isinstance(self.status, str) and isinstance(self.heat, float | int | None)):
+            raise TypeError(f"a cell shows text, not {type(self.text).__name__}")
+
     @property
     def tone(self) -> str:
         """`good`, `mixed`, `bad` or nothing: the colour of the status."""
