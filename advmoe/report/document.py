@@ -19,7 +19,9 @@ class Cell:
 
     def __post_init__(self) -> None:
         """Raises TypeError for what cannot be shown: cells are filled from records, which may be spoilt."""
-        if not (isinstance(self.text, str) and isinstance(self.status, str) and isinstance(self.heat, float | int | None)):
+        if not (
+            isinstance(self.text, str) and isinstance(self.status, str) and isinstance(self.heat, float | int | None)
+        ):
             raise TypeError(f"a cell shows text, not {type(self.text).__name__}")
 
     @property
