@@ -211,6 +211,12 @@ def test_a_report_is_refused_where_accuracies_are_a_word() -> None:
     assert refusal(lambda: gather(record)) is not None
 
 
+def test_a_report_is_refused_where_epsilon_is_a_word() -> None:
+    name = "metrics/evaluate.json"
+    record = REPORTED.replaced(name, json.loads(REPORTED.content[name]) | {"epsilon": "\x1f"})
+    assert refusal(lambda: gather(record)) is not None
+
+
 def test_a_report_is_refused_where_a_verdict_is_no_word() -> None:
     name = "metrics/verdict.json"
     spoilt_verdict = json.loads(REPORTED.content[name])

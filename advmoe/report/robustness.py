@@ -33,7 +33,7 @@ def _curves(sources: Sources, grid: list[dict[str, str]], minimal: list[dict[str
         yield Paragraph("Every judged model's robust accuracy is withheld, so there is nothing to draw.")
         return
     known = [name if name == MIXTURE else BASELINE + name for name in sources.networks]
-    series, mark = colours(names, known), (sources.summary["epsilon"], "threat model")
+    series, mark = colours(names, known), (float(sources.summary["epsilon"]), "threat model")
     yield lines(
         "robustness",
         "Accuracy under PGD at growing epsilon",
