@@ -217,6 +217,13 @@ def test_a_report_is_refused_where_epsilon_is_a_word() -> None:
     assert refusal(lambda: gather(record)) is not None
 
 
+@pytest.mark.parametrize("name", ["\x1b[31mred", "\u732b"], ids=ascii)
+def test_a_name_that_no_font_has_is_drawn_without_a_warning(name: str) -> None:
+    path = "metrics/evaluate/baseline-adversarial.json"
+    record = REPORTED.replaced(path, json.loads(REPORTED.content[path]) | {"model": name})
+    assert name.lstrip("\x1b") in render_html(gather(record))
+
+
 def test_a_report_is_refused_where_a_verdict_is_no_word() -> None:
     name = "metrics/verdict.json"
     spoilt_verdict = json.loads(REPORTED.content[name])

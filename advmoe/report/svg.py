@@ -5,6 +5,8 @@ they look like in light and dark.
 """
 
 import io
+import re
+import warnings
 import xml.etree.ElementTree as ET  # only what matplotlib has just written is parsed
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -14,6 +16,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure as Drawing
 
 NAMESPACE = "http://www.w3.org/2000/svg"
+NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # names may hold what no XML may
+REPLACED = "\N{REPLACEMENT CHARACTER}"
 LINK = "{http://www.w3.org/1999/xlink}href"
 INK = "#010203"
 RULE = "#010204"
@@ -57,9 +61,11 @@ def settings() -> AbstractContextManager[None]:
 def to_svg(drawing: Drawing, name: str, title: str, description: str) -> str:
     """The drawing as an inline `<svg>`. `name` must be unique in the page: it begins every id."""
     buffer = io.BytesIO()
-    with settings():
+    with settings(), warnings.catch_warnings():
+        # text stays text: whoever shows it has fonts for more alphabets than the one that matplotlib measures with
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
-    root = ET.fromstring(buffer.getvalue())  # noqa: S314  (our own)
+    root = ET.fromstring(NOT_XML.sub(REPLACED, buffer.getvalue().decode()))  # noqa: S314  (our own)
     _strip(root)
     _rename(root, name)
     _describe(root, name, title, description)
@@ -106,7 +112,7 @@ def _describe(root: ET.Element, name: str, title: str, description: str) -> None
     for place, (tag, text) in enumerate((("title", title), ("desc", description))):
         element = ET.Element(f"{{{NAMESPACE}}}{tag}")
         element.set("id", f"{name}-{'title' if tag == 'title' else 'description'}")
-        element.text = text
+        element.text = NOT_XML.sub(REPLACED, text)
         root.insert(place, element)
     for key in ("width", "height"):  # the page decides; the shape is in the viewBox
         root.attrib.pop(key, None)
