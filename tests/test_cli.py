@@ -717,8 +717,8 @@ def test_one_more_expert_is_watched_by_dvc_as_it_is(
     edit({"experts.extra": extra, "train.experts": names})
     assert advmoe("check").code == 0
     dvc_file = inputs_only / "dvc.yaml"
-    listed = "".join(f"      - artifacts/pretrain/{name}.safetensors\n" for name in names[:-1])
-    dvc_file.write_text(dvc_file.read_text().replace("      - artifacts/pretrain\n", listed))
+    listed = "".join(f"\n      - artifacts/pretrain/{name}.safetensors" for name in names[:-1])
+    dvc_file.write_text(dvc_file.read_text().replace("\n      - artifacts/pretrain\n", f"{listed}\n"))
     assert sentence(advmoe("check")) == (
         "dvc.yaml: stages.train.deps must list artifacts/pretrain/extra.safetensors, or DVC will not see it change"
     )
