@@ -18,7 +18,7 @@ from advmoe.findings import claims, seeds
 from advmoe.findings.evidence import Claim
 from advmoe.records import Folder
 from advmoe.report import compare
-from advmoe.report.content import gather
+from advmoe.report.content import Content, gather
 from advmoe.report.markdown import render_markdown
 from advmoe.report.page import render_html
 
@@ -215,6 +215,14 @@ def test_a_report_is_refused_where_epsilon_is_a_word() -> None:
     name = "metrics/evaluate.json"
     record = REPORTED.replaced(name, json.loads(REPORTED.content[name]) | {"epsilon": "\x1f"})
     assert refusal(lambda: gather(record)) is not None
+
+
+@pytest.mark.parametrize("render", [render_html, render_markdown])
+def test_a_finding_whose_status_is_no_word_is_refused(render: Callable[[Content], str]) -> None:
+    findings = json.loads(REPORTED.content["metrics/findings.json"])
+    findings["claims"]["one"]["status"] = None
+    record = REPORTED.replaced("metrics/findings.json", findings)
+    assert refusal(lambda: render(gather(record))) is not None
 
 
 @pytest.mark.parametrize("name", ["\x1b[31mred", "\u732b"], ids=ascii)

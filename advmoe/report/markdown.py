@@ -4,6 +4,7 @@ import html
 import re
 from collections.abc import Callable, Iterable
 
+from advmoe.files import as_written
 from advmoe.report.content import Content
 from advmoe.report.document import Block, Folded, Link, Paragraph, Row, Section, Table
 from advmoe.report.overview import Head
@@ -28,7 +29,15 @@ def fenced(text: str, language: str) -> str:
 
 
 def render_markdown(content: Content) -> str:
-    """Verdict, headline, findings and the brief sections; figures and listings are left to the page."""
+    """Verdict, headline, findings and the brief sections; figures and listings are left to the page.
+
+    Raises UserError for words of a record that are no words.
+    """
+    with as_written(content.record):
+        return _whole(content)
+
+
+def _whole(content: Content) -> str:
     parts = [
         f"# {escape(content.title)}",
         escape(f"{content.subject}; read from: {content.record}"),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from advmoe.files import as_written
 from advmoe.report.content import Content
 from advmoe.report.document import Paragraph, Section, row, table
 
@@ -29,8 +30,9 @@ def environment() -> Environment:
 
 
 def render_html(content: Content) -> str:
-    """The page: no script, no request to anywhere."""
-    return environment().get_template("report.html.j2").render(content=content) + "\n"
+    """The page: no script, no request to anywhere. Raises UserError for words of a record that are no words."""
+    with as_written(content.record):
+        return environment().get_template("report.html.j2").render(content=content) + "\n"
 
 
 def render_comparison(comparison: "Comparison") -> str:
