@@ -22,7 +22,7 @@ class Cell:
         if not (
             isinstance(self.text, str) and isinstance(self.status, str) and isinstance(self.heat, float | int | None)
         ):
-            raise TypeError(f"a cell shows text, not {type(self.text).__name__}")
+            raise TypeError(f"a table cannot show {self}")
 
     @property
     def tone(self) -> str:

@@ -59,11 +59,6 @@ class Learning(Settings):
     augmentation: Augmentation
     precision: Precision
 
-    @property
-    def gradients(self) -> int:
-        """How many a step takes of its batch."""
-        return 1
-
 
 class Recipe(Learning):
     """The same, watched on the validation split; `selection`: keep the last epoch or the best there; `sync_batchnorm`:
