@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from advmoe.models.folding import Folding, small
+
 
 class Normalize(nn.Module):
     """Channel-wise (x - mean) / std as the first layer of a model, so that attacks only ever see pixels in [0, 1]."""
@@ -38,21 +40,18 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(channels_out)
         self.is_folded = False
-        self._folded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._folding = Folding(self.one_convolution, self.conv)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         if not self.is_folded:
             normed: Tensor = self.norm(self.conv(images_BCHW))
             return normed
-        weight, bias = self._convolution(compute_dtype(images_BCHW))
+        dtype = compute_dtype(images_BCHW)
+        if small(images_BCHW):
+            maps_1BHWC = images_BCHW.permute(0, 2, 3, 1)[None]  # in channels_last nothing moves
+            return self._folding.multiplied(maps_1BHWC, dtype)[0].permute(0, 3, 1, 2)
+        weight, bias = self._folding.convolution(dtype)
         return functional.conv2d(images_BCHW, weight, bias, self.conv.stride, self.conv.padding)
-
-    def _convolution(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`one_convolution` in this type; kept, because a folded layer's weights do not change."""
-        if dtype not in self._folded:
-            weight, bias = self.one_convolution()
-            self._folded[dtype] = weight.to(dtype), bias.to(dtype)
-        return self._folded[dtype]
 
     @torch.no_grad()
     def one_convolution(self) -> tuple[Tensor, Tensor]:
@@ -69,19 +68,12 @@ class ConvNorm(nn.Module):
 
     def refold(self) -> None:
         """The weights have changed: fold those of now, into the memory of those before."""
-        renew(self._folded, self.one_convolution())
+        self._folding.renew()
 
     def unfold(self) -> None:
         """Run as two layers again, and forget the one."""
         self.is_folded = False
-        self._folded.clear()
-
-
-def renew(folded_by_type: Mapping[torch.dtype, tuple[Tensor, Tensor]], convolution: tuple[Tensor, Tensor]) -> None:
-    """Write another weight and bias to where the old ones are, in each of their types."""
-    for kept in folded_by_type.values():
-        for old, new in zip(kept, convolution, strict=True):
-            old.copy_(new)
+        self._folding.clear()
 
 
 def structure(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.models.layers import ConvNorm, compute_dtype, linear_in_float32, renew
+from advmoe.models.folding import Folding, small
+from advmoe.models.layers import ConvNorm, compute_dtype, linear_in_float32
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.models.resnet import BasicBlock, ResNet18, residual
 
@@ -26,7 +27,7 @@ from advmoe.models.resnet import BasicBlock, ResNet18, residual
 # CPU with AVX-512 and AMX: wide groups, or many images, compute for longer than they wait, and in groups they compute
 # slower.
 WIDEST = 16  # on a CPU: channels of an expert's first stage; 24 and 32 gain with a few images only, 64 never
-MOST = {torch.float32: 80_000, torch.bfloat16: 160_000}  # numbers that one expert's first convolution puts out
+MOST = {torch.float32: 120_000, torch.bfloat16: 250_000}  # numbers that one expert's first convolution puts out
 MOST_ON_GPU = 10_000_000  # an H200 gained from 65 thousand to 8 million, and lost a fifth at 34 million
 FEWEST = {torch.float32: 2, torch.bfloat16: 1}  # images; a lone one in float32 has a faster kernel, but not in groups
 
@@ -101,7 +102,10 @@ class SideBySide:
         hidden = functional.relu(self.stem(self.normalize(images_BCHW)))
         for block in self.blocks:
             hidden = block(hidden)
-        features_BEF = hidden.mean(dim=(2, 3)).reshape(len(images_BCHW), len(self.classify), -1)
+        if hidden.dim() == 5:
+            features_BEF = hidden.mean(dim=(2, 3)).transpose(0, 1)
+        else:
+            features_BEF = hidden.mean(dim=(2, 3)).reshape(len(images_BCHW), len(self.classify), -1)
         pairs = zip(self.classify, features_BEF.unbind(dim=1), strict=True)
         return torch.stack([linear_in_float32(layer, features_BF) for layer, features_BF in pairs], dim=1)
 
@@ -125,26 +129,33 @@ class _Block:
 
 
 class _Row:
-    """The same layer of every expert, frozen: one convolution with a group of channels for each."""
+    """The same layer of every expert, frozen: one convolution with a group of channels for each.
+
+    Channels (B, C, H, W) that all layers read (the stem's pixels), or a group of channels for each. Small maps leave as
+    (E, B, H, W, C), one expert's after another's, and are multiplied by a matrix of each expert from there on.
+    """
 
     def __init__(self, layers: Sequence[ConvNorm]) -> None:
-        self.layers = layers
-        self.folded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self.layers, self.conv = layers, layers[0].conv
+        self.folding = Folding(self._one_convolution, self.conv)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Channels (B, C, H, W) that all layers read (the stem's pixels), or a group of channels for each."""
         dtype = compute_dtype(hidden)
-        if dtype not in self.folded:
-            weight, bias = self._one_convolution()
-            self.folded[dtype] = weight.to(dtype), bias.to(dtype)
-        weight, bias = self.folded[dtype]
-        conv = self.layers[0].conv
-        groups = hidden.shape[1] // conv.in_channels
-        return functional.conv2d(hidden, weight, bias, conv.stride, conv.padding, groups=groups)
+        if hidden.dim() == 5:
+            return self.folding.multiplied(hidden, dtype)
+        weight, bias = self.folding.convolution(dtype)
+        groups = hidden.shape[1] // self.conv.in_channels
+        maps = functional.conv2d(hidden, weight, bias, self.conv.stride, self.conv.padding, groups=groups)
+        return self._apart(maps) if small(maps) else maps
 
     def refold(self) -> None:
-        """The layers' weights have changed: fold those of now, into the memory of those before."""
-        renew(self.folded, self._one_convolution())
+        """The layers' weights have changed."""
+        self.folding.renew()
+
+    def _apart(self, maps: Tensor) -> Tensor:
+        batch, _, height, width = maps.shape
+        each_BECHW = maps.view(batch, len(self.layers), -1, height, width)
+        return each_BECHW.permute(1, 0, 3, 4, 2).contiguous()
 
     def _one_convolution(self) -> tuple[Tensor, Tensor]:
         weights, biases = zip(*(layer.one_convolution() for layer in self.layers), strict=True)
