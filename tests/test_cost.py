@@ -21,6 +21,7 @@ from advmoe.engine import Passes
 from advmoe.errors import UserError
 from advmoe.machine import generator
 from advmoe.models.moe import MixtureOfExperts
+from advmoe.models.resnet import ResNet18
 from advmoe.training import comparators, cost, loop
 from advmoe.training.adversary import (
     Adversary,
@@ -112,6 +113,20 @@ def test_rates_of_a_small_network_are_those_worked_out_by_hand(width: int) -> No
     assert found.forward == forward
     assert found.pixels == forward  # back through every layer once, the weights are not asked
     assert found.learning == 3 * forward - layers["first"]  # forwards, to the weights, and back to the first layer
+
+
+def test_a_resnet_on_digits_counts_as_convolutions_whatever_attacks_make_of_its_small_maps() -> None:
+    """On a CPU they run as matrices, on a GPU not: equal training must be equal on both."""
+    network = ResNet18(channels=1, classes=3, width=4, mean=(0.5,), std=(0.25,))
+    places: dict[nn.Conv2d, int] = {}
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda conv, _, out: places.update({conv: out.shape[2] * out.shape[3]}))
+    network(PIXELS)
+    assert {1, 4} <= set(places.values())
+    by_layer = [2 * places[conv] * conv.weight.numel() for conv in places]
+    found = rates(PlainLearner(network, single_recipe()), PIXELS, LABELS)
+    assert found.forward == sum(by_layer) + 2 * network.classify.weight.numel()
 
 
 def test_trades_learns_from_two_passes() -> None:
