@@ -34,7 +34,8 @@ repro: $(VENV)/.installed
 	@python -m advmoe check
 	dvc repro prepare
 	@$(call side_by_side,^pretrain@)
-	@$(call side_by_side,^(train|baseline@.*)$$,$(dearest_first))
+	@$(call side_by_side,^(train|baseline@.*)$$,| grep -v ^baseline@distilled $(dearest_first))
+	@$(call side_by_side,^baseline@distilled)
 	@$(call side_by_side,^(evaluate|poison@.*|extract@.*|membership)$$,$(longest_first))
 	dvc repro
 	@python -m advmoe results

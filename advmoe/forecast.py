@@ -38,7 +38,7 @@ from advmoe.models.moe import MixtureOfExperts
 from advmoe.schema import Params
 from advmoe.training import comparators
 from advmoe.training.adversary import Adversary, PgdBatches, TradesBatches, expected_passes
-from advmoe.training.comparators import SingleNetwork
+from advmoe.training.comparators import Distilled, SingleNetwork
 from advmoe.training.cost import SAMPLE, Learns, Rates, rates
 from advmoe.training.joint import JointRecipe, MixtureLearner
 from advmoe.training.loop import Course, Learner, Run
@@ -136,7 +136,7 @@ class Forecast:
 
     def __init__(self, params: Params, clock: Callable[[], float] = time.perf_counter) -> None:
         self.params, self.sizes, self.clock = params, sizes(params.prepare), clock
-        self.networks: dict[tuple[Backbone, bool], Network] = {}
+        self.networks: dict[tuple[Backbone, str], Network] = {}
         self.expert = self.single(params.model, None)
         self.mixture = self._mixture()
 
@@ -157,12 +157,14 @@ class Forecast:
     def single(self, backbone: Backbone, student: Student | None) -> Network:
         """A plain network, as `student` trains it."""
         recipe = self.params.pretrain
-        key = (backbone, student is not None and isinstance(student.adversary, TradesBatches))
+        key = (backbone, _loss(student))
         if key not in self.networks:
             console.say(f"counting {backbone.kind}, width {backbone.width}")
 
             def fresh() -> Learner:
                 model = classifiers.build(Plain(kind="plain", backbone=backbone), self.sizes.facts, 0)
+                if isinstance(student, Distilled):
+                    return student.learner(self._untrained(self.params.train), model, recipe)
                 return learner_of(student or next(iter(self.params.experts.values())), model, recipe)
 
             self.networks[key] = Network(self._count(fresh()), partial(self._speed, fresh, recipe))
@@ -183,9 +185,12 @@ class Forecast:
         return Network(each, partial(self._speed, partial(self._learner, joint), joint))
 
     def _learner(self, joint: JointRecipe) -> Learner:
+        return MixtureLearner(self._untrained(joint), joint)
+
+    def _untrained(self, joint: JointRecipe) -> MixtureOfExperts:
         model = classifiers.build(comparators.the_mixture(self.params.model, joint), self.sizes.facts, 0)
         assert isinstance(model, MixtureOfExperts)
-        return MixtureLearner(model, joint)
+        return model
 
     def _count(self, learner: Learns) -> Rates:
         learner.model.to(device())
@@ -209,15 +214,16 @@ class Forecast:
         return Job(stage, expected_passes(adversary), training, beside, network)
 
     def _comparator(self, stage: str, comparator: comparators.Comparator, train: Job, whole: float) -> Job:
-        if not isinstance(comparator, SingleNetwork):  # MoRE takes less: most of it is frozen
+        if not isinstance(comparator, SingleNetwork | Distilled):  # MoRE takes less: most of it is frozen
             return Job(stage, train.passes, train.training, train.beside, train.network)
         backbone = comparators.plain(comparator, self.params.model).backbone
-        if comparator.match == "parameters":
+        match = comparator.match if isinstance(comparator, SingleNetwork) else "nothing"
+        if match == "parameters":
             mixture = comparators.the_mixture(self.params.model, self.params.train)
             backbone = comparators.widened(comparator.backbone, mixture, self.sizes.facts)
         recipe = baseline_recipe(self.params.pretrain, self.params.train.epochs)
         job = self._trained(stage, comparator, backbone, recipe)
-        return job if comparator.match != "passes" else Job(stage, job.passes, whole, 0.0, job.network)
+        return job if match != "passes" else Job(stage, job.passes, whole, 0.0, job.network)
 
     # ---- evaluation, at most
 
@@ -265,6 +271,13 @@ class Forecast:
         split = Split((images.cpu() * 255).to(torch.uint8), labels.cpu(), torch.arange(len(labels)))
         data = Dataset({"train": split}, self.sizes.facts, "")
         return Course("forecast", 0, data, recipe, PROBE, self.params.epsilon, "pgd")
+
+
+def _loss(student: Student | None) -> str:
+    """What makes one way to learn dearer than another."""
+    if isinstance(student, Distilled):
+        return student.kind
+    return "trades" if student is not None and isinstance(student.adversary, TradesBatches) else "cross-entropy"
 
 
 def timed(step: Callable[[], object], clock: Callable[[], float]) -> float:

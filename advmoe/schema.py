@@ -18,9 +18,11 @@ from advmoe.threats.membership.settings import MembershipSection
 from advmoe.threats.poisoning.catalogue import proxies
 from advmoe.threats.poisoning.settings import PoisonSection
 from advmoe.threats.retraining import JOINT_ONLY, MIXTURE, retrainable
-from advmoe.training.comparators import Comparator
+from advmoe.training.comparators import Comparator, Distilled
 from advmoe.training.joint import JointRecipe
 from advmoe.training.single import SingleRecipe, Student
+
+DISTILLED = "distilled"  # the Makefile knows it, too
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -47,6 +49,12 @@ class Params(Settings):
     def _names_agree(self) -> "Params":
         _subset("train.experts", self.train.experts, "experts", self.experts)
         _subset("evaluate.baselines", self.evaluate.baselines, "baseline", self.baseline)
+        for name, comparator in self.baseline.items():
+            if isinstance(comparator, Distilled) and not name.startswith(DISTILLED):
+                raise ValueError(
+                    f"baseline.{name}: the name of a distilled network begins with '{DISTILLED}', by which `make repro`"
+                    " knows that the mixture comes first"
+                )
         plain = tuple(retrainable(self.baseline))
         for name, study in self.poison.attacks.items():
             key = f"poison.attacks.{name}"

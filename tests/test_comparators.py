@@ -47,7 +47,7 @@ from advmoe.training.joint import Alarms, JointRecipe, train_mixture
 from advmoe.training.loop import Course, Trained, fit
 from advmoe.training.recipe import Optimizer, Validation
 from advmoe.training.rivals import AlternatingLearner, LastLayersLearner, SynergyLearner, smooth_minimum
-from stages import baseline, prepare, pretrain
+from stages import baseline, prepare, pretrain, train
 
 BACKBONE = Backbone(kind="cnn", width=3)
 PGD = PgdBatches(kind="pgd", steps=(1,), step_size=1.0)
@@ -694,6 +694,11 @@ SINGLE: dict[str, Any] = {
 }
 UNIFORM: dict[str, Any] = {"kind": "uniform", **WATCHED}
 SOE: dict[str, Any] = {"kind": "soe", "temperature": 1.0, **WATCHED}
+DISTILLED: dict[str, Any] = {name: value for name, value in SINGLE.items() if name != "match"} | {
+    "kind": "distilled",
+    "alpha": 0.75,
+    "needs": "train",
+}
 TRADES: dict[str, Any] = {"kind": "trades", "steps": [1], "step_size": 1.0, "beta": 6.0}
 WHY = ", or DVC would not see a change, or see one that is none"
 
@@ -716,6 +721,9 @@ WHY = ", or DVC would not see a change, or see one that is none"
         (UNIFORM | {"reads": "seed"}, f"reads must be epsilon for a mixture{WHY}"),
         (SOE | {"beside": "train.epochs"}, f"beside must be train for a mixture{WHY}"),
         (UNIFORM | {"kind": "more", "needs": "prepare"}, f"needs must be pretrain for a mixture{WHY}"),
+        (DISTILLED | {"needs": "pretrain"}, f"needs must be train for a distilled network{WHY}"),
+        (DISTILLED | {"beside": "train"}, f"beside must be train.epochs for a distilled network{WHY}"),
+        (DISTILLED | {"reads": "seed"}, "reads must be epsilon for a 'pgd' adversary"),
     ],
 )
 def test_what_dvc_watches_must_be_what_training_reads(
@@ -740,6 +748,7 @@ def test_what_dvc_watches_must_be_what_training_reads(
         (UNIFORM | {"temperature": 1.0}, "baseline.mine.temperature: is not a known key"),
         (SOE | {"temperature": 0}, "baseline.mine.temperature: input should be greater than 0"),
         ({"kind": "soe", **WATCHED}, "baseline.mine.temperature: is missing"),
+        (DISTILLED | {"alpha": 1.5}, "baseline.mine.alpha: input should be less than or equal to 1"),
         (
             SINGLE | {"adversary": {"kind": "mixed", "weights": [1], "of": [TRADES]}},
             "baseline.mine.adversary.of.0: input tag 'trades'",
@@ -756,6 +765,17 @@ def test_an_entry_that_cannot_be_has_a_sentence_of_its_own(
             read()
         assert str(caught.value).startswith(f"params.yaml: {expected}")
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_distilled_network_has_a_name_that_tells_when_it_is_trained(
+    inputs_only: Path, edit: Callable[[dict[str, Any]], None]
+) -> None:
+    del inputs_only
+    edit({"baseline.distilled-small": DISTILLED})
+    load_params()
+    edit({"baseline.small": DISTILLED})
+    with pytest.raises(UserError, match=r"^params.yaml: baseline.small: the name of a distilled network begins with "):
+        load_params()
 
 
 @pytest.mark.parametrize("section", ["train", "experts.pgd-1"])
@@ -776,6 +796,7 @@ def test_only_plain_networks_that_match_nothing_can_be_trained_anew() -> None:
         "long": SINGLE | {"match": "passes", "beside": "train", "needs": "pretrain"},
         "uniform": UNIFORM,
         "soe": SOE,
+        "distilled": DISTILLED,
     }
     read: dict[str, Comparator] = validate(entries, dict[str, Comparator], "params.yaml")
     assert list(retrainable(read)) == ["plain", "trades"]
@@ -808,6 +829,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "more": UNIFORM | {"kind": "more"},
     "top1": UNIFORM | {"kind": "top1"},
     "soe": SOE,
+    "distilled": DISTILLED,
 }
 OF_EXPERTS = ("uniform", "more", "top1", "soe")
 PIPELINE: dict[str, Any] = {
@@ -841,6 +863,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, built_project: Path) -> Path
         prepare.run()
         for name in EXPERTS:
             pretrain.run(name)
+        train.run()
         for name in ENTRIES:
             baseline.run(name)
     return folder
@@ -883,7 +906,10 @@ def test_the_header_says_what_it_was_made_from(pipeline: Path, name: str) -> Non
     header = artifacts.load(paths.artifact("baseline", name)).header
     data = artifacts.load(paths.DATASET).header.sha256
     experts = {f"expert {each}": artifacts.load(paths.artifact("pretrain", each)).header.sha256 for each in EXPERTS}
-    assert header.inputs == {"dataset": data} | (experts if name in OF_EXPERTS else {})
+    mixture = {"mixture": artifacts.load(paths.MIXTURE).header.sha256}
+    assert header.inputs == {"dataset": data} | (
+        experts if name in OF_EXPERTS else mixture if name == "distilled" else {}
+    )
     comparator = comparators.load(f"baseline.{name}").model_dump(mode="json")
     assert header.params["comparator" if name in OF_EXPERTS else "student"] == comparator
     assert header.params["epsilon"] == (None if name == "standard" else 0.1)
@@ -897,6 +923,17 @@ def test_mixtures_of_others_pay_for_the_experts(pipeline: Path, name: str) -> No
     assert cost["total_training_flops"] == cost["training_flops"] + sum(before)
     assert min(before) > 0
     assert artifacts.load(paths.artifact("baseline", name)).header.params["recipe"]["epochs"] == 1
+
+
+def test_a_distilled_network_pays_for_its_teacher(pipeline: Path) -> None:
+    del pipeline
+    own, plain = (files.read_json(paths.metrics("baseline", name))["cost"] for name in ("distilled", "adversarial"))
+    before = files.read_json(paths.metrics("train", "mixture"))["cost"]["total_training_flops"]
+    assert own["total_training_flops"] == own["training_flops"] + before
+    # of one more pass through the student and one through the teacher, beside an attack that is the same
+    assert own["training_flops"] > plain["training_flops"]
+    assert own["flops_per_image"] == plain["flops_per_image"]
+    assert artifacts.load(paths.artifact("baseline", "distilled")).header.params["recipe"]["epochs"] == 2 + 1
 
 
 def test_plain_networks_have_the_epochs_of_both_phases(pipeline: Path) -> None:
@@ -967,6 +1004,23 @@ def test_an_expert_of_before_the_counting_is_refused(pipeline: Path, name: str) 
     with pytest.raises(UserError, match=r"^\S*pgd-1\S*: does not say what its training cost; `dvc repro` "):
         baseline.run(name)
     assert (pipeline / paths.artifact("baseline", name)).read_bytes() == before
+
+
+@pytest.mark.parametrize("spoil", ["missing", "of other data"])
+def test_without_its_teacher_nothing_is_distilled(
+    pipeline: Path, edit: Callable[[dict[str, Any]], None], advmoe: Advmoe, spoil: str
+) -> None:
+    before = paths.artifact("baseline", "distilled").read_bytes()
+    if spoil == "missing":
+        paths.MIXTURE.unlink()
+    else:
+        edit({"seed": 1})
+        prepare.run()
+    ran = advmoe("baseline", "distilled")
+    assert ran.code == 2
+    said = "no such file" if spoil == "missing" else "trained on other data than artifacts/prepare/dataset.safetensors"
+    assert ran.err.startswith(f"error: {paths.MIXTURE}: {said}")
+    assert (pipeline / paths.artifact("baseline", "distilled")).read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["equal-passes", "uniform"])

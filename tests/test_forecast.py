@@ -90,12 +90,17 @@ def test_a_mixture_costs_what_all_of_it_counted_at_once_does(small: Params) -> N
 def test_the_fair_comparators_cost_what_they_are_to_match(small: Params) -> None:
     profile = YAML().load(ROOT / "profiles" / "digits-full.yaml")
     entries = {**profile["baseline"], **YAML().load(ROOT / "params.yaml")["baseline"]}
+    taught = {"kind": "distilled", "alpha": 0.8, "needs": "train", "beside": "train.epochs"}
+    entries["distilled"] = {key: value for key, value in entries["adversarial"].items() if key != "match"} | taught
     params = validate(small.model_dump(mode="json") | {"baseline": entries}, Params, "params.yaml")
     jobs = {job.stage: job for job in Forecast(params).jobs()}
     mixture = jobs["train"].operations + sum(jobs[f"pretrain@{name}"].operations for name in params.train.experts)
     assert jobs["baseline@equal-passes"].operations == mixture
     assert jobs["baseline@uniform"].operations == jobs["train"].operations
     assert jobs["baseline@trades"].operations > 1.1 * jobs["baseline@adversarial"].operations
+    student, plain = (jobs[f"baseline@{name}"].network.each for name in ("distilled", "adversarial"))
+    assert student.forward == plain.forward
+    assert student.learning > 2 * plain.learning + 0.9 * jobs["train"].network.each.forward
     ratio = jobs["baseline@equal-parameters"].network.each.forward / jobs["train"].network.each.forward
     assert ratio == pytest.approx(1, abs=0.3)
 

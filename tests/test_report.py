@@ -340,6 +340,8 @@ def test_every_comparator_of_every_profile_has_its_words() -> None:
     said = glossary.network("baseline/equal-passes", full)
     assert said == "one resnet18, adversarial training on PGD, trained for as many operations as the whole mixture"
     assert glossary.network("somebody-elses", full) == ""
+    taught = {"baseline": {"distilled": {"kind": "distilled", "backbone": "cnn"}}}
+    assert glossary.network("baseline/distilled", taught).startswith("one cnn that learned the mixture's answers")
 
 
 def test_every_comparator_stands_beside_the_mixture_with_its_interval(page: str) -> None:

@@ -64,6 +64,8 @@ def network(name: str, params: Mapping[str, Any]) -> str:
 
 def _comparator(entry: Mapping[str, Any]) -> str:
     kind = entry.get("kind")
+    if kind == "distilled":
+        return f"one {entry['backbone']} that learned the mixture's answers, clean and attacked (after RSLAD)"
     if kind != "single":
         return MIXTURES.get(str(kind), "")
     trained = TRAINING.get(entry["adversary"]["kind"], entry["adversary"]["kind"])

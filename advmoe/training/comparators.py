@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from advmoe import classifiers
 from advmoe.classifiers import Architecture, Backbone, BackboneKind, Mixture, NoGate, OwnConfidence, Plain
@@ -17,12 +18,13 @@ from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import PositiveFloat, Settings, load_section
 from advmoe.training.adversary import Adversary, TradesBatches, expected_passes
 from advmoe.training.cost import SAMPLE, Learns, Rates, parameters, rates
+from advmoe.training.distilled import DistilledLearner
 from advmoe.training.joint import Design, JointRecipe, MixtureLearner
-from advmoe.training.recipe import Recipe
+from advmoe.training.recipe import Learning, Recipe
 from advmoe.training.rivals import AlternatingLearner, LastLayersLearner, SynergyLearner
 from advmoe.training.single import SingleRecipe, Student, learner_of
 
-Needs = Literal["prepare", "pretrain"]
+Needs = Literal["prepare", "pretrain", "train"]
 Beside = Literal["train.epochs", "train"]
 
 
@@ -45,6 +47,28 @@ class SingleNetwork(Student):
         beside: Beside = "train.epochs" if self.match == "nothing" else "train"
         _watched("beside", self.beside, beside, f"match: {self.match}")
         _watched("needs", self.needs, "pretrain" if self.match == "passes" else "prepare", f"match: {self.match}")
+
+
+class Distilled(Student):
+    """A plain network at the project's `model.width` that learns the trained mixture's answers, see
+    `advmoe.training.distilled`; of `adversary: trades` it has the images only.
+    """
+
+    kind: Literal["distilled"]
+    backbone: BackboneKind
+    alpha: Annotated[float, Field(ge=0, le=1)]
+    beside: Beside
+    needs: Needs
+
+    def model_post_init(self, context: object) -> None:
+        """Raises ValueError when what DVC is told to watch is not what training reads."""
+        super().model_post_init(context)
+        _watched("beside", self.beside, "train.epochs", "a distilled network")
+        _watched("needs", self.needs, "train", "a distilled network")
+
+    def learner(self, teacher: nn.Module, model: nn.Module, recipe: Learning) -> DistilledLearner:
+        """Who learns from this teacher."""
+        return DistilledLearner(model, recipe, teacher, self.alpha)
 
 
 class _OfExperts(Settings):
@@ -93,7 +117,9 @@ class Synergy(_OfExperts):
 
 
 OfExperts = UniformAverage | LastLayers | HardRouting | Synergy
-Comparator = Annotated[SingleNetwork | UniformAverage | LastLayers | HardRouting | Synergy, Field(discriminator="kind")]
+Comparator = Annotated[
+    SingleNetwork | Distilled | UniformAverage | LastLayers | HardRouting | Synergy, Field(discriminator="kind")
+]
 
 
 def load(key: str) -> Comparator:
@@ -177,6 +203,6 @@ def per_image(each: Rates, adversary: Adversary, gradients: int) -> float:
     return expected_passes(adversary) * (each.forward + each.pixels) + look + gradients * each.learning
 
 
-def plain(student: SingleNetwork, backbone: Backbone) -> Plain:
+def plain(student: SingleNetwork | Distilled, backbone: Backbone) -> Plain:
     """The architecture of a plain network that matches nothing; `backbone` is the experts'."""
     return Plain(kind="plain", backbone=Backbone(kind=student.backbone, width=backbone.width))

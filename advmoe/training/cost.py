@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -113,11 +113,12 @@ def cost(model: nn.Module, each: Rates, passes: engine.Passes, learned: int, bef
 
 def spent(classifiers: Mapping[str, Classifier]) -> int:
     """Operations that training these experts, by name, took in all. Raises UserError when one does not say."""
-    return sum(_spent(paths.artifact("pretrain", name), each.header.metrics) for name, each in classifiers.items())
+    return sum(taken(paths.artifact("pretrain", name), each) for name, each in classifiers.items())
 
 
-def _spent(path: Path, metrics: Mapping[str, Any]) -> int:
+def taken(path: Path, classifier: Classifier) -> int:
+    """Operations that training the classifier in this file took in all. Raises UserError when it does not say."""
     try:
-        return int(metrics["cost"]["total_training_flops"])
+        return int(classifier.header.metrics["cost"]["total_training_flops"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: does not say what its training cost; `dvc repro` builds it again") from None

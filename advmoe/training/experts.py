@@ -1,6 +1,7 @@
 """The pre-trained experts that a mixture starts from."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from advmoe import classifiers, paths
 from advmoe.classifiers import Backbone, Classifier, Plain
@@ -12,11 +13,14 @@ def load_experts(names: Sequence[str], data: Dataset) -> dict[str, Classifier]:
     """The experts, in that order. Raises UserError when one is missing or was trained on other data."""
     experts = {name: classifiers.load(paths.artifact("pretrain", name)) for name in names}
     for name, expert in experts.items():
-        if expert.header.inputs.get("dataset") != data.sha256:
-            raise UserError(
-                f"{paths.artifact('pretrain', name)}: trained on other data than {paths.DATASET}; run `dvc repro`"
-            )
+        trained_on(expert, paths.artifact("pretrain", name), data)
     return experts
+
+
+def trained_on(classifier: Classifier, path: Path, data: Dataset) -> None:
+    """Raises UserError, naming its file, for a classifier that was trained on other data."""
+    if classifier.header.inputs.get("dataset") != data.sha256:
+        raise UserError(f"{path}: trained on other data than {paths.DATASET}; run `dvc repro`")
 
 
 def backbone_of(experts: Mapping[str, Classifier]) -> Backbone:

@@ -1,7 +1,8 @@
 """Training one plain network: an expert or a baseline, the same code."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -121,6 +122,9 @@ def learner_of(student: Student, model: nn.Module, recipe: Learning) -> Learner:
     return PlainLearner(model, recipe)
 
 
+LearnerOf = Callable[[Student, nn.Module, Learning], Learner]
+
+
 def train_single(
     name: str,
     student: Student,
@@ -131,9 +135,11 @@ def train_single(
     seed: int,
     epsilon: float | None,
     shelf: Path | None = None,
+    learner: LearnerOf = learner_of,
+    spent: int = 0,
 ) -> Trained:
     """Train one plain network. `epsilon` is the threat model's, None for students that do not meet it; `shelf`: where
-    to keep what is unfinished.
+    to keep what is unfinished; `learner`: how it learns, at the cost of what was `spent` before, in operations.
 
     Students that meet the threat model are validated and selected at its epsilon, the others at the recipe's fixed
     one; those are selected by clean accuracy.
@@ -149,9 +155,10 @@ def train_single(
         adversary=student.adversary,
         epsilon=recipe.validation_epsilon if epsilon is None else epsilon,
         select_by="pgd" if meets else "clean",
+        spent=spent,
         shelf=shelf,
     )
-    return fit(learner_of(student, model, recipe), course)
+    return fit(learner(student, model, recipe), course)
 
 
 def train_and_record(
@@ -165,10 +172,27 @@ def train_and_record(
     *,
     seed: int,
     epsilon: float | None,
+    learner: LearnerOf = learner_of,
+    spent: int = 0,
+    made_from: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Train one plain network, its random numbers drawn under `label`, and write it as `name` of `stage`."""
-    with state.work(f"{stage}-{name}", student, backbone, recipe, seed, epsilon, dataset.sha256) as shelf:
-        trained = train_single(label, student, backbone, dataset, recipe, seed=seed, epsilon=epsilon, shelf=shelf)
+    """Train one plain network, its random numbers drawn under `label`, and write it as `name` of `stage`; `made_from`:
+    hashes of what else than the data it learns from, and the others as in `train_single`.
+    """
+    inputs = {"dataset": dataset.sha256, **made_from}
+    with state.work(f"{stage}-{name}", student, backbone, recipe, seed, epsilon, inputs) as shelf:
+        trained = train_single(
+            label,
+            student,
+            backbone,
+            dataset,
+            recipe,
+            seed=seed,
+            epsilon=epsilon,
+            shelf=shelf,
+            learner=learner,
+            spent=spent,
+        )
         record(
             stage,
             name,
@@ -176,6 +200,6 @@ def train_and_record(
             Plain(kind="plain", backbone=backbone),
             dataset.facts,
             params={"recipe": recipe, "student": student, "epsilon": epsilon},
-            inputs={"dataset": dataset.sha256},
+            inputs=inputs,
             seed=seed,
         )
