@@ -330,12 +330,17 @@ def results() -> None:
 
 
 @app.command(rich_help_panel=QUESTIONS)
-def use(profile: Annotated[str, typer.Argument(help="A file of profiles/, without .yaml.")]) -> None:
+def use(
+    profile: Annotated[
+        list[str], typer.Argument(help="A file of profiles/, without .yaml; more: laid over it in turn.")
+    ],
+) -> None:
     """Lay a profile over params.yaml, comments kept."""
     from advmoe import profiles
 
-    changed = profiles.use(profile)
-    console.say(f"params.yaml: {files.names(changed)}" if changed else f"params.yaml already agrees with {profile}")
+    changed = profiles.use(*profile)
+    agrees = f"params.yaml already agrees with {files.names(profile)}"
+    console.say(f"params.yaml: {files.names(changed)}" if changed else agrees)
 
 
 @app.command(rich_help_panel=QUESTIONS)

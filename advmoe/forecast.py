@@ -85,6 +85,8 @@ def sizes(prepare: Prepare) -> Sizes:
         train = min(train, (source.per_class or train) * classes)
         test = test and min(test, (source.test_per_class or test) * classes)
     held_out = splits.pool + splits.validation + (0 if test else splits.test or 0)
+    if held_out >= train:
+        raise UserError(f"prepare.splits: {held_out} images asked for, but there are {train} and training needs some")
     facts = Facts(
         channels=channels,
         height=side,

@@ -26,26 +26,27 @@ def known() -> list[str]:
     return sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
 
 
-def use(name: str) -> list[str]:
-    """Lay the default profile and then this one over params.yaml; returns the keys that differ afterwards, with dots.
+def use(*names: str) -> list[str]:
+    """Lay the default profile and then these over params.yaml; returns the keys that differ afterwards, with dots.
 
     The default comes first, or what another profile changed would stay behind. The result is validated before anything
     is written. Raises UserError for an unknown or invalid profile.
     """
-    path = paths.PROFILES / f"{name}.yaml"
-    if name not in known():
-        raise UserError(f"{path}: no such profile; known are {files.names(known())}")
+    layers = [paths.PROFILES / f"{name}.yaml" for name in (BASE, *names)]
+    for name, path in zip(names, layers[1:], strict=True):
+        if name not in known():
+            raise UserError(f"{path}: no such profile; known are {files.names(known())}")
     before = read_yaml(PARAMS_FILE)
     yaml = _round_trip()
     params = _load(yaml, PARAMS_FILE)
-    for layer in (paths.PROFILES / f"{BASE}.yaml", path):
+    for layer in layers:
         read_yaml(layer)  # for the clear sentence when it is no mapping
         _lay(params, _load(yaml, layer))
     text = io.StringIO()
     yaml.dump(params, text)
     after = YAML(typ="safe").load(text.getvalue())
     try:
-        validate(after, Params, str(path))
+        validate(after, Params, " + ".join(map(str, layers[1:])))
     except UserError:
         validate(before, Params, str(PARAMS_FILE))  # a mistake that was there before is not the profile's
         raise

@@ -131,6 +131,14 @@ def test_sizes_of_what_can_be_downloaded_are_known() -> None:
     assert sizes(prepare(kind="digits")).train == 987
 
 
+def test_splits_that_leave_nothing_to_train_on_have_no_price(small: Params) -> None:
+    splits = small.prepare.splits.model_copy(update={"validation": 1500})
+    wanted = 1500 + splits.pool + (splits.test or 0)
+    assert wanted >= 1797
+    with pytest.raises(UserError, match=rf"^prepare.splits: {wanted} images asked for, but there are 1797 and "):
+        sizes(small.prepare.model_copy(update={"splits": splits}))
+
+
 def test_other_sources_must_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="run `dvc repro prepare`"):

@@ -1,6 +1,7 @@
 """`advmoe use`: an overlay changes what it names, carries its comments, and leaves every other byte alone."""
 
 import difflib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,11 @@ def touched(before: str, after: str) -> tuple[list[str], list[str]]:
     return [line[2:] for line in diff if line.startswith("- ")], [line[2:] for line in diff if line.startswith("+ ")]
 
 
-def refusal(name: str) -> str:
+def refusal(*names: str) -> str:
     """The sentence with which a profile is refused; params.yaml must be untouched."""
     before = Path("params.yaml").read_bytes()
     with pytest.raises(UserError) as caught:
-        profiles.use(name)
+        profiles.use(*names)
     assert Path("params.yaml").read_bytes() == before
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
@@ -116,6 +117,41 @@ def test_a_thing_of_another_kind_is_replaced_as_a_whole(params: Path) -> None:
     assert "test: null" in params.read_text()  # not ruamel's empty value
     assert profiles.use("back") == ["prepare.source"]
     assert read_yaml(params)["prepare"]["source"] == {"kind": "digits"}
+
+
+def test_a_second_profile_lies_over_the_first(params: Path) -> None:
+    write_profile("wider", "model:\n  width: 9   # wider than mine\n")
+    profiles.use("mine", "wider")
+    assert (load_params().model.width, load_params().evaluate.limit) == (9, 33)
+    assert "wider than mine" in params.read_text()
+    profiles.use("wider", "mine")
+    assert load_params().model.width == 7
+    profiles.use("wider")
+    assert load_params().evaluate.limit != 33
+
+
+def test_of_two_profiles_the_one_that_there_is_not_is_named(params: Path) -> None:
+    del params
+    write_profile("wild", "model:\n  width: -1\n")
+    assert refusal("mine", "nothing").startswith("profiles/nothing.yaml: no such profile; known are ")
+    assert refusal("mine", "wild").startswith("profiles/mine.yaml + profiles/wild.yaml: model.width: ")
+
+
+@pytest.mark.parametrize(("base", "overlay"), [((), "contest-digits"), (("cifar10-cpu",), "contest-cifar10")])
+def test_the_overlays_of_the_contest_fit(inputs_only: Path, base: tuple[str, ...], overlay: str) -> None:
+    del inputs_only
+    shutil.copy(ROOT / "docs" / f"{overlay}.yaml", "profiles")
+    profiles.use(*base, overlay)
+    entries = load_params().model_dump()
+    experts, train, baseline = (entries[section] for section in ("experts", "train", "baseline"))
+    assert len(train["experts"]) == 9
+    attacks = [experts[name]["adversary"] for name in train["experts"]]
+    attacks += [
+        baseline[name]["adversary"] for name in ("adversarial", "equal-parameters", "equal-passes", "distilled")
+    ]
+    assert all(attack == train["adversary"] for attack in attacks)
+    assert train["adversary"]["kind"] == "pgd"
+    assert baseline["uniform"]["kind"] == "uniform"
 
 
 def test_a_new_expert_is_added(params: Path) -> None:
