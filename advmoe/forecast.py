@@ -75,7 +75,7 @@ class Sizes:
 def sizes(prepare: Prepare) -> Sizes:
     """From what is known of the source; of others from what `prepare` left.
 
-    Raises UserError where that is not there.
+    Raises UserError where that is not there, and for splits that leave nothing to train on.
     """
     source, splits = prepare.source, prepare.splits
     if not isinstance(source, Digits | Download):
@@ -85,8 +85,7 @@ def sizes(prepare: Prepare) -> Sizes:
         train = min(train, (source.per_class or train) * classes)
         test = test and min(test, (source.test_per_class or test) * classes)
     held_out = splits.pool + splits.validation + (0 if test else splits.test or 0)
-    if held_out >= train:
-        raise UserError(f"prepare.splits: {held_out} images asked for, but there are {train} and training needs some")
+    dataset.leave_some(held_out, train)
     facts = Facts(
         channels=channels,
         height=side,

@@ -697,7 +697,7 @@ SOE: dict[str, Any] = {"kind": "soe", "temperature": 1.0, **WATCHED}
 DISTILLED: dict[str, Any] = {name: value for name, value in SINGLE.items() if name != "match"} | {
     "kind": "distilled",
     "alpha": 0.75,
-    "needs": "train",
+    "needs": "train/mixture.safetensors",
 }
 TRADES: dict[str, Any] = {"kind": "trades", "steps": [1], "step_size": 1.0, "beta": 6.0}
 WHY = ", or DVC would not see a change, or see one that is none"
@@ -721,9 +721,17 @@ WHY = ", or DVC would not see a change, or see one that is none"
         (UNIFORM | {"reads": "seed"}, f"reads must be epsilon for a mixture{WHY}"),
         (SOE | {"beside": "train.epochs"}, f"beside must be train for a mixture{WHY}"),
         (UNIFORM | {"kind": "more", "needs": "prepare"}, f"needs must be pretrain for a mixture{WHY}"),
-        (DISTILLED | {"needs": "pretrain"}, f"needs must be train for a distilled network{WHY}"),
+        (DISTILLED | {"needs": "pretrain"}, f"needs must be train/mixture.safetensors for a distilled network{WHY}"),
         (DISTILLED | {"beside": "train"}, f"beside must be train.epochs for a distilled network{WHY}"),
         (DISTILLED | {"reads": "seed"}, "reads must be epsilon for a 'pgd' adversary"),
+        (
+            DISTILLED | {"adversary": TRADES},
+            "a 'trades' adversary has no attacked images of its own; fgsm, pgd or mixed",
+        ),
+        (
+            DISTILLED | {"adversary": {"kind": "clean"}, "reads": "seed"},
+            "a 'clean' adversary has no attacked images of its own; fgsm, pgd or mixed",
+        ),
     ],
 )
 def test_what_dvc_watches_must_be_what_training_reads(

@@ -18,6 +18,7 @@ from advmoe.data.dataset import Dataset, Split
 from advmoe.machine import generator
 from advmoe.training.adversary import PgdBatches
 from advmoe.training.distilled import DistilledLearner
+from advmoe.training.keeper import identity
 from advmoe.training.loop import Course, Trained, fit
 from advmoe.training.recipe import Optimizer, Recipe
 from advmoe.training.single import PlainLearner
@@ -122,6 +123,16 @@ def test_the_teacher_is_as_it_was() -> None:
     before = copy.deepcopy(teacher.state_dict())
     distilled(teacher, 2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_another_teacher_is_another_run() -> None:
+    names = [
+        identity(
+            "distilled", DistilledLearner(network(1), Recipe(**RECIPE), network(seed), 0.5), DATA, course(1).settings
+        )
+        for seed in (0, 0, 2)
+    ]
+    assert names[0] == names[1] != names[2]
 
 
 def test_the_teachers_passes_are_paid_for() -> None:

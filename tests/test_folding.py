@@ -3,7 +3,9 @@
 Shapes: E experts, B batch, C channel, H/W pixels.
 """
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from advmoe.machine import generator
-from advmoe.models.folding import SMALL, Folding, small
+from advmoe.models.folding import SMALL, Affine, Folding, pays, small
 from advmoe.models.layers import ConvNorm, folded
 
 EXPERTS, CHANNELS_IN, CHANNELS_OUT, COUNT = 3, 5, 4, 6
@@ -29,47 +31,86 @@ def layer(kernel: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(CHANNELS_IN, CHANNELS_OUT, kernel, stride, padding=kernel // 2)
 
 
-def weights(kernel: int) -> tuple[Tensor, Tensor]:
-    filters = EXPERTS * CHANNELS_OUT
-    return drawn(filters, CHANNELS_IN, kernel, kernel), drawn(filters, purpose="bias")
+def experts(kernel: int, factor: float = 1.0) -> list[Affine]:
+    """Weight, scale and bias of each."""
+    return [
+        (
+            drawn(CHANNELS_OUT, CHANNELS_IN, kernel, kernel, purpose=f"weight {number}"),
+            factor * drawn(CHANNELS_OUT, purpose=f"scale {number}"),
+            factor * drawn(CHANNELS_OUT, purpose=f"bias {number}"),
+        )
+        for number in range(EXPERTS)
+    ]
 
 
+def convolved(maps_EBCHW: Tensor, kernel: int, stride: int) -> Tensor:
+    return torch.stack(
+        [
+            functional.conv2d(maps, weight * scale[:, None, None, None], bias, stride, kernel // 2)
+            for maps, (weight, scale, bias) in zip(maps_EBCHW, experts(kernel), strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("count", [COUNT, 1, 0])
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize(("kernel", "stride"), list(itertools.product((1, 3, 5), (1, 2))))
-def test_matrices_are_the_convolution(sides: tuple[int, int], kernel: int, stride: int) -> None:
-    (weight, bias), conv = weights(kernel), layer(kernel, stride)
-    maps = drawn(EXPERTS, COUNT, CHANNELS_IN, *sides, purpose="maps")
-    expected = [
-        functional.conv2d(each, filters, shift, stride, kernel // 2)
-        for each, filters, shift in zip(maps, weight.chunk(EXPERTS), bias.chunk(EXPERTS), strict=True)
-    ]
-    folding = Folding(lambda: (weight, bias), conv)
-    found = folding.multiplied(maps.permute(0, 1, 3, 4, 2), torch.float64)
-    torch.testing.assert_close(found.permute(0, 1, 4, 2, 3), torch.stack(expected), atol=EXACT, rtol=0)
+def test_matrices_are_the_convolution(sides: tuple[int, int], kernel: int, stride: int, count: int) -> None:
+    maps = drawn(EXPERTS, count, CHANNELS_IN, *sides, purpose="maps")
+    folding = Folding(layer(kernel, stride))
+    found = folding.multiplied(lambda: experts(kernel), maps.permute(0, 1, 3, 4, 2), torch.float64)
+    expected = convolved(maps, kernel, stride)
+    torch.testing.assert_close(found.permute(0, 1, 4, 2, 3), expected, atol=EXACT, rtol=0)
 
 
 def test_new_weights_go_where_the_old_ones_were() -> None:
     """A recording on a GPU reads the same memory for ever."""
-    current = [weights(3)]
-    folding = Folding(lambda: current[0], layer(3, 1))
-    maps = drawn(EXPERTS, COUNT, 2, 2, CHANNELS_IN, purpose="maps")
-    before = folding.multiplied(maps, torch.float64)
-    folding.convolution(torch.float64)
+    folding, maps = Folding(layer(3, 1)), drawn(EXPERTS, COUNT, 2, 2, CHANNELS_IN, purpose="maps")
+
+    def answers(factor: float) -> list[Tensor]:
+        exact, rough = (
+            folding.multiplied(lambda: experts(3, factor), maps.to(dtype), dtype).double()
+            for dtype in (torch.float64, torch.bfloat16)
+        )
+        return [exact, rough, folding.convolution(lambda: experts(3, factor), torch.float64)[0].clone()]
+
+    before = answers(1.0)
     places = [tensor.data_ptr() for form in folding.kept.values() for tensor in form]
-    current[0] = (2 * current[0][0], 2 * current[0][1])
-    folding.renew()
-    torch.testing.assert_close(folding.multiplied(maps, torch.float64), 2 * before, atol=EXACT, rtol=0)
-    assert torch.equal(folding.convolution(torch.float64)[0], current[0][0])
+    assert len(places) == 6
+    folding.renew(lambda: experts(3, 2.0))
+    for old, new in zip(before, answers(1.0), strict=True):  # of what is kept, whatever weights it is offered
+        torch.testing.assert_close(new, 2 * old, atol=EXACT, rtol=0)
     assert [tensor.data_ptr() for form in folding.kept.values() for tensor in form] == places
 
 
 def test_one_type_for_each_that_is_asked_for() -> None:
-    folding = Folding(lambda: weights(3), layer(3, 1))
-    maps = drawn(EXPERTS, COUNT, 2, 2, CHANNELS_IN, purpose="maps")
-    exact = folding.multiplied(maps, torch.float64)
-    rough = folding.multiplied(maps.bfloat16(), torch.bfloat16)
+    folding, maps = Folding(layer(3, 1)), drawn(EXPERTS, COUNT, 2, 2, CHANNELS_IN, purpose="maps")
+    exact = folding.multiplied(lambda: experts(3), maps, torch.float64)
+    rough = folding.multiplied(lambda: experts(3), maps.bfloat16(), torch.bfloat16)
     assert rough.dtype == torch.bfloat16
     torch.testing.assert_close(rough.double(), exact, atol=0.05 * float(exact.abs().max()), rtol=0)
+
+
+def test_what_is_folded_goes_with_its_network() -> None:
+    """Weights of large networks must not wait for the garbage collector, which does not know of a GPU's memory."""
+    gc.disable()
+    try:
+        model = ConvNorm(CHANNELS_IN, CHANNELS_OUT, 3).eval()
+        with torch.no_grad(), folded(model):
+            model(drawn(COUNT, CHANNELS_IN, 2, 2, purpose="maps").float())
+            kept = [weakref.ref(tensor) for form in model._folding.kept.values() for tensor in form]
+        assert not any(tensor() is not None for tensor in kept)
+        weight = weakref.ref(model.conv.weight)
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(("kernel", "side", "expected"), [(3, 2, True), (1, 1, True), (1, 2, False), (3, 3, False)])
+def test_a_kernel_of_one_pixel_is_a_matrix_on_one_pixel(kernel: int, side: int, expected: bool) -> None:
+    assert pays(torch.empty(2, CHANNELS_IN, side, side), layer(kernel, 1)) is expected
+    assert pays(torch.empty(2, CHANNELS_IN, side, side), layer(kernel, 2)) is (side < 3)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -81,10 +122,10 @@ def test_only_small_maps_are_multiplied(
     images = drawn(COUNT, CHANNELS_IN, side, side, purpose="maps").float()
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    convolved, conv2d = [], functional.conv2d
+    ran, conv2d = [], functional.conv2d
 
     def watched(*given: Any) -> Tensor:
-        convolved.append(side)
+        ran.append(side)
         return conv2d(*given)
 
     with torch.no_grad():
@@ -92,7 +133,7 @@ def test_only_small_maps_are_multiplied(
         monkeypatch.setattr(functional, "conv2d", watched)
         with folded(model):
             torch.testing.assert_close(model(images), plain, atol=1e-5, rtol=1e-5)
-    assert bool(convolved) is convolves
+    assert bool(ran) is convolves
 
 
 def test_on_a_gpu_nothing_is_multiplied() -> None:

@@ -90,7 +90,7 @@ def test_a_mixture_costs_what_all_of_it_counted_at_once_does(small: Params) -> N
 def test_the_fair_comparators_cost_what_they_are_to_match(small: Params) -> None:
     profile = YAML().load(ROOT / "profiles" / "digits-full.yaml")
     entries = {**profile["baseline"], **YAML().load(ROOT / "params.yaml")["baseline"]}
-    taught = {"kind": "distilled", "alpha": 0.8, "needs": "train", "beside": "train.epochs"}
+    taught = {"kind": "distilled", "alpha": 0.8, "needs": "train/mixture.safetensors", "beside": "train.epochs"}
     entries["distilled"] = {key: value for key, value in entries["adversarial"].items() if key != "match"} | taught
     params = validate(small.model_dump(mode="json") | {"baseline": entries}, Params, "params.yaml")
     jobs = {job.stage: job for job in Forecast(params).jobs()}

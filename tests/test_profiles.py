@@ -2,11 +2,13 @@
 
 import difflib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from advmoe import profiles
+from advmoe import checking, profiles
 from advmoe.errors import UserError
 from advmoe.params import read_yaml
 from advmoe.schema import Params, load_params
@@ -152,6 +154,11 @@ def test_the_overlays_of_the_contest_fit(inputs_only: Path, base: tuple[str, ...
     assert all(attack == train["adversary"] for attack in attacks)
     assert train["adversary"]["kind"] == "pgd"
     assert baseline["uniform"]["kind"] == "uniform"
+    checking.check_dvc_file(load_params())
+    for command in (("init", "--quiet", "--no-scm"), ("dag",)):  # which refuses a circle
+        done = subprocess.run([sys.executable, "-m", "dvc", *command], capture_output=True, text=True, check=False)
+        assert not done.returncode, done.stderr
+    assert "baseline@distilled" in done.stdout
 
 
 def test_a_new_expert_is_added(params: Path) -> None:

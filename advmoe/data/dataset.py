@@ -97,11 +97,7 @@ def stratified(labels: np.ndarray, counts: Mapping[SplitName, int], seed: int) -
     Each split is shuffled. A class's share is off by about one image at most.
     Raises UserError when the counts leave no training image or a split cannot be filled.
     """
-    wanted = sum(counts.values())
-    if wanted >= len(labels):
-        raise UserError(
-            f"prepare.splits: {wanted} images asked for, but there are {len(labels)} and training needs some"
-        )
+    leave_some(sum(counts.values()), len(labels))
     draw = np.random.default_rng(seed)
     # shuffle, then order each image by its rank within its class: any run of this order is stratified
     shuffled = draw.permutation(len(labels))
@@ -117,6 +113,12 @@ def stratified(labels: np.ndarray, counts: Mapping[SplitName, int], seed: int) -
         start += count
     split["train"] = draw.permutation(order[start:])
     return split
+
+
+def leave_some(wanted: int, there: int) -> None:
+    """Raises UserError when the other splits want all images, or more."""
+    if wanted >= there:
+        raise UserError(f"prepare.splits: {wanted} images asked for, but there are {there} and training needs some")
 
 
 def build(source: SourceImages, splits: Splits, seed: int) -> dict[SplitName, tuple[Labelled, np.ndarray]]:

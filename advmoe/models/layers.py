@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.models.folding import Folding, small
+from advmoe.models.folding import Affine, Folding, pays
 
 
 class Normalize(nn.Module):
@@ -40,27 +40,30 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(channels_out)
         self.is_folded = False
-        self._folding = Folding(self.one_convolution, self.conv)
+        self._folding = Folding(self.conv)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         if not self.is_folded:
             normed: Tensor = self.norm(self.conv(images_BCHW))
             return normed
         dtype = compute_dtype(images_BCHW)
-        if small(images_BCHW):
+        if pays(images_BCHW, self.conv):
             maps_1BHWC = images_BCHW.permute(0, 2, 3, 1)[None]  # in channels_last nothing moves
-            return self._folding.multiplied(maps_1BHWC, dtype)[0].permute(0, 3, 1, 2)
-        weight, bias = self._folding.convolution(dtype)
+            return self._folding.multiplied(self._affine, maps_1BHWC, dtype)[0].permute(0, 3, 1, 2)
+        weight, bias = self._folding.convolution(self._affine, dtype)
         return functional.conv2d(images_BCHW, weight, bias, self.conv.stride, self.conv.padding)
 
     @torch.no_grad()
-    def one_convolution(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the one convolution that equals both layers in eval mode."""
+    def affine(self) -> Affine:
+        """The one convolution that equals both layers in eval mode: weight, scale of its filters, bias."""
         norm = self.norm
         assert norm.running_var is not None
         assert norm.running_mean is not None
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        return self.conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+        return self.conv.weight, scale, norm.bias - norm.running_mean * scale
+
+    def _affine(self) -> list[Affine]:
+        return [self.affine()]
 
     def fold(self) -> None:
         """Run as one convolution from now on."""
@@ -68,7 +71,7 @@ class ConvNorm(nn.Module):
 
     def refold(self) -> None:
         """The weights have changed: fold those of now, into the memory of those before."""
-        self._folding.renew()
+        self._folding.renew(self._affine)
 
     def unfold(self) -> None:
         """Run as two layers again, and forget the one."""

@@ -16,7 +16,7 @@ from advmoe.classifiers import Architecture, Backbone, BackboneKind, Mixture, No
 from advmoe.data.dataset import Dataset, Facts
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import PositiveFloat, Settings, load_section
-from advmoe.training.adversary import Adversary, TradesBatches, expected_passes
+from advmoe.training.adversary import Adversary, CleanBatches, TradesBatches, expected_passes
 from advmoe.training.cost import SAMPLE, Learns, Rates, parameters, rates
 from advmoe.training.distilled import DistilledLearner
 from advmoe.training.joint import Design, JointRecipe, MixtureLearner
@@ -24,7 +24,7 @@ from advmoe.training.recipe import Learning, Recipe
 from advmoe.training.rivals import AlternatingLearner, LastLayersLearner, SynergyLearner
 from advmoe.training.single import SingleRecipe, Student, learner_of
 
-Needs = Literal["prepare", "pretrain", "train"]
+Needs = Literal["prepare", "pretrain", "train/mixture.safetensors"]  # the report writes a card beside the mixture
 Beside = Literal["train.epochs", "train"]
 
 
@@ -51,7 +51,7 @@ class SingleNetwork(Student):
 
 class Distilled(Student):
     """A plain network at the project's `model.width` that learns the trained mixture's answers, see
-    `advmoe.training.distilled`; of `adversary: trades` it has the images only.
+    `advmoe.training.distilled`; `alpha` in [0, 1] is the share of the attacked images in its loss.
     """
 
     kind: Literal["distilled"]
@@ -61,10 +61,16 @@ class Distilled(Student):
     needs: Needs
 
     def model_post_init(self, context: object) -> None:
-        """Raises ValueError when what DVC is told to watch is not what training reads."""
+        """Raises ValueError when what DVC is told to watch is not what training reads, or for an adversary that would
+        play no part.
+        """
         super().model_post_init(context)
         _watched("beside", self.beside, "train.epochs", "a distilled network")
-        _watched("needs", self.needs, "train", "a distilled network")
+        _watched("needs", self.needs, "train/mixture.safetensors", "a distilled network")
+        if isinstance(self.adversary, CleanBatches | TradesBatches):
+            raise ValueError(
+                f"a '{self.adversary.kind}' adversary has no attacked images of its own; fgsm, pgd or mixed"
+            )
 
     def learner(self, teacher: nn.Module, model: nn.Module, recipe: Learning) -> DistilledLearner:
         """Who learns from this teacher."""

@@ -14,17 +14,21 @@ Shapes: B batch, C channel, H/W pixels, K classes.
 import torch
 from torch import Tensor, nn
 
+from advmoe.training.keeper import fingerprint
 from advmoe.training.recipe import Learning
 from advmoe.training.single import PlainLearner
 from advmoe.training.trades import divergence
 
 
 class DistilledLearner(PlainLearner):
-    """Learns from a teacher that is frozen, in eval mode; `alpha` in [0, 1] is the share of the attacked images."""
+    """Learns from a teacher, which is frozen in place, in eval mode; `alpha` in [0, 1] is the share of the attacked
+    images.
+    """
 
     def __init__(self, model: nn.Module, recipe: Learning, teacher: nn.Module, alpha: float) -> None:
         super().__init__(model, recipe)
         self.teacher = teacher.eval().requires_grad_(False)
+        self.taught_by = fingerprint(teacher)  # part of the run's identity
         self.alpha = alpha
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:

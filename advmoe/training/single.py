@@ -139,7 +139,7 @@ def train_single(
     spent: int = 0,
 ) -> Trained:
     """Train one plain network. `epsilon` is the threat model's, None for students that do not meet it; `shelf`: where
-    to keep what is unfinished; `learner`: how it learns, at the cost of what was `spent` before, in operations.
+    to keep what is unfinished; `learner`: makes the learner; `spent`: operations that went into what it learns from.
 
     Students that meet the threat model are validated and selected at its epsilon, the others at the recipe's fixed
     one; those are selected by clean accuracy.
