@@ -136,9 +136,12 @@ def test_only_small_maps_are_multiplied(
     assert bool(ran) is convolves
 
 
-def test_on_a_gpu_nothing_is_multiplied() -> None:
+def test_on_a_gpu_and_for_a_compiler_nothing_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         there = torch.empty(2, 3, 2, 2, device="cuda")
         assert not small(there)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not small(torch.empty(2, 3, 1, SMALL))
+    monkeypatch.undo()
     assert small(torch.empty(2, 3, 1, SMALL))
     assert not small(torch.empty(2, 3, 1, SMALL + 1))

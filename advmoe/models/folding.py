@@ -25,8 +25,9 @@ Fold = Callable[[], Sequence[Affine]]  # of each expert
 
 
 def small(images_BCHW: Tensor) -> bool:
-    """Whether a map is small enough for a matrix; on a GPU never, where it has not been measured."""
-    return images_BCHW.device.type == "cpu" and images_BCHW.shape[-2] * images_BCHW.shape[-1] <= SMALL
+    """Whether a map is small enough for a matrix; on a GPU and for a compiler never: there it has not been measured."""
+    measured = images_BCHW.device.type == "cpu" and not torch.compiler.is_compiling()
+    return measured and images_BCHW.shape[-2] * images_BCHW.shape[-1] <= SMALL
 
 
 def pays(images_BCHW: Tensor, conv: nn.Conv2d) -> bool:

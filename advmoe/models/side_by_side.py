@@ -2,10 +2,9 @@
 
 PyTorch looks for a kernel anew at every convolution, for about 0.1 ms; nine small experts one after another spend more
 on that than on computing. One convolution with nine groups looks once, and small maps (`advmoe.models.folding`) are one
-batch of nine matrices. A GPU waits for launches of kernels even at full
-width: an H200 takes gradients of 128 images of 32 pixels in bfloat16 3 times as fast at width 16, 1.5 times at 64.
-Steps of learning stay as they are: with gradients of weights to find, groups gained nothing at the sizes that the
-pipeline trains at.
+batch of nine matrices. A GPU waits for launches of kernels even at full width: an H200 takes gradients of 128 images of
+32 pixels in bfloat16 3 times as fast at width 16, 1.5 times at 64. Steps of learning stay as they are: with gradients
+of weights to find, groups gained nothing at the sizes that the pipeline trains at.
 
 Shapes: B batch, C channel, H/W pixels, E experts, K classes, F features.
 """
