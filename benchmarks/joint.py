@@ -19,7 +19,7 @@ from advmoe.engine import Precision
 from advmoe.machine import generator
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.training.adversary import PgdBatches
-from advmoe.training.joint import Alarms, JointRecipe, MixtureLearner
+from advmoe.training.joint import Alarms, Dwf, JointRecipe, MixtureLearner
 from advmoe.training.loop import Course, Run
 from advmoe.training.recipe import Optimizer, Schedule, Validation
 from benchmarks import networks
@@ -109,6 +109,7 @@ def _recipe(model: MixtureOfExperts, precision: Precision, batch_size: int) -> J
         optimizer=Optimizer(lr=LR, momentum=0.9, weight_decay=0.0005),
         gate_lr=LR,
         own_loss=0.0,
+        recipe=Dwf(kind="dwf"),
         load_balance=0.0,
         checkpointing=False,
         schedule=Schedule(warmup=0.0, decay="constant"),

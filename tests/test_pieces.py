@@ -59,6 +59,7 @@ def joint_recipe(micro_batch: int | None, load_balance: float = 0.5) -> JointRec
         "adversary": MIXED,
         "gate_lr": 0.1,
         "own_loss": 0.0,
+        "recipe": "dwf",
         "load_balance": load_balance,
         "checkpointing": False,
     }

@@ -38,6 +38,7 @@ JOINT: dict[str, Any] = {  # what a mixture's recipe has beside; its adversary i
     "mixing": "probabilities",
     "gate_lr": 0.1,
     "own_loss": 0.0,
+    "recipe": "dwf",
     "load_balance": 0.01,
     "checkpointing": False,
     "alarms": Alarms(load=0.9, gradient=1e-6),

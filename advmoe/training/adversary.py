@@ -43,6 +43,17 @@ class PgdBatches(Settings):
     step_size: PositiveFloat
 
 
+class PgdAtRadii(Settings):
+    """The same at a radius drawn from `radii`, which are relative to the threat model's epsilon, as `step_size` is to
+    the radius: experts that are prepared for less or for more.
+    """
+
+    kind: Literal["pgd-radii"]
+    radii: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    step_size: PositiveFloat
+
+
 class TradesBatches(Settings):
     """TRADES' inner maximisation with a number of steps drawn from `steps`; `step_size` relative to epsilon. `beta` is
     the weight of the outer loss's second term (`advmoe.training.trades`).
@@ -69,7 +80,7 @@ class MixedBatches(Settings):
 
 
 Adversary = Annotated[
-    CleanBatches | FgsmBatches | PgdBatches | TradesBatches | MixedBatches, Field(discriminator="kind")
+    CleanBatches | FgsmBatches | PgdBatches | PgdAtRadii | TradesBatches | MixedBatches, Field(discriminator="kind")
 ]
 
 
@@ -113,9 +124,9 @@ def draw(adversary: Adversary, epsilon: float, stream: torch.Generator) -> Drawn
         case FgsmBatches():
             return Drawn(Fgsm(kind="fgsm"), LInf(_pick(adversary.epsilons, stream)))
         case PgdBatches():
-            steps = _pick(adversary.steps, stream)
-            attack = Pgd(kind="pgd", steps=steps, step_size=adversary.step_size, restarts=1, loss="ce", targets=0)
-            return Drawn(attack, LInf(epsilon))
+            return Drawn(_pgd(adversary, stream), LInf(epsilon))
+        case PgdAtRadii():
+            return Drawn(_pgd(adversary, stream), LInf(epsilon * _pick(adversary.radii, stream)))
         case TradesBatches():
             steps = _pick(adversary.steps, stream)
             return Drawn(Trades(kind="trades", steps=steps, step_size=adversary.step_size), LInf(epsilon))
@@ -131,11 +142,16 @@ def expected_passes(adversary: Adversary) -> float:
             return 0.0
         case FgsmBatches():
             return 1.0
-        case PgdBatches() | TradesBatches():
+        case PgdBatches() | PgdAtRadii() | TradesBatches():
             return sum(adversary.steps) / len(adversary.steps)
         case MixedBatches():
             shares = [weight / sum(adversary.weights) for weight in adversary.weights]
             return sum(share * expected_passes(kind) for share, kind in zip(shares, adversary.of, strict=True))
+
+
+def _pgd(adversary: PgdBatches | PgdAtRadii, stream: torch.Generator) -> Pgd:
+    steps = _pick(adversary.steps, stream)
+    return Pgd(kind="pgd", steps=steps, step_size=adversary.step_size, restarts=1, loss="ce", targets=0)
 
 
 def _pick(choices: Sequence[T], stream: torch.Generator) -> T:

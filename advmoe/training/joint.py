@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,13 +18,17 @@ from advmoe import classifiers, state
 from advmoe.classifiers import Backbone, GateSettings, Mixture, NoGate, OwnConfidence
 from advmoe.data.dataset import Dataset
 from advmoe.errors import UserError
-from advmoe.models.moe import Mixing, MixtureOfExperts
+from advmoe.models.moe import Mixing, MixtureOfExperts, Parts
 from advmoe.params import Fraction01, NonNegativeFloat, PositiveFloat, Settings
 from advmoe.routing import entropy, gate_weights, shift
 from advmoe.training import cost
 from advmoe.training.adversary import Adversary, TradesBatches
 from advmoe.training.experts import backbone_of, hashes, load_experts
 from advmoe.training.loop import DIGITS, Course, Learner, Row, Trained, fit
+from advmoe.training.objectives.adp import Adp, adp_loss
+from advmoe.training.objectives.igat import Igat, igat_loss
+from advmoe.training.objectives.mart import Mart, mart_loss
+from advmoe.training.objectives.mutual import Mutual, mutual_loss
 from advmoe.training.recipe import Recipe, sgd
 from advmoe.training.record import record
 from advmoe.training.trades import trades_loss
@@ -40,15 +45,31 @@ class Alarms(Settings):
     gradient: PositiveFloat
 
 
+class Dwf(Settings):
+    """The paper's: cross-entropy of the mixture's answer."""
+
+    kind: Literal["dwf"]
+
+
+def _named(value: object) -> object:
+    """A recipe without numbers of its own may be given by its name alone."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Objective = Annotated[Dwf | Mart | Adp | Igat | Mutual, Field(discriminator="kind"), BeforeValidator(_named)]
+
+
 class JointRecipe(Recipe):
     """A recipe, and what only a mixture has.
 
+    `recipe`: what is learned from an attacked batch, the paper's `dwf` or one of `advmoe.training.objectives`;
     `gate_lr`: the gate's own peak learning rate; `own_loss`: weight of the experts' own cross-entropies beside the
     mixture's, 0 for none; `load_balance`: weight of the squared coefficient of variation of the mean gate weights
     (Shazeer et al. 2017), 0 for none; `checkpointing`: keep one expert's activations at a time and compute them again
     in the backward pass, which takes less memory and more time, and changes no number.
     """
 
+    recipe: Objective
     experts: tuple[str, ...]
     gate: GateSettings
     mixing: Literal["probabilities", "logits"]
@@ -58,6 +79,14 @@ class JointRecipe(Recipe):
     load_balance: NonNegativeFloat
     checkpointing: bool
     alarms: Alarms
+
+    @model_validator(mode="after")
+    def _one_loss(self) -> "JointRecipe":
+        if not isinstance(self.recipe, Dwf) and isinstance(self.adversary, TradesBatches):
+            raise ValueError(
+                f"recipe {self.recipe.kind} and adversary trades each bring a loss of the answer; one of them must go"
+            )
+        return self
 
 
 def load_imbalance(log_gate_BE: Tensor) -> Tensor:
@@ -73,8 +102,8 @@ def own_losses(logits_BEK: Tensor, labels_B: Tensor) -> Tensor:
 
 
 class MixtureLearner:
-    """Cross-entropy of the mixed log-probabilities, or TRADES' two terms of them, plus the experts' own losses and load
-    balance; watches the gate.
+    """Cross-entropy of the mixed log-probabilities, or what else the recipe or TRADES makes of them, plus the experts'
+    own losses and load balance; watches the gate.
     """
 
     def __init__(self, model: MixtureOfExperts, recipe: JointRecipe) -> None:
@@ -96,21 +125,31 @@ class MixtureLearner:
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
         """That of the answer, the experts' own, and the imbalance of the load, weighted.
 
-        All of the images as they were attacked, but for the first term of TRADES. The load is that of the images at
-        hand: where a batch is learned from in pieces, each has to balance its own.
+        All of the images as they were attacked, but for what some recipes say of clean ones. The load is that of the
+        images at hand: where a batch is learned from in pieces, each has to balance its own.
         """
         parts = self.mixture.parts(images_BCHW)
-        loss = self._of_answer(parts.log_probs_BK, labels_B, clean_BCHW)
+        loss = self._of_answer(parts, labels_B, clean_BCHW)
         if self.recipe.own_loss:
             loss = loss + self.recipe.own_loss * own_losses(parts.logits_BEK, labels_B)
         return loss + self.recipe.load_balance * load_imbalance(parts.log_gate_BE)
 
-    def _of_answer(self, log_probs_BK: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
-        """NLL (the output is a log-probability already), under TRADES that of the clean images plus the divergence."""
-        adversary = self.recipe.adversary
-        if isinstance(adversary, TradesBatches):
-            return trades_loss(self.mixture(clean_BCHW), log_probs_BK, labels_B, adversary.beta)
-        return functional.nll_loss(log_probs_BK, labels_B)
+    def _of_answer(self, parts: Parts, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
+        """What is learned from the answer, which is a log-probability already."""
+        answer_BK, adversary = parts.log_probs_BK, self.recipe.adversary
+        match self.recipe.recipe:
+            case Mart() as settings:
+                return mart_loss(self.mixture(clean_BCHW), answer_BK, labels_B, settings)
+            case Adp() as settings:
+                return adp_loss(answer_BK, parts.logits_BEK, labels_B, settings)
+            case Igat() as settings:
+                return igat_loss(answer_BK, parts.logits_BEK, labels_B, settings)
+            case Mutual() as settings:
+                return mutual_loss(self.mixture(clean_BCHW), answer_BK, parts.logits_BEK, labels_B, settings)
+            case Dwf() if isinstance(adversary, TradesBatches):
+                return trades_loss(self.mixture(clean_BCHW), answer_BK, labels_B, adversary.beta)
+            case Dwf():
+                return functional.nll_loss(answer_BK, labels_B)
 
     def after_backward(self) -> None:
         """Remember the norm of the gate's gradient, where it has one."""

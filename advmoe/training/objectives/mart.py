@@ -1,0 +1,44 @@
+"""MART: images that are wrong without an attack count more (Wang et al., ICLR 2020).
+
+    loss = BCE(p(x'), y) + weight * KL(p(x) || p(x')) * (1 - p_y(x))
+    BCE  = -log p_y(x') - log(1 - max_{k != y} p_k(x'))
+
+with x the image and x' the attacked one. The first term also pushes the strongest wrong class down, the second lets an
+image that is sure of its class alone.
+
+Shapes: B batch, K classes.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from advmoe.params import PositiveFloat, Settings
+from advmoe.training.trades import divergence
+
+
+class Mart(Settings):
+    """`weight` of the second term; the paper's lambda is 5."""
+
+    kind: Literal["mart"]
+    weight: PositiveFloat
+
+
+def mart_loss(clean_BK: Tensor, attacked_BK: Tensor, labels_B: Tensor, settings: Mart) -> Tensor:
+    """The loss from log-probabilities, a mean over the batch."""
+    unsure_B = 1 - _of_class(clean_BK, labels_B).exp()
+    return (boosted(attacked_BK, labels_B) + settings.weight * divergence(clean_BK, attacked_BK) * unsure_B).mean()
+
+
+def boosted(log_probs_BK: Tensor, labels_B: Tensor) -> Tensor:
+    """BCE of each image (B,); 1 - p of the strongest wrong class is summed up from the other classes, in log space, so
+    that it does not cancel.
+    """
+    wrong_BK = log_probs_BK.scatter(1, labels_B[:, None], -torch.inf)
+    others_BK = log_probs_BK.scatter(1, wrong_BK.argmax(dim=1, keepdim=True), -torch.inf)
+    return -_of_class(log_probs_BK, labels_B) - torch.logsumexp(others_BK, dim=1)
+
+
+def _of_class(log_probs_BK: Tensor, labels_B: Tensor) -> Tensor:
+    return log_probs_BK.gather(1, labels_B[:, None]).squeeze(1)

@@ -1,0 +1,257 @@
+"""Recipes of joint training: each loss against the same formula written out image by image, and against cases whose
+value is known.
+
+Shapes: B batch, C channel, H/W pixels, E experts, K classes.
+"""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny import EPSILON, FACTS, JOINT, RECIPE, patterned_set
+from torch import Tensor
+from torch.nn import functional
+
+from advmoe.classifiers import Backbone, Mixture, build
+from advmoe.errors import UserError
+from advmoe.machine import generator
+from advmoe.models.moe import MixtureOfExperts, Parts
+from advmoe.training.adversary import PgdAtRadii, PgdBatches, TradesBatches, draw, expected_passes
+from advmoe.training.joint import Dwf, JointRecipe, MixtureLearner, Objective, load_imbalance
+from advmoe.training.loop import Course, fit
+from advmoe.training.objectives.adp import JITTER, Adp, adp_loss, log_volume
+from advmoe.training.objectives.igat import Igat, igat_loss
+from advmoe.training.objectives.mart import Mart, boosted, mart_loss
+from advmoe.training.objectives.mutual import Mutual, mutual_loss
+from advmoe.training.single import Student
+
+MART = Mart(kind="mart", weight=5.0)
+ADP = Adp(kind="adp", alpha=2.0, beta=0.5)
+IGAT = Igat(kind="igat", alpha=0.25, beta=0.5)
+MUTUAL = Mutual(kind="mutual", weight=1.5)
+DWF = Dwf(kind="dwf")
+ALL = (DWF, MART, ADP, IGAT, MUTUAL)
+PGD = PgdBatches(kind="pgd", steps=(2,), step_size=0.5)
+RADII = PgdAtRadii(kind="pgd-radii", radii=(0.5, 1.5), steps=(1, 2, 6), step_size=0.5)
+BATCH, EXPERTS, CLASSES = 7, 3, 5
+
+
+def stream(*parts: object) -> torch.Generator:
+    return generator("test_objectives", *parts)
+
+
+def logits(name: str, *shape: int) -> Tensor:
+    return 2 * torch.randn(shape, generator=stream(name))
+
+
+def log_probs(name: str) -> Tensor:
+    return logits(name, BATCH, CLASSES).log_softmax(dim=1)
+
+
+LABELS = torch.arange(BATCH) % CLASSES
+
+
+def recipe(**changes: object) -> JointRecipe:
+    return JointRecipe.model_validate(RECIPE | JOINT | {"adversary": PGD} | changes)
+
+
+def mixture() -> MixtureOfExperts:
+    plan = Mixture(
+        kind="mixture",
+        backbone=Backbone(kind="resnet18", width=2),
+        experts=("left", "right"),
+        gate=JOINT["gate"],
+        mixing="probabilities",
+    )
+    made = build(plan, FACTS, 0)
+    assert isinstance(made, MixtureOfExperts)
+    return made
+
+
+# ---- MART
+
+
+def test_mart_is_its_formula_image_by_image() -> None:
+    clean_BK, attacked_BK = log_probs("clean"), log_probs("attacked")
+    each = []
+    for clean, attacked, label in zip(clean_BK.exp(), attacked_BK.exp(), LABELS, strict=True):
+        strongest = max(float(p) for k, p in enumerate(attacked) if k != label)
+        bce = -math.log(attacked[label]) - math.log(1 - strongest)
+        kl = float((clean * (clean.log() - attacked.log())).sum())
+        each.append(bce + MART.weight * kl * (1 - float(clean[label])))
+    assert float(mart_loss(clean_BK, attacked_BK, LABELS, MART)) == pytest.approx(sum(each) / BATCH, rel=1e-5)
+
+
+def test_mart_stays_finite_where_a_wrong_class_is_certain() -> None:
+    certain_BK = torch.tensor([[0.0, 60.0, -60.0]], requires_grad=True)
+    loss = boosted(certain_BK.log_softmax(dim=1), torch.tensor([0])).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    # -log p_y is 60, and 1 - p of the wrong class is p_y (the third is nothing): 60 again
+    assert loss.item() == pytest.approx(120, rel=1e-5)
+    assert certain_BK.grad is not None
+    assert certain_BK.grad.isfinite().all()
+
+
+# ---- ADP
+
+
+def test_volume_of_experts_at_right_angles_is_1() -> None:
+    """Each expert gives all it has left to another wrong class: three unit vectors at right angles."""
+    logits_BEK = torch.full((1, 3, 4), -30.0)
+    for expert in range(3):
+        logits_BEK[0, expert, 1 + expert] = 30.0
+    assert float(log_volume(logits_BEK, torch.tensor([0]))) == pytest.approx(0, abs=1e-4)
+
+
+def test_volume_of_two_experts_is_the_squared_sine_between_them() -> None:
+    logits_BEK = logits("experts", BATCH, 2, CLASSES)
+    for image, label in enumerate(LABELS):
+        left, right = (
+            torch.tensor([float(p) for k, p in enumerate(row.softmax(0)) if k != label]) for row in logits_BEK[image]
+        )
+        cosine = float(functional.cosine_similarity(left, right, dim=0))
+        found = float(log_volume(logits_BEK[image : image + 1], LABELS[image : image + 1]))
+        assert found == pytest.approx(math.log(1 - cosine**2), rel=1e-3, abs=1e-3)
+
+
+def test_experts_that_agree_leave_a_finite_loss_and_slope() -> None:
+    logits_BEK = logits("experts", BATCH, 1, CLASSES).expand(-1, EXPERTS, -1).clone().requires_grad_()
+    volume_B = log_volume(logits_BEK, LABELS)
+    volume_B.sum().backward()  # type: ignore[no-untyped-call]
+    assert float(volume_B.max()) < (EXPERTS - 1) * math.log(10 * JITTER)
+    assert logits_BEK.grad is not None
+    assert logits_BEK.grad.isfinite().all()
+
+
+def test_adp_rewards_entropy_and_volume() -> None:
+    answer_BK, logits_BEK = log_probs("answer"), logits("experts", BATCH, EXPERTS, CLASSES)
+    nll = functional.nll_loss(answer_BK, LABELS)
+    entropy = -float((answer_BK.exp() * answer_BK).sum(dim=1).mean())
+    volume = float(log_volume(logits_BEK, LABELS).mean())
+    found = float(adp_loss(answer_BK, logits_BEK, LABELS, ADP))
+    assert found == pytest.approx(float(nll) - 2 * entropy - 0.5 * volume, rel=1e-5)
+
+
+def test_adp_refuses_more_experts_than_wrong_classes() -> None:
+    with pytest.raises(UserError, match="at most 4 experts apart for 5 classes"):
+        adp_loss(log_probs("answer"), logits("experts", BATCH, 5, CLASSES), LABELS, ADP)
+
+
+# ---- iGAT
+
+
+def test_igat_is_the_plain_loss_where_nothing_is_fooled() -> None:
+    answer_BK = functional.one_hot(LABELS, CLASSES).float().mul(3).log_softmax(dim=1)
+    found = igat_loss(answer_BK, logits("experts", BATCH, EXPERTS, CLASSES), LABELS, IGAT)
+    torch.testing.assert_close(found, functional.nll_loss(answer_BK, LABELS))
+
+
+def test_igat_is_its_formula_image_by_image() -> None:
+    answer_BK, logits_BEK = log_probs("answer"), logits("experts", BATCH, EXPERTS, CLASSES)
+    total, fooled = 0.0, 0
+    for answer, votes, label in zip(answer_BK, logits_BEK.softmax(dim=2), LABELS, strict=True):
+        total -= float(answer[label])
+        if int(answer.argmax()) == label:
+            continue
+        fooled += 1
+        chances = [math.exp(float(vote[label])) for vote in votes]
+        dealt = sum(-math.log(vote[label]) * c / sum(chances) for vote, c in zip(votes, chances, strict=True))
+        surest = max(float(vote[k]) for vote in votes for k in range(CLASSES) if k != label)
+        total += 0.25 * dealt - 0.5 * math.log(1 - surest)
+    assert 0 < fooled < BATCH
+    assert float(igat_loss(answer_BK, logits_BEK, LABELS, IGAT)) == pytest.approx(total / BATCH, rel=1e-5)
+
+
+def test_igat_stays_finite_where_an_expert_is_certain_of_a_wrong_class() -> None:
+    logits_BEK = torch.tensor([[[0.0, 200.0], [0.0, 1.0]]], requires_grad=True)
+    loss = igat_loss(torch.tensor([[-5.0, -0.01]]), logits_BEK, torch.tensor([0]), IGAT)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.isfinite()
+    assert logits_BEK.grad is not None
+    assert logits_BEK.grad.isfinite().all()
+
+
+# ---- mutual
+
+
+def test_mutual_is_the_mean_divergence_of_the_experts_from_the_clean_answer() -> None:
+    clean_BK, attacked_BK = log_probs("clean"), log_probs("attacked")
+    logits_BEK = logits("experts", BATCH, EXPERTS, CLASSES)
+    each = [
+        float((p * (p.log() - vote.softmax(0).log())).sum())
+        for p, votes in zip(clean_BK.exp(), logits_BEK, strict=True)
+        for vote in votes
+    ]
+    expected = float(functional.nll_loss(attacked_BK, LABELS)) + 1.5 * sum(each) / len(each)
+    found = float(mutual_loss(clean_BK, attacked_BK, logits_BEK, LABELS, MUTUAL))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_mutual_tells_the_experts_and_not_the_mixture() -> None:
+    clean_BK = log_probs("clean").requires_grad_()
+    logits_BEK = logits("experts", BATCH, EXPERTS, CLASSES).requires_grad_()
+    mutual_loss(clean_BK, log_probs("attacked"), logits_BEK, LABELS, MUTUAL).backward()  # type: ignore[no-untyped-call]
+    assert clean_BK.grad is None
+    assert logits_BEK.grad is not None
+    assert (logits_BEK.grad.abs().amax(dim=(0, 2)) > 0).all()
+
+
+# ---- as the mixture's recipe
+
+
+def _expected(parts: Parts, clean_BK: Tensor, labels_B: Tensor, objective: Objective) -> Tensor:
+    match objective:
+        case Dwf():
+            return functional.nll_loss(parts.log_probs_BK, labels_B)
+        case Mart():
+            return mart_loss(clean_BK, parts.log_probs_BK, labels_B, objective)
+        case Adp():
+            return adp_loss(parts.log_probs_BK, parts.logits_BEK, labels_B, objective)
+        case Igat():
+            return igat_loss(parts.log_probs_BK, parts.logits_BEK, labels_B, objective)
+        case Mutual():
+            return mutual_loss(clean_BK, parts.log_probs_BK, parts.logits_BEK, labels_B, objective)
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda objective: objective.kind)
+def test_learner_takes_the_loss_that_the_recipe_names(objective: Objective) -> None:
+    made, data = mixture().eval(), patterned_set(stream)["train"].first(9)
+    clean, labels = data.pixels(), data.labels
+    attacked = (clean + 0.1 * torch.rand(clean.shape, generator=stream("noise"))).clamp(0, 1)
+    parts = made.parts(attacked)
+    expected = _expected(parts, made(clean), labels, objective) + 0.01 * load_imbalance(parts.log_gate_BE)
+    found = MixtureLearner(made, recipe(recipe=objective)).loss(attacked, labels, clean)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda objective: objective.kind)
+def test_mixture_learns_by_every_recipe(objective: Objective) -> None:
+    told = recipe(recipe=objective, epochs=6)
+    course = Course("tiny", 0, patterned_set(stream), told, PGD, EPSILON, "pgd")
+    history = fit(MixtureLearner(mixture(), told), course).history
+    assert history[-1]["clean"] > 0.6  # a third is chance
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_trades_and_another_loss_of_the_answer_exclude_each_other() -> None:
+    trades = TradesBatches(kind="trades", steps=(1,), step_size=0.5, beta=6.0)
+    assert recipe(adversary=trades, recipe="dwf").recipe == DWF
+    with pytest.raises(ValidationError, match="recipe mart and adversary trades each bring a loss of the answer"):
+        recipe(adversary=trades, recipe=MART)
+
+
+# ---- experts at radii of their own
+
+
+def test_radius_is_drawn_relative_to_epsilon() -> None:
+    draws = [draw(RADII, 0.2, stream("draws", number)) for number in range(40)]
+    assert {round(each.ball.epsilon, 6) for each in draws if each is not None} == {0.1, 0.3}
+    assert {each.attack.steps for each in draws if each is not None and each.attack.kind == "pgd"} == {1, 2, 6}
+    assert expected_passes(RADII) == 3
+
+
+def test_expert_at_radii_meets_the_threat_model() -> None:
+    assert Student(adversary=RADII, seed=1, reads="epsilon").meets_threat_model
+    with pytest.raises(ValidationError, match="reads must be epsilon"):
+        Student(adversary=RADII, seed=1, reads="seed")
