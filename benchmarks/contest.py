@@ -1,4 +1,6 @@
 """Who leads on validation? `python -m benchmarks.contest artifacts/train/mixture.safetensors OTHER.safetensors ...`
+prints it, `--presets autoattack adaptive` asks harder, `--save LEDGER.json` keeps it; `python -m benchmarks.contest
+--ledger LEDGER.json` prints what was kept, and `--figure FILE.svg` draws it, robust against clean accuracy.
 
 Accuracy of networks on clean images and in the worst case of PGD-20 on cross-entropy and on the margin, and the first
 network minus each other on the same images. Images are those of the validation split of the prepared data set, epsilon
@@ -6,13 +8,21 @@ is that of params.yaml. The test split is not read: recipes are chosen here (doc
 """
 
 import argparse
+import json
+import xml.etree.ElementTree as ET  # only what matplotlib has just written is parsed
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
-from advmoe import classifiers, console, machine, paths
+from advmoe import classifiers, console, files, machine, paths
 from advmoe.attacks.ball import LInf
+from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.pgd import Pgd
+from advmoe.attacks.presets import Preset, preset
 from advmoe.data import dataset
 from advmoe.data.dataset import Split
 from advmoe.errors import UserError
@@ -20,65 +30,198 @@ from advmoe.evaluation import harness
 from advmoe.evaluation.harness import CLEAN, WORST, Target, Terms
 from advmoe.evaluation.intervals import Share
 from advmoe.evaluation.paired import compare
+from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import Epsilon, load_section
+from advmoe.report.figures import Disc, discs
+from advmoe.report.svg import NAMESPACE
+from advmoe.training import cost
 
 SEED = 0
-ATTACKS = {
+ATTACKS: dict[str, AnyAttack] = {
     "pgd": Pgd(kind="pgd", steps=20, step_size=0.25, restarts=1, loss="ce", targets=0),
     "pgd-margin": Pgd(kind="pgd", steps=20, step_size=0.25, restarts=1, loss="margin", targets=0),
 }
 COLUMNS = (
     "network",
+    "training, TFLOP",
     "clean %",
-    "PGD-20 %",
+    "robust %",
     "first minus it, clean",
-    "first minus it, PGD-20",
+    "first minus it, robust",
     "only first : only it",
     "p",
 )
+TERA = 1e12
+LIGHT = ("#0a58a8", "#a84300", "#00694f", "#7d3c8c", "#6f5b00", "#4d5965", "#b0205f")  # the report's colours
+DARK = ("#6cb4ff", "#ff9d66", "#52d1a8", "#d9a3e6", "#e2c44e", "#b1bbc6", "#ff93b8")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Which images a network gets right, clean and in the worst case, one bit an image in hexadecimal digits, the first
+    image first; and the operations of all of its training.
+    """
+
+    training_flops: int
+    images: int
+    clean: str
+    worst: str
+
+    @classmethod
+    def of(cls, correct: dict[str, Tensor], training_flops: int) -> "Standing":
+        """Of what `right` found."""
+        return cls(training_flops, len(correct[CLEAN]), _packed(correct[CLEAN]), _packed(correct[WORST]))
+
+    @property
+    def correct(self) -> dict[str, Tensor]:
+        """What `right` found, without the single attacks."""
+        return {CLEAN: _unpacked(self.clean, self.images), WORST: _unpacked(self.worst, self.images)}
 
 
 def main() -> None:
     """Print the table. Exit code 2 for a file that is missing or of other data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", type=Path, nargs="+", help="artifacts of this project")
+    parser.add_argument("networks", type=Path, nargs="*", help="artifacts of this project")
+    parser.add_argument("--ledger", type=Path, help="what was kept, instead of networks")
+    parser.add_argument(
+        "--presets", nargs="+", default=(), choices=get_args(Preset), help="sets of attacks after PGD-20"
+    )
+    parser.add_argument("--images", type=int, help="of the validation split, the first so many")
+    parser.add_argument("--save", type=Path, help="keep which images each network gets right")
+    parser.add_argument("--figure", type=Path, help="an SVG of robust against clean accuracy")
+    parser.add_argument("--only", nargs="+", help="draw those networks alone whose names begin with one of these words")
     arguments = parser.parse_args()
+    if bool(arguments.networks) == bool(arguments.ledger):
+        parser.error("either networks or --ledger")
+    if arguments.images is not None and arguments.images < 1:
+        parser.error("--images is at least 1")
     machine.prepare_torch()
     try:
-        rows = standings(arguments.networks)
+        asked = (arguments.networks, arguments.presets, arguments.images)
+        found = read(arguments.ledger) if arguments.ledger else measured(*asked)
+        console.table("on validation images", COLUMNS, standings(found))
+        if arguments.save:
+            files.write_json(arguments.save, {name: asdict(each) for name, each in found.items()})
+        if arguments.figure:
+            files.write_text(arguments.figure, figure(_only(found, arguments.only)))
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
-    console.table("on validation images", COLUMNS, rows)
 
 
-def standings(networks: list[Path]) -> list[list[str]]:
-    """A row for each network. Raises UserError for a file that is missing, damaged, or trained on other data."""
+def measured(networks: list[Path], sets: Sequence[Preset] = (), images: int | None = None) -> dict[str, Standing]:
+    """Each network on the validation split, or on its first images, in the worst case of PGD-20 and these sets.
+
+    Raises UserError for a file that is missing, damaged, or trained on other data.
+    """
     data, epsilon = dataset.load(paths.DATASET), load_section("epsilon", Epsilon)
-    loaded = {str(path): classifiers.load(path) for path in networks}
-    for name, classifier in loaded.items():
+    loaded = {path: classifiers.load(path) for path in networks}
+    for path, classifier in loaded.items():
         if classifier.header.inputs.get("dataset") != data.sha256:
-            raise UserError(f"{name}: was not trained on the images of {paths.DATASET}")
-    found = {name: right(name, each.model, data["validation"], epsilon) for name, each in loaded.items()}
-    first = found[str(networks[0])]
+            raise UserError(f"{path}: was not trained on the images of {paths.DATASET}")
+    split = data["validation"].first(images or len(data["validation"]))
+    return {
+        str(path): Standing.of(right(str(path), each.model, split, epsilon, sets), cost.taken(path, each))
+        for path, each in loaded.items()
+    }
+
+
+def read(ledger: Path) -> dict[str, Standing]:
+    """What `--save` kept. Raises UserError for a file that is missing or is no ledger."""
+    try:
+        kept: dict[str, Any] = json.loads(ledger.read_text(encoding="utf-8"))
+        found = {name: Standing(**each) for name, each in kept.items()}
+        counts = {count for each in found.values() for count in (each.images, *map(len, each.correct.values()))}
+        if len(counts) != 1:
+            raise UserError(f"{ledger}: holds no networks, or they were not asked about the same images")
+    except OSError as error:
+        raise UserError(f"{ledger}: {error.strerror or error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{ledger}: is no ledger of benchmarks.contest") from error
+    return found
+
+
+def standings(found: dict[str, Standing]) -> list[list[str]]:
+    """A row for each network; the first is compared with each other."""
+    correct = {name: each.correct for name, each in found.items()}
+    first = next(iter(correct.values()))
     return [
-        [name, *(_percent(each[kind]) for kind in (CLEAN, WORST)), *_behind(first, each)]
-        for name, each in found.items()
+        [
+            name,
+            f"{found[name].training_flops / TERA:.1f}",
+            *(_percent(each[kind]) for kind in (CLEAN, WORST)),
+            *_behind(first, each),
+        ]
+        for name, each in correct.items()
     ]
 
 
-def right(name: str, model: nn.Module, split: Split, epsilon: float) -> dict[str, Tensor]:
+def figure(found: dict[str, Standing]) -> str:
+    """Robust against clean accuracy as an SVG that stands alone, in light and dark; area: operations of training."""
+    rows = [
+        Disc(name, _three(each.correct[CLEAN]), _three(each.correct[WORST]), each.training_flops, place)
+        for place, (name, each) in enumerate(found.items())
+    ]
+    axes = ("clean accuracy, %", "accuracy under PGD-20 on both losses, %")
+    said = "Accuracy on validation images, with 95 % intervals; area: operations of training."
+    root = ET.fromstring(discs("contest", "The contest", said, rows, axes_labels=axes, unit="FLOP").svg)  # noqa: S314
+    style = ET.Element(f"{{{NAMESPACE}}}style")
+    style.text = _themes()
+    root.insert(0, style)
+    ET.register_namespace("", NAMESPACE)
+    return ET.tostring(root, encoding="unicode")
+
+
+def _only(found: dict[str, Standing], words: list[str] | None) -> dict[str, Standing]:
+    """Those networks of which a word is the first, or all. Raises UserError for a word that is none's."""
+    chosen = {name: each for name, each in found.items() if words is None or name.split(" ")[0] in words}
+    unknown = set(words or ()) - {name.split(" ")[0] for name in chosen}
+    if unknown:
+        raise UserError(f"--only: there is no network {min(unknown)}; there are {', '.join(found)}")
+    return chosen
+
+
+def _themes() -> str:
+    """Whoever opens the file alone has no style sheet of the report's."""
+
+    def theme(ink: str, surface: str, rule: str, series: tuple[str, ...]) -> str:
+        named = "; ".join(f"--series-{place}: {colour}" for place, colour in enumerate(series))
+        return f"svg {{ color: {ink}; background: {surface}; --surface: {surface}; --rule: {rule}; {named} }}"
+
+    light, dark = theme("#1b1f24", "#ffffff", "#d5dae0", LIGHT), theme("#e7eaee", "#14171b", "#3a414a", DARK)
+    return f"{light} @media (prefers-color-scheme: dark) {{ {dark} }}"
+
+
+def _three(correct_N: Tensor) -> tuple[float, float, float]:
+    share = Share.of(correct_N)
+    return 100 * share.accuracy, 100 * share.low, 100 * share.high
+
+
+def _packed(correct_N: Tensor) -> str:
+    bits = "".join("01"[bit] for bit in correct_N.int().tolist())
+    return f"{int(bits, 2):0{-(-len(bits) // 4)}x}"
+
+
+def _unpacked(digits: str, images: int) -> Tensor:
+    bits = f"{int(digits, 16):0{images}b}"
+    return torch.tensor([bit == "1" for bit in bits])
+
+
+def right(name: str, model: nn.Module, split: Split, epsilon: float, sets: Sequence[Preset] = ()) -> dict[str, Tensor]:
     """Which images (N,) a network gets right: clean, under each attack, and in the worst case."""
     place = machine.device()
     target = Target(name, model.to(place), split.pixels().to(place), split.labels.to(place))
     terms = Terms(LInf(epsilon), harness.fixed_seed(SEED), "bfloat16", None, drop_fallen=True)
-    measured = harness.measure(target, ATTACKS, terms)
-    harness.forget(target, ATTACKS, terms)
+    attacks = dict(ATTACKS)
+    for each in sets:
+        attacks |= preset(each, (), has_gate=isinstance(model, MixtureOfExperts))
+    measured = harness.measure(target, attacks, terms)
+    harness.forget(target, attacks, terms)
     return measured.correct
 
 
 def _percent(correct_N: Tensor) -> str:
-    share = Share.of(correct_N)
-    return f"{100 * share.accuracy:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    value, low, high = _three(correct_N)
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _behind(first: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:

@@ -160,8 +160,10 @@ def save_tiny_mixture(path: Path, seed: int = 0) -> None:
     with torch.no_grad():  # running statistics other than 0 and 1, so that a round trip has something to lose
         model.train()(data["train"].pixels()[:64])
     model.eval()
-    inputs = {"dataset": data.sha256}
-    classifiers.save(path, model, architecture, data.facts, params={}, inputs=inputs, seed=0, metrics={}, seconds=0.0)
+    inputs, metrics = {"dataset": data.sha256}, {"cost": {"total_training_flops": 3_000_000_000 + seed}}
+    classifiers.save(
+        path, model, architecture, data.facts, params={}, inputs=inputs, seed=0, metrics=metrics, seconds=0.0
+    )
 
 
 @pytest.fixture

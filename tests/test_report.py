@@ -23,7 +23,7 @@ from advmoe.report.build import build
 from advmoe.report.compare import Comparison
 from advmoe.report.compare import Table as Compared
 from advmoe.report.content import Content, gather
-from advmoe.report.figures import Dot, dots
+from advmoe.report.figures import Disc, Dot, discs, dots
 from advmoe.report.markdown import render_markdown
 from advmoe.report.page import render_comparison, render_html
 
@@ -447,6 +447,40 @@ def test_a_dollar_or_a_brace_in_a_name_is_no_mathematics() -> None:
     assert r"$\frac{1$" in found.svg
 
 
+def worth(record: Files) -> str:
+    """What the figure of accuracy against work says of itself."""
+    drawn = re.findall(r'<desc id="worth-description">(.*?)</desc>', render_html(gather(record)))
+    return html.unescape(drawn[0]) if drawn else ""
+
+
+def test_figure_of_what_training_has_bought_shows_every_judged_network() -> None:
+    said = worth(made_up())
+    assert "mixture 95.0 and 73.5 at 91 trillion FLOP" in said
+    for place, name in enumerate(BASELINES):
+        assert f"{name} 95.0 and {(131 + place) / 2:.1f} at 91 trillion FLOP" in said
+
+
+def test_figure_of_what_training_has_bought_keeps_what_is_withheld() -> None:
+    said = worth(withheld())
+    assert "mixture" not in said
+    assert "standard 95.0" in said
+    without_costs = made_up().without("metrics/baseline").without("metrics/train")
+    assert worth(without_costs) == ""
+
+
+def test_areas_of_discs_are_as_their_sizes() -> None:
+    rows = [Disc(f"network {size}", (50, 45, 55), (30, 25, 35), size, 0) for size in (9e12, 1e12, 1.0)]
+    found = discs("x", "t", "d", rows, axes_labels=("a", "b"), unit="FLOP").svg
+    widths = [
+        max(xs) - min(xs)
+        for path in re.findall(r'<path id="x-[^"]*" d="([^"]*C[^"]*)"', found)
+        for xs in [[float(x) for x, _ in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path)]]
+    ]
+    largest, small, least, _key = widths
+    assert largest / small == pytest.approx(3, rel=0.01)  # nine times the area
+    assert 4 < largest / least < 10  # it would vanish otherwise
+
+
 def test_rows_of_markdown_have_as_many_cells_as_their_heading() -> None:
     text = render_markdown(gather(evil()))
     tables = re.findall(r"(?:^\|.*\n?)+", text, flags=re.MULTILINE)
@@ -564,6 +598,10 @@ def test_the_ledger_calls_another_joint_phase_another_recipe() -> None:
     assert joint_row().endswith("another recipe")
     content["train"]["adversary"] = {"kind": "trades", "steps": [5], "step_size": 0.25, "beta": 6.0}
     assert joint_row() == "trades in every batch another recipe"
+    content["train"] |= {"adversary": paper, "recipe": "dwf"}
+    assert joint_row().endswith("left open by the paper")
+    content["train"]["recipe"] = {"kind": "adp", "alpha": 2.0, "beta": 0.5}
+    assert joint_row().endswith("the loss of adp (alpha 2, beta 0.5) another recipe")
 
 
 def test_versions_and_hashes_are_told(page: str) -> None:

@@ -1,4 +1,4 @@
-"""The two kinds of figures of the report: values with their intervals, and lines."""
+"""The three kinds of figures of the report: values with their intervals, lines, and discs between two values."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 
 from advmoe.report.document import Figure
+from advmoe.report.formats import large
 from advmoe.report.svg import INK, SERIES, SURFACE, settings, to_svg
 
 WIDTH = 5.8  # inches; narrow, so that its letters can be read on a phone
@@ -17,6 +18,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X")  # colour alone tells nothing to s
 DASHES = ("-", "--", ":", "-.")
 OTHERS = len(SERIES) - 1
 ROOM, KEY = 66, 8  # letters beside each other in a legend, and what the sign before each label takes of them
+LARGEST, SMALLEST = 900.0, 16.0  # square points, of a disc
 THINNED = 240  # points of a line; more cannot be told apart on a page
 
 
@@ -46,6 +48,17 @@ class Line:
     bounds: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     stairs: bool = False
     dash: int = 0
+
+
+@dataclass(frozen=True)
+class Disc:
+    """A point between two values with both intervals, as large as `size`, which is not negative."""
+
+    label: str
+    x: tuple[float, float, float]  # value, low, high
+    y: tuple[float, float, float]
+    size: float
+    series: int
 
 
 def anchor(text: str) -> str:
@@ -142,6 +155,37 @@ def lines(
             handletextpad=0.5,
         )
         return Figure(title, description, to_svg(drawing, name, title, description))
+
+
+def discs(
+    name: str, title: str, description: str, rows: Sequence[Disc], *, axes_labels: tuple[str, str], unit: str
+) -> Figure:
+    """Points between two values. Areas are as the sizes; those under a fiftieth of the largest are drawn as that, or
+    they could not be seen. `unit`: what a size is.
+    """
+    largest = max((row.size for row in rows), default=0.0) or 1.0
+    labels = [f"{row.label}: {large(row.size)} {unit}" for row in rows]
+    beside = max(1, min(3, ROOM // (KEY + max(map(len, labels), default=0))))
+    with settings():
+        drawing = Drawing(figsize=(WIDTH, 3.4 + 0.19 * -(-len(rows) // beside)))
+        axes = drawing.subplots()
+        for row in sorted(rows, key=lambda row: -row.size):  # small ones on top of large ones
+            colour, turn = _colour(row.series), row.series % len(MARKERS)
+            (x, *across), (y, *along) = row.x, row.y
+            axes.plot(across, [y, y], color=colour, linewidth=0.8)
+            axes.plot([x, x], along, color=colour, linewidth=0.8)
+            area = max(SMALLEST, LARGEST * row.size / largest)
+            axes.scatter(
+                x, y, s=area, color=colour, alpha=0.55, linewidths=1.2, edgecolors=colour, marker=MARKERS[turn]
+            )
+        axes.set_xlabel(axes_labels[0])
+        axes.set_ylabel(axes_labels[1])
+        for row, label in zip(rows, labels, strict=True):
+            axes.plot([], [], MARKERS[row.series % len(MARKERS)], color=_colour(row.series), markersize=6, label=label)
+        drawing.legend(loc="outside upper left", ncols=beside, handletextpad=0.3)
+        said = "; ".join(f"{row.label} {row.x[0]:.1f} and {row.y[0]:.1f} at {large(row.size)} {unit}" for row in rows)
+        said = f"{description} {said}."
+        return Figure(title, said, to_svg(drawing, name, title, said))
 
 
 def _rank(label: str, series: Sequence[Line]) -> int:

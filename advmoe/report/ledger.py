@@ -20,6 +20,7 @@ PGD_STEPS = [10, 20, 30, 40, 50]
 PAPER_WIDTH = 64  # channels of the first stage of a full ResNet-18
 PAPER_EXPERTS = {"clean": 1, "fgsm": 4, "pgd": 4}
 PAPER_BATCHES = {"clean", "fgsm", "pgd"}
+PAPER_RECIPE = "dwf"
 PAPER_ATTACKS = ("fgsm", "pgd")
 PAPER_SOURCES = ("cifar10", "svhn")
 NONE = "none"
@@ -134,10 +135,14 @@ def _batches(adversary: Params) -> str:
 
 
 def _additions(params: Params) -> list[str]:
-    """What the joint phase has beside the paper's; a record of before has no such keys."""
+    """What the joint phase has beside the paper's, or instead; a record of before has no such keys."""
     train = params["train"]
+    recipe = train.get("recipe", PAPER_RECIPE)
+    kind, numbers = (recipe["kind"], recipe) if isinstance(recipe, dict) else (recipe, {})
+    told = ", ".join(f"{name} {value:g}" for name, value in numbers.items() if name != "kind")
+    other = [] if kind == PAPER_RECIPE else [f"the loss of {kind}" + (f" ({told})" if told else "")]
     named = {"own_loss": "the experts' own losses, weight {:g}", "awp": "weights perturbed by {:g} of their norm"}
-    return [said.format(train[key]) for key, said in named.items() if train.get(key)]
+    return other + [said.format(train[key]) for key, said in named.items() if train.get(key)]
 
 
 def _joint_deviation(params: Params) -> str:

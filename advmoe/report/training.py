@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from advmoe import paths
-from advmoe.evaluation.results import MIXTURE
+from advmoe.evaluation.harness import CLEAN, WORST
+from advmoe.evaluation.results import BASELINE, MIXTURE
 from advmoe.report.document import Block, Folded, Paragraph, Section, missing, row, table
-from advmoe.report.figures import Line, colours, lines
+from advmoe.report.figures import Disc, Line, colours, discs, lines
 from advmoe.report.formats import ABSENT, NOT_HERE, count, duration, is_mixture, large, memory, model_name
 from advmoe.report.reading import TRAINING, Sources
 
@@ -124,9 +125,10 @@ def cost(sources: Sources) -> Section:
     ours = [item for item in trained if item[0] != "pretrain"]
     experts = [item for item in trained if item[0] == "pretrain"]
     blocks: list[Block] = [
-        _costs(sources, "The mixture and its comparators", sorted(ours, key=lambda item: item[0] != "train"))
+        *_worth(sources, ours),
+        _costs(sources, "The mixture and its comparators", sorted(ours, key=lambda item: item[0] != "train")),
+        Paragraph(ACCOUNT),
     ]
-    blocks.append(Paragraph(ACCOUNT))
     if experts:
         blocks.append(Folded("The experts", (_costs(sources, "Pre-training of each expert", experts),)))
     if not any("cost" in each for _, _, each in trained):
@@ -134,6 +136,35 @@ def cost(sources: Sources) -> Section:
     if sources.judged:
         blocks.append(Folded("What the attacks cost", (_attacks(sources),)))
     return Section("cost", title, tuple(blocks), brief=True)
+
+
+def _worth(sources: Sources, networks: Iterable[tuple[str, str, Mapping[str, Any]]]) -> Iterable[Block]:
+    """What the work of training has bought: robust against clean accuracy, where at least two networks can be drawn."""
+    known = [name if name == MIXTURE else BASELINE + name for name in sources.networks]
+    series = colours(known, known)
+    rows = []
+    for stage, name, metrics in networks:
+        model = MIXTURE if stage == "train" else BASELINE + name
+        if model not in sources.printable or "cost" not in metrics:
+            continue
+        accuracy = sources.printable[model]["accuracy"]
+        clean, worst = (_three(accuracy[kind]) for kind in (CLEAN, WORST))
+        rows.append(Disc(model_name(model), clean, worst, metrics["cost"]["total_training_flops"], series[model]))
+    if len(rows) > 1:
+        yield discs(
+            "worth",
+            "Robust against clean accuracy, and what training took",
+            "Accuracy clean and in the worst case of all attacks, in %, with 95 % intervals; area: operations of "
+            "training, experts included.",
+            sorted(rows, key=lambda row: row.series),
+            axes_labels=("clean accuracy, %", "robust accuracy (worst case), %"),
+            unit="FLOP",
+        )
+
+
+def _three(share: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Value, low and high of a share, in percent."""
+    return 100 * share["accuracy"], 100 * share["low"], 100 * share["high"]
 
 
 def _costs(sources: Sources, caption: str, networks: Iterable[tuple[str, str, Mapping[str, Any]]]) -> Block:
