@@ -1,5 +1,5 @@
-"""Recipes of joint training: each loss against the same formula written out image by image, and against cases whose
-value is known.
+"""Recipes of training beside the paper's: losses and attacks against the same formula written out image by image, and
+against cases whose value is known.
 
 Shapes: B batch, C channel, H/W pixels, E experts, K classes.
 """
@@ -10,21 +10,24 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tiny import EPSILON, FACTS, JOINT, RECIPE, patterned_set
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from advmoe.attacks.ball import LInf
+from advmoe.attacks.draws import BatchDraws
 from advmoe.classifiers import Backbone, Mixture, build
 from advmoe.errors import UserError
 from advmoe.machine import generator
 from advmoe.models.moe import MixtureOfExperts, Parts
-from advmoe.training.adversary import PgdAtRadii, PgdBatches, TradesBatches, draw, expected_passes
+from advmoe.training.adversary import NFgsmBatches, PgdAtRadii, PgdBatches, TradesBatches, draw, expected_passes
 from advmoe.training.joint import Dwf, JointRecipe, MixtureLearner, Objective, load_imbalance
 from advmoe.training.loop import Course, fit
+from advmoe.training.nfgsm import NFgsm, nfgsm
 from advmoe.training.objectives.adp import JITTER, Adp, adp_loss, log_volume
 from advmoe.training.objectives.igat import Igat, igat_loss
 from advmoe.training.objectives.mart import Mart, boosted, mart_loss
 from advmoe.training.objectives.mutual import Mutual, mutual_loss
-from advmoe.training.single import Student
+from advmoe.training.single import SingleRecipe, Student, train_single
 
 MART = Mart(kind="mart", weight=5.0)
 ADP = Adp(kind="adp", alpha=2.0, beta=0.5)
@@ -33,6 +36,7 @@ MUTUAL = Mutual(kind="mutual", weight=1.5)
 DWF = Dwf(kind="dwf")
 ALL = (DWF, MART, ADP, IGAT, MUTUAL)
 PGD = PgdBatches(kind="pgd", steps=(2,), step_size=0.5)
+NFGSM = NFgsmBatches(kind="n-fgsm", noise=2.0, step_size=1.0)
 RADII = PgdAtRadii(kind="pgd-radii", radii=(0.5, 1.5), steps=(1, 2, 6), step_size=0.5)
 BATCH, EXPERTS, CLASSES = 7, 3, 5
 
@@ -119,7 +123,7 @@ def test_experts_that_agree_leave_a_finite_loss_and_slope() -> None:
     logits_BEK = logits("experts", BATCH, 1, CLASSES).expand(-1, EXPERTS, -1).clone().requires_grad_()
     volume_B = log_volume(logits_BEK, LABELS)
     volume_B.sum().backward()  # type: ignore[no-untyped-call]
-    assert float(volume_B.max()) < (EXPERTS - 1) * math.log(10 * JITTER)
+    assert volume_B.max().item() < (EXPERTS - 1) * math.log(10 * JITTER)
     assert logits_BEK.grad is not None
     assert logits_BEK.grad.isfinite().all()
 
@@ -239,6 +243,70 @@ def test_trades_and_another_loss_of_the_answer_exclude_each_other() -> None:
     assert recipe(adversary=trades, recipe="dwf").recipe == DWF
     with pytest.raises(ValidationError, match="recipe mart and adversary trades each bring a loss of the answer"):
         recipe(adversary=trades, recipe=MART)
+
+
+# ---- N-FGSM
+
+
+class Linear(nn.Module):
+    """Two logits, x . w and 0: cross-entropy of class 0 rises along -w, everywhere."""
+
+    def __init__(self, weights_CHW: Tensor) -> None:
+        super().__init__()
+        self.weights_CHW = weights_CHW
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        score_B = (images_BCHW * self.weights_CHW).flatten(1).sum(dim=1)
+        return torch.stack([score_B, torch.zeros_like(score_B)], dim=1)
+
+
+def test_nfgsm_is_noise_and_a_step_and_leaves_the_ball() -> None:
+    weights = torch.randn((1, 8, 8), generator=stream("weights"))
+    images = torch.full((5, 1, 8, 8), 0.5)
+    settings = NFgsm(kind="n-fgsm", noise=2.0, step_size=1.0)
+    found = nfgsm(
+        Linear(weights),
+        images,
+        torch.zeros(5, dtype=torch.int64),
+        ball=LInf(0.1),
+        settings=settings,
+        draws=BatchDraws(stream("noise")),
+    )
+    noise = 0.2 * BatchDraws(stream("noise")).uniform(images)
+    torch.testing.assert_close(found, images + noise - 0.1 * weights.sign())
+    assert 0.25 < float((found - images).abs().max()) <= 0.3 + 1e-6
+
+
+def test_nfgsm_stays_inside_the_pixel_range_and_takes_its_gradient_at_the_noise() -> None:
+    class Bent(Linear):
+        """Its slope changes sign at a score of 0: the gradient at the image is not the one at the noise."""
+
+        def forward(self, images_BCHW: Tensor) -> Tensor:
+            return super().forward(images_BCHW).abs()
+
+    images = torch.rand((64, 1, 1, 1), generator=stream("images"))
+    model = Bent(torch.ones(1, 1, 1))
+    labels = torch.zeros(64, dtype=torch.int64)
+    settings = NFgsm(kind="n-fgsm", noise=3.0, step_size=1.0)
+    found = nfgsm(model, images, labels, ball=LInf(0.3), settings=settings, draws=BatchDraws(stream("noise")))
+    around = images + 0.9 * BatchDraws(stream("noise")).uniform(images)
+    assert (around < 0).any()
+    torch.testing.assert_close(found, (around - 0.3 * around.sign()).clamp(0, 1))
+
+
+def test_an_expert_learns_from_nfgsm() -> None:
+    drawn = draw(NFGSM, 0.2, stream("draws"))
+    assert drawn is not None
+    assert (drawn.attack, drawn.ball) == (NFgsm(kind="n-fgsm", noise=2.0, step_size=1.0), LInf(0.2))
+    assert expected_passes(NFGSM) == 1
+    student = Student(adversary=NFGSM, seed=1, reads="epsilon")
+    assert student.meets_threat_model
+    told = SingleRecipe.model_validate(RECIPE | {"epochs": 6, "validation_epsilon": EPSILON})
+    backbone = Backbone(kind="resnet18", width=2)
+    trained = train_single("tiny", student, backbone, patterned_set(stream), told, seed=0, epsilon=EPSILON)
+    assert trained.history[-1]["pgd"] > 0.6  # a third is chance
+    images = 6 * 48
+    assert (trained.cost.crafting_forward, trained.cost.crafting_backward) == (images, images)
 
 
 # ---- experts at radii of their own

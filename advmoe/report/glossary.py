@@ -46,7 +46,9 @@ MIXTURES = {
 TRAINING = {
     "clean": "standard training",
     "fgsm": "adversarial training on FGSM",
+    "n-fgsm": "adversarial training on N-FGSM",
     "pgd": "adversarial training on PGD",
+    "pgd-radii": "adversarial training on PGD at radii of its own",
     "trades": "adversarial training by TRADES",
     "mixed": "training on a mix of attacks",
 }

@@ -17,6 +17,7 @@ from advmoe.attacks.fgsm import Fgsm, fgsm
 from advmoe.attacks.model import Craft
 from advmoe.attacks.pgd import Pgd, pgd
 from advmoe.params import Epsilon, NonNegativeFloat, PositiveFloat, PositiveInt, Settings
+from advmoe.training.nfgsm import NFgsm, nfgsm
 from advmoe.training.trades import Trades, trades
 
 T = TypeVar("T")
@@ -33,6 +34,14 @@ class FgsmBatches(Settings):
 
     kind: Literal["fgsm"]
     epsilons: Annotated[tuple[Epsilon, ...], Field(min_length=1)]
+
+
+class NFgsmBatches(Settings):
+    """N-FGSM at the threat model's epsilon; `noise` and `step_size` relative to it (`advmoe.training.nfgsm`)."""
+
+    kind: Literal["n-fgsm"]
+    noise: PositiveFloat
+    step_size: PositiveFloat
 
 
 class PgdBatches(Settings):
@@ -80,22 +89,25 @@ class MixedBatches(Settings):
 
 
 Adversary = Annotated[
-    CleanBatches | FgsmBatches | PgdBatches | PgdAtRadii | TradesBatches | MixedBatches, Field(discriminator="kind")
+    CleanBatches | FgsmBatches | NFgsmBatches | PgdBatches | PgdAtRadii | TradesBatches | MixedBatches,
+    Field(discriminator="kind"),
 ]
 
 
 class Drawn(NamedTuple):
     """The attack that one batch gets."""
 
-    attack: Fgsm | Pgd | Trades
+    attack: Fgsm | NFgsm | Pgd | Trades
     ball: LInf
 
 
-def bind(attack: Fgsm | Pgd | Trades) -> Craft:
+def bind(attack: Fgsm | NFgsm | Pgd | Trades) -> Craft:
     """The attack as a function. Not through the catalogue, or training would depend on every attack there is."""
     match attack:
         case Fgsm():
             return partial(fgsm, settings=attack)
+        case NFgsm():
+            return partial(nfgsm, settings=attack)
         case Pgd():
             return partial(pgd, settings=attack)
         case Trades():
@@ -121,18 +133,15 @@ def draw(adversary: Adversary, epsilon: float, stream: torch.Generator) -> Drawn
     match adversary:
         case CleanBatches():
             return None
-        case FgsmBatches():
-            return Drawn(Fgsm(kind="fgsm"), LInf(_pick(adversary.epsilons, stream)))
-        case PgdBatches():
-            return Drawn(_pgd(adversary, stream), LInf(epsilon))
-        case PgdAtRadii():
-            return Drawn(_pgd(adversary, stream), LInf(epsilon * _pick(adversary.radii, stream)))
-        case TradesBatches():
-            steps = _pick(adversary.steps, stream)
-            return Drawn(Trades(kind="trades", steps=steps, step_size=adversary.step_size), LInf(epsilon))
         case MixedBatches():
             chosen = torch.multinomial(torch.tensor(adversary.weights), 1, generator=stream)
             return draw(adversary.of[int(chosen)], epsilon, stream)
+        case FgsmBatches():
+            return Drawn(Fgsm(kind="fgsm"), LInf(_pick(adversary.epsilons, stream)))
+        case PgdAtRadii():
+            return Drawn(_attack(adversary, stream), LInf(epsilon * _pick(adversary.radii, stream)))
+        case _:
+            return Drawn(_attack(adversary, stream), LInf(epsilon))
 
 
 def expected_passes(adversary: Adversary) -> float:
@@ -140,7 +149,7 @@ def expected_passes(adversary: Adversary) -> float:
     match adversary:
         case CleanBatches():
             return 0.0
-        case FgsmBatches():
+        case FgsmBatches() | NFgsmBatches():
             return 1.0
         case PgdBatches() | PgdAtRadii() | TradesBatches():
             return sum(adversary.steps) / len(adversary.steps)
@@ -149,8 +158,14 @@ def expected_passes(adversary: Adversary) -> float:
             return sum(share * expected_passes(kind) for share, kind in zip(shares, adversary.of, strict=True))
 
 
-def _pgd(adversary: PgdBatches | PgdAtRadii, stream: torch.Generator) -> Pgd:
+def _attack(
+    adversary: NFgsmBatches | PgdBatches | PgdAtRadii | TradesBatches, stream: torch.Generator
+) -> NFgsm | Pgd | Trades:
+    if isinstance(adversary, NFgsmBatches):
+        return NFgsm(kind="n-fgsm", noise=adversary.noise, step_size=adversary.step_size)
     steps = _pick(adversary.steps, stream)
+    if isinstance(adversary, TradesBatches):
+        return Trades(kind="trades", steps=steps, step_size=adversary.step_size)
     return Pgd(kind="pgd", steps=steps, step_size=adversary.step_size, restarts=1, loss="ce", targets=0)
 
 
