@@ -172,17 +172,22 @@ class Forecast:
         return self.networks[key]
 
     def _mixture(self) -> Network:
-        """One expert with a gate is counted, and the other experts alone: as much as all of it counted at once, but for
-        a few outputs of the gate's last layer.
+        """One expert with a gate is counted, and what a second one adds, the others times: as much as all of it counted
+        at once, but for a few outputs of the gate's last layer.
         """
-        joint, expert = self.params.train, self.expert.each
-        others = len(joint.experts) - 1
-        one = self._count(self._learner(joint.model_copy(update={"experts": joint.experts[:1]})))
-        each = Rates(
-            one.forward + others * expert.forward,
-            one.pixels + others * expert.pixels,
-            one.learning + others * expert.learning,
+        joint = self.params.train
+        one, *more = (
+            self._count(self._learner(joint.model_copy(update={"experts": joint.experts[:count]})))
+            for count in range(1, min(2, len(joint.experts)) + 1)
         )
+        others = len(joint.experts) - 1
+        each = one
+        for two in more:
+            each = Rates(
+                one.forward + others * (two.forward - one.forward),
+                one.pixels + others * (two.pixels - one.pixels),
+                one.learning + others * (two.learning - one.learning),
+            )
         return Network(each, partial(self._speed, partial(self._learner, joint), joint))
 
     def _learner(self, joint: JointRecipe) -> Learner:

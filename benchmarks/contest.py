@@ -8,14 +8,13 @@ is that of params.yaml. The test split is not read: recipes are chosen here (doc
 """
 
 import argparse
-import json
 import xml.etree.ElementTree as ET  # only what matplotlib has just written is parsed
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, get_args
 
 import torch
+from pydantic import Field, NonNegativeInt, StringConstraints, ValidationError, model_validator
 from torch import Tensor, nn
 
 from advmoe import classifiers, console, files, machine, paths
@@ -31,7 +30,7 @@ from advmoe.evaluation.harness import CLEAN, WORST, Target, Terms
 from advmoe.evaluation.intervals import Share
 from advmoe.evaluation.paired import compare
 from advmoe.models.moe import MixtureOfExperts
-from advmoe.params import Epsilon, load_section
+from advmoe.params import Epsilon, PositiveInt, Settings, explain, load_section
 from advmoe.report.figures import Disc, discs
 from advmoe.report.svg import NAMESPACE
 from advmoe.training import cost
@@ -52,30 +51,51 @@ COLUMNS = (
     "p",
 )
 TERA = 1e12
+Bits = Annotated[str, StringConstraints(pattern="^[0-9a-f]+$")]
 LIGHT = ("#0a58a8", "#a84300", "#00694f", "#7d3c8c", "#6f5b00", "#4d5965", "#b0205f")  # the report's colours
 DARK = ("#6cb4ff", "#ff9d66", "#52d1a8", "#d9a3e6", "#e2c44e", "#b1bbc6", "#ff93b8")
 
 
-@dataclass(frozen=True)
-class Standing:
+class Standing(Settings):
     """Which images a network gets right, clean and in the worst case, one bit an image in hexadecimal digits, the first
     image first; and the operations of all of its training.
     """
 
-    training_flops: int
-    images: int
-    clean: str
-    worst: str
+    training_flops: NonNegativeInt
+    clean: Bits
+    worst: Bits
 
-    @classmethod
-    def of(cls, correct: dict[str, Tensor], training_flops: int) -> "Standing":
-        """Of what `right` found."""
-        return cls(training_flops, len(correct[CLEAN]), _packed(correct[CLEAN]), _packed(correct[WORST]))
 
-    @property
-    def correct(self) -> dict[str, Tensor]:
-        """What `right` found, without the single attacks."""
-        return {CLEAN: _unpacked(self.clean, self.images), WORST: _unpacked(self.worst, self.images)}
+class Ledger(Settings):
+    """What was asked of networks, and how they stand. `dataset`: hash of the prepared images; `images`: the first so
+    many of its validation split; `attacks`: their names, which all had to be withstood at `epsilon` (L-inf).
+    """
+
+    dataset: str
+    epsilon: Epsilon
+    images: PositiveInt
+    attacks: tuple[str, ...]
+    networks: Annotated[dict[str, Standing], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _about_these_images(self) -> "Ledger":
+        for name, each in self.networks.items():
+            if max(int(each.clean, 16), int(each.worst, 16)) >> self.images:
+                raise ValueError(f"networks.{name}: tells of more than {self.images} images")
+        return self
+
+    def correct(self, name: str) -> dict[str, Tensor]:
+        """Which images (N,) the network gets right, clean and in the worst case."""
+        each = self.networks[name]
+        return {CLEAN: _unpacked(each.clean, self.images), WORST: _unpacked(each.worst, self.images)}
+
+    def only(self, words: list[str] | None) -> "Ledger":
+        """Those networks of which a word is the first, or all. Raises UserError for a word that is none's."""
+        chosen = {name: each for name, each in self.networks.items() if words is None or name.split(" ")[0] in words}
+        unknown = set(words or ()) - {name.split(" ")[0] for name in chosen}
+        if unknown:
+            raise UserError(f"--only: there is no network {min(unknown)}; there are {', '.join(self.networks)}")
+        return self.model_copy(update={"networks": chosen})
 
 
 def main() -> None:
@@ -93,22 +113,27 @@ def main() -> None:
     arguments = parser.parse_args()
     if bool(arguments.networks) == bool(arguments.ledger):
         parser.error("either networks or --ledger")
+    if arguments.ledger and (arguments.presets or arguments.images is not None):
+        parser.error("--presets and --images are asked of networks; what is kept in --ledger was asked before")
+    if arguments.only and not arguments.figure:
+        parser.error("--only chooses what --figure draws")
     if arguments.images is not None and arguments.images < 1:
         parser.error("--images is at least 1")
     machine.prepare_torch()
     try:
         asked = (arguments.networks, arguments.presets, arguments.images)
         found = read(arguments.ledger) if arguments.ledger else measured(*asked)
-        console.table("on validation images", COLUMNS, standings(found))
+        drawn = figure(found.only(arguments.only)) if arguments.figure else ""
+        console.table(f"on {found.images} validation images, {', '.join(found.attacks)}", COLUMNS, standings(found))
         if arguments.save:
-            files.write_json(arguments.save, {name: asdict(each) for name, each in found.items()})
+            files.write_json(arguments.save, found.model_dump(mode="json"))
         if arguments.figure:
-            files.write_text(arguments.figure, figure(_only(found, arguments.only)))
+            files.write_text(arguments.figure, drawn)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
 
 
-def measured(networks: list[Path], sets: Sequence[Preset] = (), images: int | None = None) -> dict[str, Standing]:
+def measured(networks: list[Path], sets: Sequence[Preset] = (), images: int | None = None) -> Ledger:
     """Each network on the validation split, or on its first images, in the worst case of PGD-20 and these sets.
 
     Raises UserError for a file that is missing, damaged, or trained on other data.
@@ -119,35 +144,39 @@ def measured(networks: list[Path], sets: Sequence[Preset] = (), images: int | No
         if classifier.header.inputs.get("dataset") != data.sha256:
             raise UserError(f"{path}: was not trained on the images of {paths.DATASET}")
     split = data["validation"].first(images or len(data["validation"]))
-    return {
-        str(path): Standing.of(right(str(path), each.model, split, epsilon, sets), cost.taken(path, each))
-        for path, each in loaded.items()
-    }
+    found = {path: right(str(path), each.model, split, epsilon, sets) for path, each in loaded.items()}
+    return Ledger(
+        dataset=data.sha256,
+        epsilon=epsilon,
+        images=len(split),
+        attacks=tuple(dict.fromkeys(name for each in found.values() for name in each if name not in (CLEAN, WORST))),
+        networks={
+            str(path): Standing(
+                training_flops=cost.taken(path, loaded[path]), clean=packed(each[CLEAN]), worst=packed(each[WORST])
+            )
+            for path, each in found.items()
+        },
+    )
 
 
-def read(ledger: Path) -> dict[str, Standing]:
+def read(ledger: Path) -> Ledger:
     """What `--save` kept. Raises UserError for a file that is missing or is no ledger."""
     try:
-        kept: dict[str, Any] = json.loads(ledger.read_text(encoding="utf-8"))
-        found = {name: Standing(**each) for name, each in kept.items()}
-        counts = {count for each in found.values() for count in (each.images, *map(len, each.correct.values()))}
-        if len(counts) != 1:
-            raise UserError(f"{ledger}: holds no networks, or they were not asked about the same images")
+        return Ledger.model_validate_json(ledger.read_bytes())
     except OSError as error:
         raise UserError(f"{ledger}: {error.strerror or error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{ledger}: is no ledger of benchmarks.contest") from error
-    return found
+    except ValidationError as error:
+        raise UserError(f"{ledger}: is no ledger: {explain(error, {})}") from error
 
 
-def standings(found: dict[str, Standing]) -> list[list[str]]:
+def standings(found: Ledger) -> list[list[str]]:
     """A row for each network; the first is compared with each other."""
-    correct = {name: each.correct for name, each in found.items()}
+    correct = {name: found.correct(name) for name in found.networks}
     first = next(iter(correct.values()))
     return [
         [
             name,
-            f"{found[name].training_flops / TERA:.1f}",
+            f"{found.networks[name].training_flops / TERA:.1f}",
             *(_percent(each[kind]) for kind in (CLEAN, WORST)),
             *_behind(first, each),
         ]
@@ -155,13 +184,13 @@ def standings(found: dict[str, Standing]) -> list[list[str]]:
     ]
 
 
-def figure(found: dict[str, Standing]) -> str:
+def figure(found: Ledger) -> str:
     """Robust against clean accuracy as an SVG that stands alone, in light and dark; area: operations of training."""
     rows = [
-        Disc(name, _three(each.correct[CLEAN]), _three(each.correct[WORST]), each.training_flops, place)
-        for place, (name, each) in enumerate(found.items())
+        Disc(name, *_both(found.correct(name)), size=found.networks[name].training_flops, series=place)
+        for place, name in enumerate(found.networks)
     ]
-    axes = ("clean accuracy, %", "accuracy under PGD-20 on both losses, %")
+    axes = ("clean accuracy, %", f"accuracy under {', '.join(found.attacks)}, %")
     said = "Accuracy on validation images, with 95 % intervals; area: operations of training."
     root = ET.fromstring(discs("contest", "The contest", said, rows, axes_labels=axes, unit="FLOP").svg)  # noqa: S314
     style = ET.Element(f"{{{NAMESPACE}}}style")
@@ -169,15 +198,6 @@ def figure(found: dict[str, Standing]) -> str:
     root.insert(0, style)
     ET.register_namespace("", NAMESPACE)
     return ET.tostring(root, encoding="unicode")
-
-
-def _only(found: dict[str, Standing], words: list[str] | None) -> dict[str, Standing]:
-    """Those networks of which a word is the first, or all. Raises UserError for a word that is none's."""
-    chosen = {name: each for name, each in found.items() if words is None or name.split(" ")[0] in words}
-    unknown = set(words or ()) - {name.split(" ")[0] for name in chosen}
-    if unknown:
-        raise UserError(f"--only: there is no network {min(unknown)}; there are {', '.join(found)}")
-    return chosen
 
 
 def _themes() -> str:
@@ -196,7 +216,12 @@ def _three(correct_N: Tensor) -> tuple[float, float, float]:
     return 100 * share.accuracy, 100 * share.low, 100 * share.high
 
 
-def _packed(correct_N: Tensor) -> str:
+def _both(correct: dict[str, Tensor]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    return _three(correct[CLEAN]), _three(correct[WORST])
+
+
+def packed(correct_N: Tensor) -> str:
+    """Bits of which images are right, as a ledger keeps them."""
     bits = "".join("01"[bit] for bit in correct_N.int().tolist())
     return f"{int(bits, 2):0{-(-len(bits) // 4)}x}"
 

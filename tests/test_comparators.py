@@ -726,11 +726,11 @@ WHY = ", or DVC would not see a change, or see one that is none"
         (DISTILLED | {"reads": "seed"}, "reads must be epsilon for a 'pgd' adversary"),
         (
             DISTILLED | {"adversary": TRADES},
-            "a 'trades' adversary has no attacked images of its own; fgsm, pgd or mixed",
+            "a 'trades' adversary has no attacked images of its own; fgsm, n-fgsm, pgd, pgd-radii and mixed have",
         ),
         (
             DISTILLED | {"adversary": {"kind": "clean"}, "reads": "seed"},
-            "a 'clean' adversary has no attacked images of its own; fgsm, pgd or mixed",
+            "a 'clean' adversary has no attacked images of its own; fgsm, n-fgsm, pgd, pgd-radii and mixed have",
         ),
     ],
 )

@@ -1,5 +1,7 @@
 """The contest's yardstick: which validation images networks get right, and how far they are apart."""
 
+import json
+import re
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
@@ -19,9 +21,11 @@ from advmoe.evaluation.paired import compare
 from advmoe.machine import generator
 from benchmarks import contest
 
+ROOT = Path(__file__).parent.parent
+ON_RECORD = ROOT / "docs/contest-cifar10.json"
 OTHER = Path("artifacts/train/other.safetensors")
-TWO, THREE = (f'{{"training_flops": 1, "images": {images}, "clean": "1", "worst": "0"}}' for images in (2, 3))
-TOO_LONG = '{"a": {"training_flops": 1, "images": 2, "clean": "ff", "worst": "0"}}'
+KEPT: dict[str, object] = {"dataset": "0", "epsilon": 0.1, "images": 3, "attacks": ["pgd"]}
+NETWORK = {"training_flops": 1, "clean": "7", "worst": "0"}
 
 
 @pytest.fixture
@@ -82,7 +86,10 @@ def test_what_was_kept_gives_the_same_table_again(
     contest.main()
     assert capsys.readouterr().out == said
     spent = classifiers.load(paths.MIXTURE).header.metrics["cost"]["total_training_flops"]
-    assert contest.read(Path("ledger.json"))[str(paths.MIXTURE)].training_flops == spent
+    kept = contest.read(Path("ledger.json"))
+    assert kept.networks[str(paths.MIXTURE)].training_flops == spent
+    assert (kept.epsilon, kept.attacks) == (0.1, tuple(contest.ATTACKS))
+    assert kept.dataset == dataset.load(paths.DATASET).sha256
     drawn = ET.parse("figure.svg").getroot()  # noqa: S314  (our own)
     assert drawn.tag == "{http://www.w3.org/2000/svg}svg"
     words = "".join(drawn.itertext())
@@ -100,49 +107,87 @@ def test_presets_ask_harder_and_of_so_many_images(monkeypatch: pytest.MonkeyPatc
         return measure(target, {name: contest.ATTACKS.get(name, contest.ATTACKS["pgd"]) for name in attacks}, terms)
 
     monkeypatch.setattr(harness, "measure", measured)
-    (found,) = contest.measured([paths.MIXTURE], ["autoattack", "adaptive"], 7).values()
+    found = contest.measured([paths.MIXTURE], ["autoattack", "adaptive"], 7)
     ((names, images),) = asked
     assert {"square", "fab-t", "misrouting", "experts", "gate-frozen", "pgd-margin"} <= set(names)
     assert images == found.images == 7
-
-
-def test_no_images_are_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["contest", "a", "--images", "0"])
-    with pytest.raises(SystemExit) as ended:
-        contest.main()
-    assert ended.value.code == 2
+    assert list(found.attacks) == names
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 1500])
 def test_which_images_are_right_survives_being_kept(count: int) -> None:
     stream = generator("test_contest", count)
-    right = {kind: torch.rand(count, generator=stream) < 0.3 for kind in (CLEAN, WORST)}
-    again = contest.Standing.of(right, 12).correct
-    assert all(torch.equal(again[kind], right[kind]) for kind in right)
+    clean, worst = (torch.rand(count, generator=stream) < share for share in (0.7, 0.3))
+    network = NETWORK | {"clean": contest.packed(clean), "worst": contest.packed(worst)}
+    again = contest.Ledger.model_validate(KEPT | {"images": count, "networks": {"a": network}}).correct("a")
+    assert torch.equal(again[CLEAN], clean)
+    assert torch.equal(again[WORST], worst)
 
 
 @pytest.mark.parametrize(
-    "text", ["{}", "[]", "{", '{"a": 3}', '{"a": {"images": 2}}', f'{{"a": {TWO}, "b": {THREE}}}', TOO_LONG]
+    ("kept", "expected"),
+    [
+        ("{", "is no ledger: "),
+        ("[]", "is no ledger: "),
+        (KEPT, "networks: is missing"),
+        (KEPT | {"networks": {}}, "networks: "),
+        (KEPT | {"networks": {"a": NETWORK | {"clean": "8"}}}, "networks.a: tells of more than 3 images"),
+        (KEPT | {"networks": {"a": NETWORK | {"worst": "x"}}}, "networks.a.worst: "),
+        (KEPT | {"networks": {"a": NETWORK | {"training_flops": None}}}, "networks.a.training_flops: "),
+        (KEPT | {"images": 0, "networks": {"a": NETWORK}}, "images: "),
+    ],
 )
 def test_what_is_no_ledger_ends_in_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kept: object, expected: str
 ) -> None:
-    (tmp_path / "ledger.json").write_text(text)
-    monkeypatch.setattr(sys, "argv", ["contest", "--ledger", str(tmp_path / "ledger.json")])
+    path = tmp_path / "ledger.json"
+    path.write_text(kept if isinstance(kept, str) else json.dumps(kept))
+    monkeypatch.setattr(sys, "argv", ["contest", "--ledger", str(path)])
     with pytest.raises(SystemExit) as ended:
         contest.main()
     assert ended.value.code == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"error: {tmp_path}/ledger.json: ")
+    assert said.startswith(f"error: {path}: is no ledger: ")
+    assert expected in said
 
 
-def test_the_ledger_on_record_is_read_and_says_what_the_page_says() -> None:
-    page = Path("docs/contest.md").read_text()
-    found = contest.read(Path("docs/contest-cifar10.json"))
-    for row in contest.standings(found):
-        cells = [cell for cell in row[2:6] if cell]
-        (line,) = [line for line in page.splitlines() if line.startswith(f"| {row[0].split(' ')[0]} |")]
-        assert all(cell.replace("+0.0 [+0.0, +0.0]", "") in line for cell in cells), (row, line)
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (["a", "--images", "0"], "--images is at least 1"),
+        (["a", "--ledger", "b"], "either networks or --ledger"),
+        (["--ledger", "b", "--presets", "adaptive"], "asked of networks"),
+        (["--ledger", "b", "--images", "3"], "asked of networks"),
+        (["a", "--only", "C1"], "--only chooses what --figure draws"),
+        (["--ledger", str(ON_RECORD), "--figure", "f.svg", "--only", "C1", "C77"], "there is no network C77"),
+    ],
+)
+def test_questions_that_make_no_sense_are_mistakes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: list[str], expected: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["contest", *asked])
+    with pytest.raises(SystemExit) as ended:
+        contest.main()
+    assert ended.value.code == 2
+    assert expected in capsys.readouterr().err
+    assert not Path("f.svg").exists()
+
+
+def test_the_page_tells_what_the_ledger_on_record_tells() -> None:
+    """Every network has its row, and every row its network; every number is the one that the decisions give."""
+    page = (ROOT / "docs/contest.md").read_text()
+    rows = {
+        line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines() if re.match(r"\| C\d+ \|", line)
+    }
+    found = {row[0].split(" ")[0]: row for row in contest.standings(contest.read(ON_RECORD))}
+    assert list(rows) == list(found)
+    for name, (_, spent, clean, robust, *behind) in found.items():
+        cells = rows[name].split(" | ")
+        assert cells[2:5] == [f"{float(spent) / 1000:.2f}", clean, robust]
+        if any(behind):
+            on_clean, on_robust, pairs, p = behind
+            chance = "< 0.001" if float(p) < 0.001 else f"= {float(p):.2f}" if float(p) >= 0.01 else f"= {p}"
+            assert cells[5:7] == [on_clean, f"{on_robust}, {pairs}, p {chance}"]
 
 
 @pytest.mark.usefixtures("two")

@@ -79,10 +79,25 @@ def test_a_stage_costs_its_epochs_and_the_looks_at_the_validation_split(small: P
     assert job.operations == job.training + job.beside
 
 
-def test_a_mixture_costs_what_all_of_it_counted_at_once_does(small: Params) -> None:
-    forecast = Forecast(small)
-    model = classifiers.build(comparators.the_mixture(small.model, small.train), forecast.sizes.facts, 0)
-    learner = MixtureLearner(model, small.train)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"own_loss": 1.0},
+        {"recipe": {"kind": "mart", "weight": 5.0}},
+        {"recipe": {"kind": "mutual", "weight": 1.0}},
+        {"recipe": {"kind": "igat", "alpha": 0.6, "beta": 1.25}},
+        {"recipe": {"kind": "adp", "alpha": 2.0, "beta": 0.5}},
+        {"adversary": {"kind": "trades", "steps": [2], "step_size": 0.25, "beta": 6.0}},
+    ],
+    ids=str,
+)
+def test_a_mixture_costs_what_all_of_it_counted_at_once_does(small: Params, changes: dict[str, Any]) -> None:
+    content = small.model_dump(mode="json")
+    params = validate(content | {"train": content["train"] | changes}, Params, "params.yaml")
+    forecast = Forecast(params)
+    model = classifiers.build(comparators.the_mixture(params.model, params.train), forecast.sizes.facts, 0)
+    learner = MixtureLearner(model, params.train)  # type: ignore[arg-type]
     whole, summed = rates(learner, *forecast._noise(2)), forecast.mixture.each
     assert asdict(summed) == pytest.approx(asdict(whole), rel=3e-4)  # but for the gate's last layer
 

@@ -128,13 +128,13 @@ def test_experts_that_agree_leave_a_finite_loss_and_slope() -> None:
     assert logits_BEK.grad.isfinite().all()
 
 
-def test_adp_rewards_entropy_and_volume() -> None:
+def test_adp_is_what_the_experts_lose_less_entropy_and_volume() -> None:
     answer_BK, logits_BEK = log_probs("answer"), logits("experts", BATCH, EXPERTS, CLASSES)
-    nll = functional.nll_loss(answer_BK, LABELS)
+    lost = sum(float(functional.cross_entropy(logits_BEK[:, expert], LABELS)) for expert in range(EXPERTS))
     entropy = -float((answer_BK.exp() * answer_BK).sum(dim=1).mean())
     volume = float(log_volume(logits_BEK, LABELS).mean())
     found = float(adp_loss(answer_BK, logits_BEK, LABELS, ADP))
-    assert found == pytest.approx(float(nll) - 2 * entropy - 0.5 * volume, rel=1e-5)
+    assert found == pytest.approx(lost - 2 * entropy - 0.5 * volume, rel=1e-5)
 
 
 def test_adp_refuses_more_experts_than_wrong_classes() -> None:
@@ -159,21 +159,23 @@ def test_igat_is_its_formula_image_by_image() -> None:
         if int(answer.argmax()) == label:
             continue
         fooled += 1
-        chances = [math.exp(float(vote[label])) for vote in votes]
-        dealt = sum(-math.log(vote[label]) * c / sum(chances) for vote, c in zip(votes, chances, strict=True))
+        order = sorted(range(EXPERTS), key=lambda expert: float(votes[expert][label]))  # the best comes last
+        dealt = sum(-math.log(votes[expert][label]) * 2**rank / 7 for rank, expert in enumerate(order))
         surest = max(float(vote[k]) for vote in votes for k in range(CLASSES) if k != label)
         total += 0.25 * dealt - 0.5 * math.log(1 - surest)
     assert 0 < fooled < BATCH
     assert float(igat_loss(answer_BK, logits_BEK, LABELS, IGAT)) == pytest.approx(total / BATCH, rel=1e-5)
 
 
-def test_igat_stays_finite_where_an_expert_is_certain_of_a_wrong_class() -> None:
+def test_igat_holds_down_an_expert_however_sure_it_is_of_a_wrong_class() -> None:
     logits_BEK = torch.tensor([[[0.0, 200.0], [0.0, 1.0]]], requires_grad=True)
     loss = igat_loss(torch.tensor([[-5.0, -0.01]]), logits_BEK, torch.tensor([0]), IGAT)
     loss.backward()  # type: ignore[no-untyped-call]
-    assert loss.isfinite()
+    # dealt: a third of 200 and two thirds of 1.31; worst: -log(1 - p) of the first expert's wrong class is 200
+    expected = 5 + 0.25 * (200 / 3 + 2 / 3 * math.log(1 + math.e)) + 0.5 * 200
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert logits_BEK.grad is not None
-    assert logits_BEK.grad.isfinite().all()
+    assert float(logits_BEK.grad[0, 0, 1]) == pytest.approx(0.25 / 3 + 0.5, rel=1e-4)
 
 
 # ---- mutual

@@ -468,17 +468,20 @@ def test_figure_of_what_training_has_bought_keeps_what_is_withheld() -> None:
     assert worth(without_costs) == ""
 
 
-def test_areas_of_discs_are_as_their_sizes() -> None:
-    rows = [Disc(f"network {size}", (50, 45, 55), (30, 25, 35), size, 0) for size in (9e12, 1e12, 1.0)]
+def test_areas_of_discs_are_as_their_sizes_whoever_they_are() -> None:
+    sizes = (9e12, 4e12, 1e12, 1.0)
+    rows = [Disc(f"network {size}", (50, 45, 55), (30, 25, 35), size, place) for place, size in enumerate(sizes)]
     found = discs("x", "t", "d", rows, axes_labels=("a", "b"), unit="FLOP").svg
-    widths = [
-        max(xs) - min(xs)
-        for path in re.findall(r'<path id="x-[^"]*" d="([^"]*C[^"]*)"', found)
-        for xs in [[float(x) for x, _ in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path)]]
-    ]
-    largest, small, least, _key = widths
-    assert largest / small == pytest.approx(3, rel=0.01)  # nine times the area
-    assert 4 < largest / least < 10  # it would vanish otherwise
+    collections = re.findall(r'<g id="x-PathCollection.*?</g>', found, flags=re.DOTALL)
+    widths = []
+    for collection in collections:
+        (path,) = re.findall(r'<path id="[^"]*" d="([^"]*)"', collection)
+        assert "C" in path  # a circle: equal frames of other signs have other areas
+        xs = [float(x) for x, _ in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path)]
+        widths.append(max(xs) - min(xs))
+    large, middle, small, least = widths
+    assert (large / small, middle / small) == pytest.approx((3, 2), rel=0.01)
+    assert 4 < large / least < 10  # it would vanish otherwise
 
 
 def test_rows_of_markdown_have_as_many_cells_as_their_heading() -> None:

@@ -39,8 +39,9 @@ from advmoe.training.adversary import (
     craft,
     draw,
 )
-from advmoe.training.joint import JointRecipe, MixtureLearner, own_losses, train_mixture
+from advmoe.training.joint import JointRecipe, MixtureLearner, train_mixture
 from advmoe.training.loop import Course, Row, Trained, fit
+from advmoe.training.objectives.votes import own_losses
 from advmoe.training.recipe import Optimizer, Recipe, Schedule, parameter_groups, rate
 from advmoe.training.single import PlainLearner, SingleRecipe, Student, baseline_recipe, train_single
 from advmoe.training.trades import divergence

@@ -18,7 +18,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X")  # colour alone tells nothing to s
 DASHES = ("-", "--", ":", "-.")
 OTHERS = len(SERIES) - 1
 ROOM, KEY = 66, 8  # letters beside each other in a legend, and what the sign before each label takes of them
-LARGEST, SMALLEST = 900.0, 16.0  # square points, of a disc
+LARGEST, SMALLEST = 960.0, 16.0  # square points, of a disc
 THINNED = 240  # points of a line; more cannot be told apart on a page
 
 
@@ -160,8 +160,8 @@ def lines(
 def discs(
     name: str, title: str, description: str, rows: Sequence[Disc], *, axes_labels: tuple[str, str], unit: str
 ) -> Figure:
-    """Points between two values. Areas are as the sizes; those under a fiftieth of the largest are drawn as that, or
-    they could not be seen. `unit`: what a size is.
+    """Points between two values, in discs whose areas are as the sizes; those under a sixtieth of the largest are drawn
+    as that, or they could not be seen. `unit`: what a size is.
     """
     largest = max((row.size for row in rows), default=0.0) or 1.0
     labels = [f"{row.label}: {large(row.size)} {unit}" for row in rows]
@@ -170,14 +170,14 @@ def discs(
         drawing = Drawing(figsize=(WIDTH, 3.4 + 0.19 * -(-len(rows) // beside)))
         axes = drawing.subplots()
         for row in sorted(rows, key=lambda row: -row.size):  # small ones on top of large ones
-            colour, turn = _colour(row.series), row.series % len(MARKERS)
+            colour, marker = _colour(row.series), MARKERS[row.series % len(MARKERS)]
             (x, *across), (y, *along) = row.x, row.y
             axes.plot(across, [y, y], color=colour, linewidth=0.8)
             axes.plot([x, x], along, color=colour, linewidth=0.8)
+            # always a circle: of other signs matplotlib's size is the frame, not the area
             area = max(SMALLEST, LARGEST * row.size / largest)
-            axes.scatter(
-                x, y, s=area, color=colour, alpha=0.55, linewidths=1.2, edgecolors=colour, marker=MARKERS[turn]
-            )
+            axes.scatter(x, y, s=area, color=colour, alpha=0.35, linewidths=0)
+            axes.plot(x, y, marker, color=colour, markersize=5)
         axes.set_xlabel(axes_labels[0])
         axes.set_ylabel(axes_labels[1])
         for row, label in zip(rows, labels, strict=True):

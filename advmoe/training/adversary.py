@@ -79,7 +79,10 @@ class MixedBatches(Settings):
 
     kind: Literal["mixed"]
     weights: tuple[NonNegativeFloat, ...]
-    of: tuple[Annotated[CleanBatches | FgsmBatches | PgdBatches, Field(discriminator="kind")], ...]
+    of: tuple[
+        Annotated[CleanBatches | FgsmBatches | NFgsmBatches | PgdBatches | PgdAtRadii, Field(discriminator="kind")],
+        ...,
+    ]
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> "MixedBatches":

@@ -69,7 +69,8 @@ class Distilled(Student):
         _watched("needs", self.needs, "train/mixture.safetensors", "a distilled network")
         if isinstance(self.adversary, CleanBatches | TradesBatches):
             raise ValueError(
-                f"a '{self.adversary.kind}' adversary has no attacked images of its own; fgsm, pgd or mixed"
+                f"a '{self.adversary.kind}' adversary has no attacked images of its own; fgsm, n-fgsm, pgd, pgd-radii"
+                " and mixed have"
             )
 
     def learner(self, teacher: nn.Module, model: nn.Module, recipe: Learning) -> DistilledLearner:

@@ -29,6 +29,7 @@ from advmoe.training.objectives.adp import Adp, adp_loss
 from advmoe.training.objectives.igat import Igat, igat_loss
 from advmoe.training.objectives.mart import Mart, mart_loss
 from advmoe.training.objectives.mutual import Mutual, mutual_loss
+from advmoe.training.objectives.votes import own_losses
 from advmoe.training.recipe import Recipe, sgd
 from advmoe.training.record import record
 from advmoe.training.trades import trades_loss
@@ -46,7 +47,7 @@ class Alarms(Settings):
 
 
 class Dwf(Settings):
-    """The paper's: cross-entropy of the mixture's answer."""
+    """The paper's own defence: cross-entropy of the mixture's answer."""
 
     kind: Literal["dwf"]
 
@@ -96,11 +97,6 @@ def load_imbalance(log_gate_BE: Tensor) -> Tensor:
     return imbalance
 
 
-def own_losses(logits_BEK: Tensor, labels_B: Tensor) -> Tensor:
-    """Mean cross-entropy of the experts, each asked alone."""
-    return functional.cross_entropy(logits_BEK.flatten(0, 1), labels_B.repeat_interleave(logits_BEK.shape[1]))
-
-
 class MixtureLearner:
     """Cross-entropy of the mixed log-probabilities, or what else the recipe or TRADES makes of them, plus the experts'
     own losses and load balance; watches the gate.
@@ -145,7 +141,9 @@ class MixtureLearner:
             case Igat() as settings:
                 return igat_loss(answer_BK, parts.logits_BEK, labels_B, settings)
             case Mutual() as settings:
-                return mutual_loss(self.mixture(clean_BCHW), answer_BK, parts.logits_BEK, labels_B, settings)
+                with torch.no_grad():
+                    told_BK = self.mixture(clean_BCHW)
+                return mutual_loss(told_BK, answer_BK, parts.logits_BEK, labels_B, settings)
             case Dwf() if isinstance(adversary, TradesBatches):
                 return trades_loss(self.mixture(clean_BCHW), answer_BK, labels_B, adversary.beta)
             case Dwf():

@@ -1,9 +1,11 @@
 """ADP: experts that disagree about what an image is not (Pang et al., ICML 2019, arXiv 1901.08846).
 
-    loss = -log p_y(x') - alpha * H(p(x')) - beta * log det(M M^T)
+    loss = sum_e CE_e(x') - alpha * H(p(x')) - beta * log det(M M^T)
 
 H: entropy (nats) of the mixture's answer; row e of M: expert e's probabilities of the wrong classes, as a vector of
-length 1. The determinant is the squared volume that these span, 0 where two experts rank the wrong classes alike.
+length 1. The determinant is the squared volume that these span, 0 where two experts give the wrong classes the same
+proportions. The cross-entropies are those of the experts, each asked alone: beside one of the answer alpha and beta
+would weigh as many times too much as there are experts.
 
 Shapes: B batch, E experts, K classes, W wrong classes (K - 1).
 """
@@ -16,6 +18,7 @@ from torch.nn import functional
 
 from advmoe.errors import UserError
 from advmoe.params import NonNegativeFloat, Settings
+from advmoe.training.objectives.votes import own_losses
 
 JITTER = 1e-6  # on the diagonal: experts that agree to the last bit leave a finite loss
 
@@ -35,7 +38,7 @@ def adp_loss(log_probs_BK: Tensor, logits_BEK: Tensor, labels_B: Tensor, setting
         raise UserError(f"train.recipe: adp sets at most {classes - 1} experts apart for {classes} classes")
     entropy_B = -(log_probs_BK.exp() * log_probs_BK).sum(dim=1)
     diverse_B = settings.alpha * entropy_B + settings.beta * log_volume(logits_BEK, labels_B)
-    return functional.nll_loss(log_probs_BK, labels_B) - diverse_B.mean()
+    return experts * own_losses(logits_BEK, labels_B) - diverse_B.mean()
 
 
 def log_volume(logits_BEK: Tensor, labels_B: Tensor) -> Tensor:

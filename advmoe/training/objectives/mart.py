@@ -11,10 +11,10 @@ Shapes: B batch, K classes.
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from advmoe.params import PositiveFloat, Settings
+from advmoe.training.objectives.votes import of_class, without_surest_wrong
 from advmoe.training.trades import divergence
 
 
@@ -27,18 +27,10 @@ class Mart(Settings):
 
 def mart_loss(clean_BK: Tensor, attacked_BK: Tensor, labels_B: Tensor, settings: Mart) -> Tensor:
     """The loss from log-probabilities, a mean over the batch."""
-    unsure_B = 1 - _of_class(clean_BK, labels_B).exp()
+    unsure_B = 1 - of_class(clean_BK, labels_B).exp()
     return (boosted(attacked_BK, labels_B) + settings.weight * divergence(clean_BK, attacked_BK) * unsure_B).mean()
 
 
 def boosted(log_probs_BK: Tensor, labels_B: Tensor) -> Tensor:
-    """BCE of each image (B,); 1 - p of the strongest wrong class is summed up from the other classes, in log space, so
-    that it does not cancel.
-    """
-    wrong_BK = log_probs_BK.scatter(1, labels_B[:, None], -torch.inf)
-    others_BK = log_probs_BK.scatter(1, wrong_BK.argmax(dim=1, keepdim=True), -torch.inf)
-    return -_of_class(log_probs_BK, labels_B) - torch.logsumexp(others_BK, dim=1)
-
-
-def _of_class(log_probs_BK: Tensor, labels_B: Tensor) -> Tensor:
-    return log_probs_BK.gather(1, labels_B[:, None]).squeeze(1)
+    """BCE of each image (B,)."""
+    return -of_class(log_probs_BK, labels_B) - without_surest_wrong(log_probs_BK, labels_B)
