@@ -72,7 +72,7 @@ def test_what_is_right_when_clean_is_what_the_network_says_of_the_validation_spl
 def test_the_command_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["contest", str(paths.MIXTURE), str(OTHER)])
     contest.main()
-    assert "on validation images" in capsys.readouterr().out
+    assert "on 180 validation images, pgd, pgd-margin" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("two")
