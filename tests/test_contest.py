@@ -54,6 +54,15 @@ def test_every_network_stands_beside_the_first_on_validation_images() -> None:
     assert other[5:] == [str(paired), f"{paired.only_first} : {paired.only_second}", f"{paired.p:.3f}"]
 
 
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *asked: str) -> list[str]:
+    """What the command says, line by line, as it ends with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["contest", *asked])
+    with pytest.raises(SystemExit) as ended:
+        contest.main()
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
 def load(name: str) -> nn.Module:
     return classifiers.load(Path(name)).model
 
@@ -142,11 +151,7 @@ def test_what_is_no_ledger_ends_in_a_sentence(
 ) -> None:
     path = tmp_path / "ledger.json"
     path.write_text(kept if isinstance(kept, str) else json.dumps(kept))
-    monkeypatch.setattr(sys, "argv", ["contest", "--ledger", str(path)])
-    with pytest.raises(SystemExit) as ended:
-        contest.main()
-    assert ended.value.code == 2
-    (said,) = capsys.readouterr().err.splitlines()
+    (said,) = refused(monkeypatch, capsys, "--ledger", str(path))
     assert said.startswith(f"error: {path}: is no ledger: ")
     assert expected in said
 
@@ -165,11 +170,7 @@ def test_what_is_no_ledger_ends_in_a_sentence(
 def test_questions_that_make_no_sense_are_mistakes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: list[str], expected: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["contest", *asked])
-    with pytest.raises(SystemExit) as ended:
-        contest.main()
-    assert ended.value.code == 2
-    assert expected in capsys.readouterr().err
+    assert expected in refused(monkeypatch, capsys, *asked)[-1]
     assert not Path("f.svg").exists()
 
 
@@ -199,11 +200,7 @@ def test_a_file_that_is_missing_or_of_other_data_ends_in_a_sentence(
         path = str(OTHER)
         loaded = dataset.load
         monkeypatch.setattr(dataset, "load", lambda file: other_data(loaded(file)))
-    monkeypatch.setattr(sys, "argv", ["contest", path])
-    with pytest.raises(SystemExit) as ended:
-        contest.main()
-    assert ended.value.code == 2
-    (said,) = capsys.readouterr().err.splitlines()
+    (said,) = refused(monkeypatch, capsys, path)
     assert said.startswith(f"error: {path}: ")
     assert expected in said
 
