@@ -176,18 +176,15 @@ class Forecast:
         at once, but for a few outputs of the gate's last layer.
         """
         joint = self.params.train
-        one, *more = (
-            self._count(self._learner(joint.model_copy(update={"experts": joint.experts[:count]})))
-            for count in range(1, min(2, len(joint.experts)) + 1)
-        )
         others = len(joint.experts) - 1
-        each = one
-        for two in more:
-            each = Rates(
-                one.forward + others * (two.forward - one.forward),
-                one.pixels + others * (two.pixels - one.pixels),
-                one.learning + others * (two.learning - one.learning),
-            )
+        one, two = (
+            self._count(self._learner(joint.model_copy(update={"experts": joint.experts[:count]}))) for count in (1, 2)
+        )  # two are one where there is one: it adds nothing
+        each = Rates(
+            one.forward + others * (two.forward - one.forward),
+            one.pixels + others * (two.pixels - one.pixels),
+            one.learning + others * (two.learning - one.learning),
+        )
         return Network(each, partial(self._speed, partial(self._learner, joint), joint))
 
     def _learner(self, joint: JointRecipe) -> Learner:

@@ -32,6 +32,7 @@ from advmoe.evaluation.paired import compare
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.params import Epsilon, PositiveInt, Settings, explain, load_section
 from advmoe.report.figures import Disc, discs
+from advmoe.report.page import palette
 from advmoe.report.svg import NAMESPACE
 from advmoe.training import cost
 
@@ -52,8 +53,6 @@ COLUMNS = (
 )
 TERA = 1e12
 Bits = Annotated[str, StringConstraints(pattern="^[0-9a-f]+$")]
-LIGHT = ("#0a58a8", "#a84300", "#00694f", "#7d3c8c", "#6f5b00", "#4d5965", "#b0205f")  # the report's colours
-DARK = ("#6cb4ff", "#ff9d66", "#52d1a8", "#d9a3e6", "#e2c44e", "#b1bbc6", "#ff93b8")
 
 
 class Standing(Settings):
@@ -177,7 +176,7 @@ def standings(found: Ledger) -> list[list[str]]:
         [
             name,
             f"{found.networks[name].training_flops / TERA:.1f}",
-            *(_percent(each[kind]) for kind in (CLEAN, WORST)),
+            *(str(Share.of(each[kind])) for kind in (CLEAN, WORST)),
             *_behind(first, each),
         ]
         for name, each in correct.items()
@@ -186,38 +185,21 @@ def standings(found: Ledger) -> list[list[str]]:
 
 def figure(found: Ledger) -> str:
     """Robust against clean accuracy as an SVG that stands alone, in light and dark; area: operations of training."""
-    rows = [
-        Disc(name, *_both(found.correct(name)), size=found.networks[name].training_flops, series=place)
-        for place, name in enumerate(found.networks)
-    ]
+    rows = [_disc(found, name, place) for place, name in enumerate(found.networks)]
     axes = ("clean accuracy, %", f"accuracy under {', '.join(found.attacks)}, %")
     said = "Accuracy on validation images, with 95 % intervals; area: operations of training."
     root = ET.fromstring(discs("contest", "The contest", said, rows, axes_labels=axes, unit="FLOP").svg)  # noqa: S314
     style = ET.Element(f"{{{NAMESPACE}}}style")
-    style.text = _themes()
+    # whoever opens the file alone has no style sheet of the report's
+    style.text = f"{palette()}svg {{ color: var(--text); background: var(--surface); }}"
     root.insert(0, style)
     ET.register_namespace("", NAMESPACE)
     return ET.tostring(root, encoding="unicode")
 
 
-def _themes() -> str:
-    """Whoever opens the file alone has no style sheet of the report's."""
-
-    def theme(ink: str, surface: str, rule: str, series: tuple[str, ...]) -> str:
-        named = "; ".join(f"--series-{place}: {colour}" for place, colour in enumerate(series))
-        return f"svg {{ color: {ink}; background: {surface}; --surface: {surface}; --rule: {rule}; {named} }}"
-
-    light, dark = theme("#1b1f24", "#ffffff", "#d5dae0", LIGHT), theme("#e7eaee", "#14171b", "#3a414a", DARK)
-    return f"{light} @media (prefers-color-scheme: dark) {{ {dark} }}"
-
-
-def _three(correct_N: Tensor) -> tuple[float, float, float]:
-    share = Share.of(correct_N)
-    return 100 * share.accuracy, 100 * share.low, 100 * share.high
-
-
-def _both(correct: dict[str, Tensor]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    return _three(correct[CLEAN]), _three(correct[WORST])
+def _disc(found: Ledger, name: str, series: int) -> Disc:
+    correct = found.correct(name)
+    return Disc(name, Share.of(correct[CLEAN]), Share.of(correct[WORST]), found.networks[name].training_flops, series)
 
 
 def packed(correct_N: Tensor) -> str:
@@ -242,11 +224,6 @@ def right(name: str, model: nn.Module, split: Split, epsilon: float, sets: Seque
     measured = harness.measure(target, attacks, terms)
     harness.forget(target, attacks, terms)
     return measured.correct
-
-
-def _percent(correct_N: Tensor) -> str:
-    value, low, high = _three(correct_N)
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _behind(first: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:

@@ -470,7 +470,8 @@ def test_figure_of_what_training_has_bought_keeps_what_is_withheld() -> None:
 
 def test_areas_of_discs_are_as_their_sizes_whoever_they_are() -> None:
     sizes = (9e12, 4e12, 1e12, 1.0)
-    rows = [Disc(f"network {size}", (50, 45, 55), (30, 25, 35), size, place) for place, size in enumerate(sizes)]
+    clean, robust = Share.counted(50, 100), Share.counted(30, 100)
+    rows = [Disc(f"network {size}", clean, robust, size, place) for place, size in enumerate(sizes)]
     found = discs("x", "t", "d", rows, axes_labels=("a", "b"), unit="FLOP").svg
     collections = re.findall(r'<g id="x-PathCollection.*?</g>', found, flags=re.DOTALL)
     widths = []
@@ -667,7 +668,7 @@ def test_a_refusal_writes_nothing(tmp_path: Path) -> None:
 
 def colours(theme: str) -> dict[str, str]:
     """The variables of the style sheet; the first block is light, the second dark."""
-    css = (ROOT / "advmoe/report/templates/style.css").read_text()
+    css = (ROOT / "advmoe/report/templates/palette.css").read_text()
     light, dark = re.findall(r":root \{(.*?)\}", css, flags=re.DOTALL)[:2]
     found = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", light))
     return found | (dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", dark)) if theme == "dark" else {})

@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 
+from advmoe.evaluation.intervals import Share
 from advmoe.report.document import Figure
-from advmoe.report.formats import large
+from advmoe.report.formats import large, percent
 from advmoe.report.svg import INK, SERIES, SURFACE, settings, to_svg
 
 WIDTH = 5.8  # inches; narrow, so that its letters can be read on a phone
@@ -55,8 +56,8 @@ class Disc:
     """A point between two values with both intervals, as large as `size`, which is not negative."""
 
     label: str
-    x: tuple[float, float, float]  # value, low, high
-    y: tuple[float, float, float]
+    x: Share
+    y: Share
     size: float
     series: int
 
@@ -171,7 +172,7 @@ def discs(
         axes = drawing.subplots()
         for row in sorted(rows, key=lambda row: -row.size):  # small ones on top of large ones
             colour, marker = _colour(row.series), MARKERS[row.series % len(MARKERS)]
-            (x, *across), (y, *along) = row.x, row.y
+            (x, *across), (y, *along) = _percent(row.x), _percent(row.y)
             axes.plot(across, [y, y], color=colour, linewidth=0.8)
             axes.plot([x, x], along, color=colour, linewidth=0.8)
             # always a circle: of other signs matplotlib's size is the frame, not the area
@@ -183,9 +184,16 @@ def discs(
         for row, label in zip(rows, labels, strict=True):
             axes.plot([], [], MARKERS[row.series % len(MARKERS)], color=_colour(row.series), markersize=6, label=label)
         drawing.legend(loc="outside upper left", ncols=beside, handletextpad=0.3)
-        said = "; ".join(f"{row.label} {row.x[0]:.1f} and {row.y[0]:.1f} at {large(row.size)} {unit}" for row in rows)
-        said = f"{description} {said}."
+        points = (
+            f"{row.label} {percent(row.x.accuracy)} and {percent(row.y.accuracy)} at {large(row.size)} {unit}"
+            for row in rows
+        )
+        said = f"{description} {'; '.join(points)}."
         return Figure(title, said, to_svg(drawing, name, title, said))
+
+
+def _percent(share: Share) -> tuple[float, float, float]:
+    return 100 * share.accuracy, 100 * share.low, 100 * share.high
 
 
 def _rank(label: str, series: Sequence[Line]) -> int:

@@ -29,6 +29,11 @@ def environment() -> Environment:
     return found
 
 
+def palette() -> str:
+    """CSS of the colours, light and dark, for a drawing that stands alone."""
+    return environment().get_template("palette.css").render()
+
+
 def render_html(content: Content) -> str:
     """The page: no script, no request to anywhere. Raises UserError for words of a record that are no words."""
     with as_written(content.record):

@@ -6,6 +6,7 @@ from typing import Any
 
 from advmoe import paths
 from advmoe.evaluation.harness import CLEAN, WORST
+from advmoe.evaluation.intervals import Share
 from advmoe.evaluation.results import BASELINE, MIXTURE
 from advmoe.report.document import Block, Folded, Paragraph, Section, missing, row, table
 from advmoe.report.figures import Disc, Line, colours, discs, lines
@@ -148,7 +149,7 @@ def _worth(sources: Sources, networks: Iterable[tuple[str, str, Mapping[str, Any
         if model not in sources.printable or "cost" not in metrics:
             continue
         accuracy = sources.printable[model]["accuracy"]
-        clean, worst = (_three(accuracy[kind]) for kind in (CLEAN, WORST))
+        clean, worst = (Share(**accuracy[kind]) for kind in (CLEAN, WORST))
         rows.append(Disc(model_name(model), clean, worst, metrics["cost"]["total_training_flops"], series[model]))
     if len(rows) > 1:
         yield discs(
@@ -160,11 +161,6 @@ def _worth(sources: Sources, networks: Iterable[tuple[str, str, Mapping[str, Any
             axes_labels=("clean accuracy, %", "robust accuracy (worst case), %"),
             unit="FLOP",
         )
-
-
-def _three(share: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Value, low and high of a share, in percent."""
-    return 100 * share["accuracy"], 100 * share["low"], 100 * share["high"]
 
 
 def _costs(sources: Sources, caption: str, networks: Iterable[tuple[str, str, Mapping[str, Any]]]) -> Block:

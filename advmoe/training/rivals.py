@@ -2,7 +2,7 @@
 
 What differs is what their papers are about: what weighs the experts, and what learns.
 
-Shapes: B batch, C channel, H/W pixels, E experts, K classes.
+Shapes: B batch, C channel, H/W pixels, E experts, N = B * E, K classes.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from torch.nn import functional
 from advmoe.errors import UserError
 from advmoe.models.moe import ConfidentExperts, MixtureOfExperts
 from advmoe.training.joint import JointRecipe, MixtureLearner
+from advmoe.training.objectives.votes import alone, of_class
 from advmoe.training.recipe import sgd
 
 
@@ -93,8 +94,8 @@ class SynergyLearner(MixtureLearner):
         del clean_BCHW
         assert isinstance(self.mixture, ConfidentExperts)
         features_BEF = self.mixture.features(images_BCHW)
-        log_probs_BEK = functional.log_softmax(self.mixture.votes(features_BEF), dim=2)
-        right_BE = log_probs_BEK.gather(2, labels_B[:, None, None].expand(-1, log_probs_BEK.shape[1], 1)).squeeze(2)
+        votes_NK, labels_N = alone(self.mixture.votes(features_BEF), labels_B)
+        right_BE = of_class(votes_NK, labels_N).view(features_BEF.shape[:2])
         return (smooth_minimum(-right_BE) + self._unsure(features_BEF, right_BE)).mean()
 
     def _unsure(self, features_BEF: Tensor, right_BE: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from advmoe.params import NonNegativeFloat, Settings
-from advmoe.training.objectives.votes import of_class, without_surest_wrong
+from advmoe.training.objectives.votes import alone, of_class, without_surest_wrong
 
 
 class Igat(Settings):
@@ -34,8 +34,7 @@ class Igat(Settings):
 def igat_loss(log_probs_BK: Tensor, logits_BEK: Tensor, labels_B: Tensor, settings: Igat) -> Tensor:
     """The loss, a mean over the batch."""
     experts = logits_BEK.shape[1]
-    votes_NK = functional.log_softmax(logits_BEK, dim=2).flatten(0, 1)  # N = B * E
-    labels_N = labels_B.repeat_interleave(experts)
+    votes_NK, labels_N = alone(logits_BEK, labels_B)
     right_BE = of_class(votes_NK, labels_N).view(-1, experts)
     dealt_B = (shares(right_BE.detach()) * -right_BE).sum(dim=1)
     worst_B = -without_surest_wrong(votes_NK, labels_N).view(-1, experts).amin(dim=1)

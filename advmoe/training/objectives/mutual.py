@@ -3,9 +3,8 @@
     loss = -log p_y(x') + weight * mean_e KL(p(x) || p_e(x'))
 
 p(x), the mixture's answer to the clean image as it learns (in train mode), is told as it is: no gradient goes into
-it. Soft answers of peers are
-deep mutual learning (Zhang et al., CVPR 2018); told of clean images to be held on attacked ones they are robust soft
-labels (RSLAD, Zi et al., ICCV 2021), with the mixture as its own teacher.
+it. Soft answers of peers are deep mutual learning (Zhang et al., CVPR 2018); told of clean images to be held on
+attacked ones they are robust soft labels (RSLAD, Zi et al., ICCV 2021), with the mixture as its own teacher.
 
 Shapes: B batch, E experts, K classes.
 """

@@ -1,11 +1,17 @@
 """What the experts say, each for itself: pieces of several objectives.
 
-Shapes: B batch, E experts, K classes.
+Shapes: B batch, E experts, N = B * E, K classes.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+
+def alone(logits_BEK: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts' log-probabilities (N, K) and what they are asked for (N,), image by image."""
+    votes_NK = functional.log_softmax(logits_BEK, dim=2).flatten(0, 1)
+    return votes_NK, labels_B.repeat_interleave(logits_BEK.shape[1])
 
 
 def own_losses(logits_BEK: Tensor, labels_B: Tensor) -> Tensor:
