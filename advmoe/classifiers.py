@@ -1,6 +1,6 @@
 """Classifiers as files: which network an artifact describes, how it is built, saved and loaded.
 
-A new backbone is a file in `advmoe/models` and a line in BACKBONES.
+A new backbone is a file in `advmoe/models`, its name in BackboneKind and a line in BACKBONES.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -103,7 +103,7 @@ class Classifier:
 def build(architecture: Plain | Mixture, facts: Facts, *seed: object) -> nn.Module:
     """A fresh network, initialised from `seed` alone; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(*seed, "init"))
+        torch.default_generator.manual_seed(derive_seed(*seed, "init"))  # torch.manual_seed reseeds GPUs, too
         if isinstance(architecture, Plain):
             model = _backbone(architecture.backbone, facts)
         else:

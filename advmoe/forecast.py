@@ -1,12 +1,15 @@
 """What will it cost? Floating-point operations of params.yaml's training and evaluation, and hours at a rate.
 
-    operations = epochs * images * (passes * (forward + pixels) + learning)     of training
+    operations = epochs * images * (passes * (forward + pixels) + gradients * learning)     of training
                + epochs * validation images * ((1 + steps) * (forward + pixels) + 4 * forward)     of watching it
     hours      = operations / (operations a second) / 3600
 
-`passes`: steps of the attack that a batch meets, on average over the draws; `forward`, `pixels` and `learning`: what an
-image costs, counted on the network itself (`advmoe.training.cost`). The rate is given, or measured here on a few steps
-of the training loop. Evaluation is an upper bound: every image is taken for one that no attack fells.
+`passes`: steps of the attack that a batch meets, on average over the draws; `gradients`: one, or two where weights are
+perturbed; `forward`, `pixels` and `learning`: what an image costs, counted on the network itself
+(`advmoe.training.cost`). TRADES looks at each image once more before it attacks. Of MoRE, top-1 and
+Synergy-of-Experts, which freeze parts or leave a recipe's clean pass out, this is an upper bound. The rate is given, or
+measured here on a few steps of the training loop. Evaluation is an upper bound: every image is taken for one that no
+attack fells.
 
 Studies of poisoning, extraction and membership train the same networks again; they are not forecast.
 
@@ -20,7 +23,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advmoe import classifiers, console, paths
 from advmoe.attacks import catalogue
@@ -37,13 +40,13 @@ from advmoe.machine import device, generator
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.schema import Params
 from advmoe.training import comparators
-from advmoe.training.adversary import Adversary, PgdBatches, TradesBatches, expected_passes
+from advmoe.training.adversary import Adversary, PgdBatches, expected_passes
 from advmoe.training.comparators import Distilled, SingleNetwork
 from advmoe.training.cost import SAMPLE, Learns, Rates, rates
 from advmoe.training.joint import JointRecipe, MixtureLearner
 from advmoe.training.loop import Course, Learner, Run
 from advmoe.training.recipe import Recipe
-from advmoe.training.single import Student, baseline_recipe, learner_of
+from advmoe.training.single import PlainLearner, Student, baseline_recipe, learner_of
 
 Known = tuple[int, int | None, Literal[1, 3], int, int]
 KNOWN: dict[
@@ -137,8 +140,8 @@ class Forecast:
 
     def __init__(self, params: Params, clock: Callable[[], float] = time.perf_counter) -> None:
         self.params, self.sizes, self.clock = params, sizes(params.prepare), clock
-        self.networks: dict[tuple[Backbone, str], Network] = {}
-        self.expert = self.single(params.model, None)
+        self.networks: dict[tuple[Backbone, type], Network] = {}
+        self.expert = self.single(params.model, lambda model: PlainLearner(model, params.pretrain))
         self.mixture = self._mixture()
 
     def jobs(self) -> list[Job]:
@@ -155,21 +158,23 @@ class Forecast:
         }
         return [*experts.values(), train, *found.values(), self._evaluation(found)]
 
-    def single(self, backbone: Backbone, student: Student | None) -> Network:
-        """A plain network, as `student` trains it."""
-        recipe = self.params.pretrain
-        key = (backbone, _loss(student))
+    def single(self, backbone: Backbone, learner: Callable[[nn.Module], Learner]) -> Network:
+        """A plain network that learns in this way; counted once for each backbone and kind of learner."""
+
+        def fresh() -> Learner:
+            return learner(classifiers.build(Plain(kind="plain", backbone=backbone), self.sizes.facts, 0))
+
+        one = fresh()
+        key = (backbone, type(one))
         if key not in self.networks:
             console.say(f"counting {backbone.kind}, width {backbone.width}")
-
-            def fresh() -> Learner:
-                model = classifiers.build(Plain(kind="plain", backbone=backbone), self.sizes.facts, 0)
-                if isinstance(student, Distilled):
-                    return student.learner(self._untrained(self.params.train), model, recipe)
-                return learner_of(student or next(iter(self.params.experts.values())), model, recipe)
-
-            self.networks[key] = Network(self._count(fresh()), partial(self._speed, fresh, recipe))
+            self.networks[key] = Network(self._count(one), partial(self._speed, fresh, self.params.pretrain))
         return self.networks[key]
+
+    def _learner_of(self, student: Student, model: nn.Module) -> Learner:
+        if isinstance(student, Distilled):
+            return student.learner(self._untrained(self.params.train), model, self.params.pretrain)
+        return learner_of(student, model, self.params.pretrain)
 
     def _mixture(self) -> Network:
         """One expert with a gate is counted, and what a second one adds, the others times: as much as all of it counted
@@ -207,7 +212,8 @@ class Forecast:
         return images.to(device()), torch.arange(count, device=device()) % facts.classes
 
     def _trained(self, stage: str, student: Student, backbone: Backbone, recipe: Recipe) -> Job:
-        return self._job(stage, self.single(backbone, student), recipe, student.adversary)
+        network = self.single(backbone, partial(self._learner_of, student))
+        return self._job(stage, network, recipe, student.adversary)
 
     def _job(self, stage: str, network: Network, recipe: Recipe, adversary: Adversary) -> Job:
         each, watched = network.each, recipe.validation
@@ -217,7 +223,7 @@ class Forecast:
         return Job(stage, expected_passes(adversary), training, beside, network)
 
     def _comparator(self, stage: str, comparator: comparators.Comparator, train: Job, whole: float) -> Job:
-        if not isinstance(comparator, SingleNetwork | Distilled):  # MoRE takes less: most of it is frozen
+        if not isinstance(comparator, SingleNetwork | Distilled):
             return Job(stage, train.passes, train.training, train.beside, train.network)
         backbone = comparators.plain(comparator, self.params.model).backbone
         match = comparator.match if isinstance(comparator, SingleNetwork) else "nothing"
@@ -274,13 +280,6 @@ class Forecast:
         split = Split((images.cpu() * 255).to(torch.uint8), labels.cpu(), torch.arange(len(labels)))
         data = Dataset({"train": split}, self.sizes.facts, "")
         return Course("forecast", 0, data, recipe, PROBE, self.params.epsilon, "pgd")
-
-
-def _loss(student: Student | None) -> str:
-    """What makes one way to learn dearer than another."""
-    if isinstance(student, Distilled):
-        return student.kind
-    return "trades" if student is not None and isinstance(student.adversary, TradesBatches) else "cross-entropy"
 
 
 def timed(step: Callable[[], object], clock: Callable[[], float]) -> float:

@@ -35,6 +35,7 @@ from advmoe.report.figures import Disc, discs
 from advmoe.report.page import palette
 from advmoe.report.svg import NAMESPACE
 from advmoe.training import cost
+from advmoe.training.experts import trained_on
 
 SEED = 0
 ATTACKS: dict[str, AnyAttack] = {
@@ -140,8 +141,8 @@ def measured(networks: list[Path], sets: Sequence[Preset] = (), images: int | No
     data, epsilon = dataset.load(paths.DATASET), load_section("epsilon", Epsilon)
     loaded = {path: classifiers.load(path) for path in networks}
     for path, classifier in loaded.items():
-        if classifier.header.inputs.get("dataset") != data.sha256:
-            raise UserError(f"{path}: was not trained on the images of {paths.DATASET}")
+        trained_on(classifier, path, data)
+    costs = {path: cost.taken(path, classifier) for path, classifier in loaded.items()}
     split = data["validation"].first(images or len(data["validation"]))
     found = {path: right(str(path), each.model, split, epsilon, sets) for path, each in loaded.items()}
     return Ledger(
@@ -150,9 +151,7 @@ def measured(networks: list[Path], sets: Sequence[Preset] = (), images: int | No
         images=len(split),
         attacks=tuple(dict.fromkeys(name for each in found.values() for name in each if name not in (CLEAN, WORST))),
         networks={
-            str(path): Standing(
-                training_flops=cost.taken(path, loaded[path]), clean=packed(each[CLEAN]), worst=packed(each[WORST])
-            )
+            str(path): Standing(training_flops=costs[path], clean=packed(each[CLEAN]), worst=packed(each[WORST]))
             for path, each in found.items()
         },
     )

@@ -19,8 +19,9 @@ from advmoe.engine import Precision
 from advmoe.machine import generator
 from advmoe.models.moe import MixtureOfExperts
 from advmoe.training.adversary import PgdBatches
-from advmoe.training.joint import Alarms, Dwf, JointRecipe, MixtureLearner
+from advmoe.training.joint import Alarms, JointRecipe, MixtureLearner
 from advmoe.training.loop import Course, Run
+from advmoe.training.objectives.dwf import Dwf
 from advmoe.training.recipe import Optimizer, Schedule, Validation
 from benchmarks import networks
 

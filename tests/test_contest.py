@@ -192,7 +192,9 @@ def test_the_page_tells_what_the_ledger_on_record_tells() -> None:
 
 
 @pytest.mark.usefixtures("two")
-@pytest.mark.parametrize(("path", "expected"), [("nothing.safetensors", "no such file"), ("strange", "not trained on")])
+@pytest.mark.parametrize(
+    ("path", "expected"), [("nothing.safetensors", "no such file"), ("strange", "trained on other data")]
+)
 def test_a_file_that_is_missing_or_of_other_data_ends_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: str, expected: str
 ) -> None:
@@ -203,6 +205,18 @@ def test_a_file_that_is_missing_or_of_other_data_ends_in_a_sentence(
     (said,) = refused(monkeypatch, capsys, path)
     assert said.startswith(f"error: {path}: ")
     assert expected in said
+
+
+@pytest.mark.usefixtures("two")
+def test_a_network_that_keeps_no_account_is_refused_before_any_attack(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, data = classifiers.load(OTHER), dataset.load(paths.DATASET)
+    about = (old.model, old.about.architecture, data.facts)
+    classifiers.save(OTHER, *about, params={}, inputs=old.header.inputs, seed=0, metrics={}, seconds=0.0)
+    monkeypatch.setattr(harness, "measure", None)
+    (said,) = refused(monkeypatch, capsys, str(paths.MIXTURE), str(OTHER))
+    assert said.startswith(f"error: {OTHER}: does not say what its training cost")
 
 
 def other_data(data: dataset.Dataset) -> dataset.Dataset:

@@ -22,6 +22,7 @@ from advmoe.training.cost import Rates, rates
 from advmoe.training.joint import MixtureLearner
 
 PGD = {"kind": "pgd", "steps": 4, "step_size": 0.5, "restarts": 2, "loss": "ce", "targets": 0}
+TRADES = {"kind": "trades", "steps": [2], "step_size": 0.25, "beta": 6.0}
 EACH = Rates(forward=2, pixels=3, learning=7)
 
 
@@ -88,7 +89,8 @@ def test_a_stage_costs_its_epochs_and_the_looks_at_the_validation_split(small: P
         {"recipe": {"kind": "mutual", "weight": 1.0}},
         {"recipe": {"kind": "igat", "alpha": 0.6, "beta": 1.25}},
         {"recipe": {"kind": "adp", "alpha": 2.0, "beta": 0.5}},
-        {"adversary": {"kind": "trades", "steps": [2], "step_size": 0.25, "beta": 6.0}},
+        {"recipe": {"kind": "mart-adp", "alpha": 2.0, "beta": 0.5, "weight": 5.0}},
+        {"adversary": TRADES},
     ],
     ids=str,
 )
@@ -100,6 +102,19 @@ def test_a_mixture_costs_what_all_of_it_counted_at_once_does(small: Params, chan
     learner = MixtureLearner(model, params.train)  # type: ignore[arg-type]
     whole, summed = rates(learner, *forecast._noise(2)), forecast.mixture.each
     assert asdict(summed) == pytest.approx(asdict(whole), rel=3e-4)  # but for the gate's last layer
+
+
+def test_an_expert_that_learns_by_trades_is_dearer_and_no_other_for_it(small: Params) -> None:
+    content = small.model_dump(mode="json")
+    dear = {"seed": 0, "reads": "epsilon", "adversary": {**TRADES, "steps": [3]}}
+    same = {"seed": 1, "reads": "epsilon", "adversary": {"kind": "pgd", "steps": [3], "step_size": 0.25}}
+    experts = {"clean": dear, "pgd-1": same, "fgsm-1": same}
+    params = validate(content | {"experts": experts}, Params, "params.yaml")
+    forecast = Forecast(params)
+    jobs = {job.stage: job for job in forecast.jobs()}
+    each = {name: jobs[f"pretrain@{name}"].network.each for name in experts}
+    assert each["pgd-1"] == each["fgsm-1"] == forecast.expert.each
+    assert each["clean"].learning == pytest.approx(2 * each["pgd-1"].learning, rel=0.01)
 
 
 def test_the_fair_comparators_cost_what_they_are_to_match(small: Params) -> None:

@@ -18,14 +18,18 @@ from advmoe.attacks.draws import BatchDraws
 from advmoe.classifiers import Backbone, Mixture, build
 from advmoe.errors import UserError
 from advmoe.machine import generator
-from advmoe.models.moe import MixtureOfExperts, Parts
+from advmoe.models.moe import MixtureOfExperts, Parts, mix
 from advmoe.training.adversary import NFgsmBatches, PgdAtRadii, PgdBatches, TradesBatches, draw, expected_passes
-from advmoe.training.joint import Dwf, JointRecipe, MixtureLearner, Objective, load_imbalance
+from advmoe.training.joint import JointRecipe, MixtureLearner, load_imbalance
 from advmoe.training.loop import Course, fit
 from advmoe.training.nfgsm import NFgsm, nfgsm
-from advmoe.training.objectives.adp import JITTER, Adp, adp_loss, log_volume
+from advmoe.training.objectives.adp import JITTER, Adp, adp_loss, diversity, log_volume
+from advmoe.training.objectives.batch import Batch
+from advmoe.training.objectives.catalogue import Objective
+from advmoe.training.objectives.dwf import Dwf
 from advmoe.training.objectives.igat import Igat, igat_loss
 from advmoe.training.objectives.mart import Mart, boosted, mart_loss
+from advmoe.training.objectives.mart_adp import MartAdp, mart_adp_loss
 from advmoe.training.objectives.mutual import Mutual, mutual_loss
 from advmoe.training.single import SingleRecipe, Student, train_single
 
@@ -34,7 +38,8 @@ ADP = Adp(kind="adp", alpha=2.0, beta=0.5)
 IGAT = Igat(kind="igat", alpha=0.25, beta=0.5)
 MUTUAL = Mutual(kind="mutual", weight=1.5)
 DWF = Dwf(kind="dwf")
-ALL = (DWF, MART, ADP, IGAT, MUTUAL)
+MART_ADP = MartAdp(kind="mart-adp", alpha=2.0, beta=0.5, weight=5.0)
+ALL = (DWF, MART, ADP, MART_ADP, IGAT, MUTUAL)
 PGD = PgdBatches(kind="pgd", steps=(2,), step_size=0.5)
 NFGSM = NFgsmBatches(kind="n-fgsm", noise=2.0, step_size=1.0)
 RADII = PgdAtRadii(kind="pgd-radii", radii=(0.5, 1.5), steps=(1, 2, 6), step_size=0.5)
@@ -84,7 +89,7 @@ def test_mart_is_its_formula_image_by_image() -> None:
         bce = -math.log(attacked[label]) - math.log(1 - strongest)
         kl = float((clean * (clean.log() - attacked.log())).sum())
         each.append(bce + MART.weight * kl * (1 - float(clean[label])))
-    assert float(mart_loss(clean_BK, attacked_BK, LABELS, MART)) == pytest.approx(sum(each) / BATCH, rel=1e-5)
+    assert float(mart_loss(clean_BK, attacked_BK, LABELS, MART.weight)) == pytest.approx(sum(each) / BATCH, rel=1e-5)
 
 
 def test_mart_stays_finite_where_a_wrong_class_is_certain() -> None:
@@ -129,17 +134,44 @@ def test_experts_that_agree_leave_a_finite_loss_and_slope() -> None:
 
 
 def test_adp_is_what_the_experts_lose_less_entropy_and_volume() -> None:
-    answer_BK, logits_BEK = log_probs("answer"), logits("experts", BATCH, EXPERTS, CLASSES)
+    logits_BEK = logits("experts", BATCH, EXPERTS, CLASSES)
     lost = sum(float(functional.cross_entropy(logits_BEK[:, expert], LABELS)) for expert in range(EXPERTS))
-    entropy = -float((answer_BK.exp() * answer_BK).sum(dim=1).mean())
+    average_BK = logits_BEK.softmax(dim=2).mean(dim=1)
+    entropy = -float((average_BK * average_BK.log()).sum(dim=1).mean())
     volume = float(log_volume(logits_BEK, LABELS).mean())
-    found = float(adp_loss(answer_BK, logits_BEK, LABELS, ADP))
-    assert found == pytest.approx(lost - 2 * entropy - 0.5 * volume, rel=1e-5)
+    assert float(adp_loss(logits_BEK, LABELS, ADP)) == pytest.approx(lost - 2 * entropy - 0.5 * volume, rel=1e-5)
 
 
 def test_adp_refuses_more_experts_than_wrong_classes() -> None:
     with pytest.raises(UserError, match="at most 4 experts apart for 5 classes"):
-        adp_loss(log_probs("answer"), logits("experts", BATCH, 5, CLASSES), LABELS, ADP)
+        adp_loss(logits("experts", BATCH, 5, CLASSES), LABELS, ADP)
+
+
+@pytest.mark.parametrize("objective", [ADP, MART_ADP], ids=lambda objective: objective.kind)
+def test_gate_learns_to_trust_whom_knows_and_not_whom_is_unsure(objective: Adp | MartAdp) -> None:
+    """One expert is right and sure, the other knows nothing: entropy of a gate's answer would send it to the latter."""
+    log_gate_BE = torch.full((1, 2), -math.log(2), requires_grad=True)
+    logits_BEK = torch.tensor([[[8.0, 0.0, 1.0], [0.0, 0.0, 0.0]]], requires_grad=True)
+    parts = Parts(mix(log_gate_BE, logits_BEK, "probabilities"), log_gate_BE, logits_BEK)
+    made, images = mixture().eval(), torch.rand(1, 1, 8, 8, generator=stream("images"))
+    batch = Batch(made, parts, torch.tensor([0]), images)
+    objective.loss(batch).backward()  # type: ignore[no-untyped-call]
+    assert log_gate_BE.grad is not None
+    knows, unsure = log_gate_BE.grad[0].tolist()
+    assert knows < unsure <= 0
+
+
+# ---- MART and ADP
+
+
+def test_mart_adp_is_what_the_experts_lose_by_mart_less_entropy_and_volume() -> None:
+    clean_BEK, logits_BEK = (logits(name, BATCH, EXPERTS, CLASSES) for name in ("clean experts", "experts"))
+    lost = sum(
+        float(mart_loss(clean_BEK[:, e].log_softmax(dim=1), logits_BEK[:, e].log_softmax(dim=1), LABELS, 5.0))
+        for e in range(EXPERTS)
+    )
+    apart = float(diversity(logits_BEK, LABELS, MART_ADP))
+    assert float(mart_adp_loss(clean_BEK, logits_BEK, LABELS, MART_ADP)) == pytest.approx(lost - apart, rel=1e-5)
 
 
 # ---- iGAT
@@ -206,18 +238,22 @@ def test_mutual_tells_the_experts_and_not_the_mixture() -> None:
 # ---- as the mixture's recipe
 
 
-def _expected(parts: Parts, clean_BK: Tensor, labels_B: Tensor, objective: Objective) -> Tensor:
+def _expected(said: Parts, clean: Parts, labels_B: Tensor, objective: Objective) -> Tensor:
+    answer_BK, logits_BEK = said.log_probs_BK, said.logits_BEK
     match objective:
         case Dwf():
-            return functional.nll_loss(parts.log_probs_BK, labels_B)
+            return functional.nll_loss(answer_BK, labels_B)
         case Mart():
-            return mart_loss(clean_BK, parts.log_probs_BK, labels_B, objective)
+            return mart_loss(clean.log_probs_BK, answer_BK, labels_B, objective.weight)
         case Adp():
-            return adp_loss(parts.log_probs_BK, parts.logits_BEK, labels_B, objective)
+            return adp_loss(logits_BEK, labels_B, objective) + functional.nll_loss(answer_BK, labels_B)
+        case MartAdp():
+            lost = mart_adp_loss(clean.logits_BEK, logits_BEK, labels_B, objective)
+            return lost + functional.nll_loss(answer_BK, labels_B)
         case Igat():
-            return igat_loss(parts.log_probs_BK, parts.logits_BEK, labels_B, objective)
+            return igat_loss(answer_BK, logits_BEK, labels_B, objective)
         case Mutual():
-            return mutual_loss(clean_BK, parts.log_probs_BK, parts.logits_BEK, labels_B, objective)
+            return mutual_loss(clean.log_probs_BK, answer_BK, logits_BEK, labels_B, objective)
 
 
 @pytest.mark.parametrize("objective", ALL, ids=lambda objective: objective.kind)
@@ -226,7 +262,7 @@ def test_learner_takes_the_loss_that_the_recipe_names(objective: Objective) -> N
     clean, labels = data.pixels(), data.labels
     attacked = (clean + 0.1 * torch.rand(clean.shape, generator=stream("noise"))).clamp(0, 1)
     parts = made.parts(attacked)
-    expected = _expected(parts, made(clean), labels, objective) + 0.01 * load_imbalance(parts.log_gate_BE)
+    expected = _expected(parts, made.parts(clean), labels, objective) + 0.01 * load_imbalance(parts.log_gate_BE)
     found = MixtureLearner(made, recipe(recipe=objective)).loss(attacked, labels, clean)
     torch.testing.assert_close(found, expected)
 

@@ -463,8 +463,9 @@ def test_a_gate_that_recovers_raises_no_alarm() -> None:
     assert joint.alarms([health_row(1, left=0.95), health_row(2)], health_row(2), joint_recipe()) == []
 
 
-def test_a_gate_of_one_expert_cannot_collapse() -> None:
-    history = [{"epoch": 1, "gate_gradient": 0.1, "load_left": 1.0}]
+@pytest.mark.parametrize("gradient", [0.1, 0.0])
+def test_a_gate_of_one_expert_neither_collapses_nor_has_anything_to_learn(gradient: float) -> None:
+    history = [{"epoch": 1, "gate_gradient": gradient, "load_left": 1.0}]
     assert joint.alarms(history, history[-1], joint_recipe(experts=("left",))) == []
 
 

@@ -207,7 +207,8 @@ def _colour(series: int) -> str:
 
 def _line(axes: Axes, line: Line) -> None:
     step = max(1, len(line.xs) // THINNED)
-    xs, ys = line.xs[::step], line.ys[::step]
+    drawn = [place for place in range(len(line.xs)) if place % step == 0 or place == len(line.xs) - 1]
+    xs, ys = ([values[place] for place in drawn] for values in (line.xs, line.ys))
     turn = max(0, line.series - 1) // OTHERS + line.dash
     style: dict[str, Any] = {
         "color": _colour(line.series),
@@ -220,4 +221,5 @@ def _line(axes: Axes, line: Line) -> None:
         return
     axes.plot(xs, ys, marker=MARKERS[(line.series + line.dash) % len(MARKERS)], markersize=5, **style)
     if line.bounds:
-        axes.vlines(xs, *line.bounds, colors=style["color"], linewidth=1)
+        low, high = ([values[place] for place in drawn] for values in line.bounds)
+        axes.vlines(xs, low, high, colors=style["color"], linewidth=1)

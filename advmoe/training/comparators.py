@@ -19,7 +19,7 @@ from advmoe.params import PositiveFloat, Settings, load_section
 from advmoe.training.adversary import Adversary, CleanBatches, TradesBatches, expected_passes
 from advmoe.training.cost import SAMPLE, Learns, Rates, parameters, rates
 from advmoe.training.distilled import DistilledLearner
-from advmoe.training.joint import Design, JointRecipe, MixtureLearner
+from advmoe.training.joint import Design, JointRecipe, MixtureLearner, the_papers
 from advmoe.training.recipe import Learning, Recipe
 from advmoe.training.rivals import AlternatingLearner, LastLayersLearner, SynergyLearner
 from advmoe.training.single import SingleRecipe, Student, learner_of
@@ -157,7 +157,7 @@ def design(comparator: OfExperts, recipe: JointRecipe) -> Design:
 
 def the_mixture(backbone: Backbone, recipe: JointRecipe) -> Mixture:
     """The architecture to match."""
-    return Mixture(kind="mixture", backbone=backbone, experts=recipe.experts, gate=recipe.gate, mixing=recipe.mixing)
+    return the_papers(recipe).architecture(backbone, recipe.experts)
 
 
 def widened(kind: BackboneKind, mixture: Mixture, facts: Facts) -> Backbone:

@@ -7,32 +7,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from advmoe import classifiers, state
 from advmoe.classifiers import Backbone, GateSettings, Mixture, NoGate, OwnConfidence
 from advmoe.data.dataset import Dataset
 from advmoe.errors import UserError
-from advmoe.models.moe import Mixing, MixtureOfExperts, Parts
+from advmoe.models.moe import Mixing, MixtureOfExperts
 from advmoe.params import Fraction01, NonNegativeFloat, PositiveFloat, Settings
 from advmoe.routing import entropy, gate_weights, shift
 from advmoe.training import cost
 from advmoe.training.adversary import Adversary, TradesBatches
 from advmoe.training.experts import backbone_of, hashes, load_experts
 from advmoe.training.loop import DIGITS, Course, Learner, Row, Trained, fit
-from advmoe.training.objectives.adp import Adp, adp_loss
-from advmoe.training.objectives.igat import Igat, igat_loss
-from advmoe.training.objectives.mart import Mart, mart_loss
-from advmoe.training.objectives.mutual import Mutual, mutual_loss
+from advmoe.training.objectives.batch import Batch
+from advmoe.training.objectives.catalogue import Objective
+from advmoe.training.objectives.dwf import Dwf
+from advmoe.training.objectives.trades import Trades
 from advmoe.training.objectives.votes import own_losses
 from advmoe.training.recipe import Recipe, sgd
 from advmoe.training.record import record
-from advmoe.training.trades import trades_loss
 
 
 class Alarms(Settings):
@@ -46,24 +44,10 @@ class Alarms(Settings):
     gradient: PositiveFloat
 
 
-class Dwf(Settings):
-    """The paper's own defence: cross-entropy of the mixture's answer."""
-
-    kind: Literal["dwf"]
-
-
-def _named(value: object) -> object:
-    """A recipe without numbers of its own may be given by its name alone."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
-Objective = Annotated[Dwf | Mart | Adp | Igat | Mutual, Field(discriminator="kind"), BeforeValidator(_named)]
-
-
 class JointRecipe(Recipe):
     """A recipe, and what only a mixture has.
 
-    `recipe`: what is learned from an attacked batch, the paper's `dwf` or one of `advmoe.training.objectives`;
+    `recipe`: what is learned from an attacked batch, the paper's `dwf` or another of `advmoe.training.objectives`;
     `gate_lr`: the gate's own peak learning rate; `own_loss`: weight of the experts' own cross-entropies beside the
     mixture's, 0 for none; `load_balance`: weight of the squared coefficient of variation of the mean gate weights
     (Shazeer et al. 2017), 0 for none; `checkpointing`: keep one expert's activations at a time and compute them again
@@ -88,6 +72,11 @@ class JointRecipe(Recipe):
                 f"recipe {self.recipe.kind} and adversary trades each bring a loss of the answer; one of them must go"
             )
         return self
+
+    @property
+    def objective(self) -> Objective | Trades:
+        """What is minimised: the recipe's, or that of TRADES, whose batches bring a loss of their own."""
+        return Trades(self.adversary.beta) if isinstance(self.adversary, TradesBatches) else self.recipe
 
 
 def load_imbalance(log_gate_BE: Tensor) -> Tensor:
@@ -119,35 +108,16 @@ class MixtureLearner:
         self.mixture.train()
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
-        """That of the answer, the experts' own, and the imbalance of the load, weighted.
+        """What the recipe asks, the experts' own losses and the imbalance of the load, weighted.
 
-        All of the images as they were attacked, but for what some recipes say of clean ones. The load is that of the
-        images at hand: where a batch is learned from in pieces, each has to balance its own.
+        All of it is about the attacked images; some recipes compare their answers with those to the clean ones. The
+        load is that of the images at hand: where a batch is learned from in pieces, each has to balance its own.
         """
         parts = self.mixture.parts(images_BCHW)
-        loss = self._of_answer(parts, labels_B, clean_BCHW)
+        loss = self.recipe.objective.loss(Batch(self.mixture, parts, labels_B, clean_BCHW))
         if self.recipe.own_loss:
             loss = loss + self.recipe.own_loss * own_losses(parts.logits_BEK, labels_B)
         return loss + self.recipe.load_balance * load_imbalance(parts.log_gate_BE)
-
-    def _of_answer(self, parts: Parts, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
-        """What is learned from the answer, which is a log-probability already."""
-        answer_BK, adversary = parts.log_probs_BK, self.recipe.adversary
-        match self.recipe.recipe:
-            case Mart() as settings:
-                return mart_loss(self.mixture(clean_BCHW), answer_BK, labels_B, settings)
-            case Adp() as settings:
-                return adp_loss(answer_BK, parts.logits_BEK, labels_B, settings)
-            case Igat() as settings:
-                return igat_loss(answer_BK, parts.logits_BEK, labels_B, settings)
-            case Mutual() as settings:
-                with torch.no_grad():
-                    told_BK = self.mixture(clean_BCHW)
-                return mutual_loss(told_BK, answer_BK, parts.logits_BEK, labels_B, settings)
-            case Dwf() if isinstance(adversary, TradesBatches):
-                return trades_loss(self.mixture(clean_BCHW), answer_BK, labels_B, adversary.beta)
-            case Dwf():
-                return functional.nll_loss(answer_BK, labels_B)
 
     def after_backward(self) -> None:
         """Remember the norm of the gate's gradient, where it has one."""
@@ -190,12 +160,16 @@ class MixtureLearner:
 
 
 def alarms(history: list[Row], kept: Row, recipe: JointRecipe) -> list[str]:
-    """What went wrong with the gate, judged on the epoch that was kept (load) and on every epoch (gradient)."""
+    """What went wrong with the gate, judged on the epoch that was kept (load) and on every epoch (gradient). Over one
+    expert a gate has nothing to learn, and nothing goes wrong.
+    """
+    if len(recipe.experts) == 1:
+        return []
     load = {name: kept[f"load_{name}"] for name in recipe.experts}
     found = [
         f"gate: collapsed, expert {name} has {share:.0%} of the weight"
         for name, share in load.items()
-        if share > recipe.alarms.load and len(load) > 1
+        if share > recipe.alarms.load
     ]
     dead = [row["epoch"] for row in history if row.get("gate_gradient", torch.inf) < recipe.alarms.gradient]
     if dead:
@@ -210,6 +184,10 @@ class Design:
     gate: GateSettings | NoGate | OwnConfidence
     mixing: Mixing
     learner: Callable[[MixtureOfExperts, JointRecipe], Learner]
+
+    def architecture(self, backbone: Backbone, experts: tuple[str, ...]) -> Mixture:
+        """The network itself, as a header describes it."""
+        return Mixture(kind="mixture", backbone=backbone, experts=experts, gate=self.gate, mixing=self.mixing)
 
 
 def the_papers(recipe: JointRecipe) -> Design:
@@ -236,9 +214,7 @@ def train_mixture(
     `shelf`: where to keep what is unfinished.
     """
     design = design or the_papers(recipe)
-    architecture = Mixture(
-        kind="mixture", backbone=backbone, experts=recipe.experts, gate=design.gate, mixing=design.mixing
-    )
+    architecture = design.architecture(backbone, recipe.experts)
     mixture = classifiers.assemble(architecture, dataset.facts, experts, seed, name)
     course = Course(
         name=name,

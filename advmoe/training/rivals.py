@@ -86,7 +86,7 @@ class SynergyLearner(MixtureLearner):
     goes to the experts that are nearly right; each confidence learns the probability that its expert gives to the true
     class, by binary cross-entropy. The paper attacks every sub-model by itself; under the common protocol the batch is
     attacked through the whole, straight through the choice. Its loss is its own: of `adversary: trades` it has the
-    images only, no `own_loss`, and no `recipe` but the paper's.
+    images only, and of `own_loss`, `load_balance` and `recipe` nothing.
     """
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:

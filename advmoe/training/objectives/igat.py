@@ -7,8 +7,9 @@ arXiv 2310.18477).
 
 The authors' program (github.com/xqsi/iGAT) draws one expert for each image by these ranks, half of the time the best;
 here the expectation is taken, which many draws come to and which needs no random numbers. The last term holds down the
-one expert that is surest of a wrong class. Their alpha and beta, 5 and 10, stand beside the cross-entropies of eight
-experts; beside the one of the answer that is about 0.6 and 1.25.
+one expert that is surest of a wrong class; theirs sums over all experts unless told otherwise, doubles that of the
+surest, and has no slope above a probability of 0.99. Their alpha and beta, 5 and 10, stand beside the cross-entropies
+of eight experts; 0.6 and 1.25, an eighth of them, are our choice beside the one of the answer.
 
 Shapes: B batch, E experts, K classes.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from advmoe.params import NonNegativeFloat, Settings
+from advmoe.training.objectives.batch import Batch
 from advmoe.training.objectives.votes import alone, of_class, without_surest_wrong
 
 
@@ -29,6 +31,10 @@ class Igat(Settings):
     kind: Literal["igat"]
     alpha: NonNegativeFloat
     beta: NonNegativeFloat
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The answer and the experts, as below."""
+        return igat_loss(batch.attacked.log_probs_BK, batch.attacked.logits_BEK, batch.labels_B, self)
 
 
 def igat_loss(log_probs_BK: Tensor, logits_BEK: Tensor, labels_B: Tensor, settings: Igat) -> Tensor:

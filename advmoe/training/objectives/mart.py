@@ -14,6 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from advmoe.params import PositiveFloat, Settings
+from advmoe.training.objectives.batch import Batch
 from advmoe.training.objectives.votes import of_class, without_surest_wrong
 from advmoe.training.trades import divergence
 
@@ -24,11 +25,15 @@ class Mart(Settings):
     kind: Literal["mart"]
     weight: PositiveFloat
 
+    def loss(self, batch: Batch) -> Tensor:
+        """The answers to clean and to attacked images, as below."""
+        return mart_loss(batch.clean().log_probs_BK, batch.attacked.log_probs_BK, batch.labels_B, self.weight)
 
-def mart_loss(clean_BK: Tensor, attacked_BK: Tensor, labels_B: Tensor, settings: Mart) -> Tensor:
+
+def mart_loss(clean_BK: Tensor, attacked_BK: Tensor, labels_B: Tensor, weight: float) -> Tensor:
     """The loss from log-probabilities, a mean over the batch."""
     unsure_B = 1 - of_class(clean_BK, labels_B).exp()
-    return (boosted(attacked_BK, labels_B) + settings.weight * divergence(clean_BK, attacked_BK) * unsure_B).mean()
+    return (boosted(attacked_BK, labels_B) + weight * divergence(clean_BK, attacked_BK) * unsure_B).mean()
 
 
 def boosted(log_probs_BK: Tensor, labels_B: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ Shapes: B batch, E experts, K classes.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from advmoe.params import PositiveFloat, Settings
+from advmoe.training.objectives.batch import Batch
 from advmoe.training.trades import divergence
 
 
@@ -23,6 +25,12 @@ class Mutual(Settings):
 
     kind: Literal["mutual"]
     weight: PositiveFloat
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The experts learn from the clean answer, as below."""
+        with torch.no_grad():
+            told_BK = batch.clean().log_probs_BK
+        return mutual_loss(told_BK, batch.attacked.log_probs_BK, batch.attacked.logits_BEK, batch.labels_B, self)
 
 
 def mutual_loss(

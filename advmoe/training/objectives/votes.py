@@ -16,7 +16,7 @@ def alone(logits_BEK: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
 
 def own_losses(logits_BEK: Tensor, labels_B: Tensor) -> Tensor:
     """Mean cross-entropy of the experts, each asked alone."""
-    return functional.cross_entropy(logits_BEK.flatten(0, 1), labels_B.repeat_interleave(logits_BEK.shape[1]))
+    return functional.nll_loss(*alone(logits_BEK, labels_B))
 
 
 def of_class(log_probs_BK: Tensor, labels_B: Tensor) -> Tensor:
