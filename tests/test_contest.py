@@ -23,6 +23,7 @@ from benchmarks import contest
 
 ROOT = Path(__file__).parent.parent
 ON_RECORD = ROOT / "docs/contest-cifar10.json"
+SCREENED = ROOT / "docs/contest-digits.json"
 OTHER = Path("artifacts/train/other.safetensors")
 KEPT: dict[str, object] = {"dataset": "0", "epsilon": 0.1, "images": 3, "attacks": ["pgd"]}
 NETWORK = {"training_flops": 1, "clean": "7", "worst": "0"}
@@ -174,21 +175,33 @@ def test_questions_that_make_no_sense_are_mistakes(
     assert not Path("f.svg").exists()
 
 
-def test_the_page_tells_what_the_ledger_on_record_tells() -> None:
-    """Every network has its row, and every row its network; every number is the one that the decisions give."""
-    page = (ROOT / "docs/contest.md").read_text()
-    rows = {
-        line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines() if re.match(r"\| C\d+ \|", line)
+def rows_of(page: str, letters: str) -> dict[str, list[str]]:
+    """The cells of a ledger's rows by the name of the run, without bold type."""
+    lines = [line.replace("**", "") for line in page.splitlines() if re.match(rf"\| [{letters}]\d+ \|", line)]
+    return {
+        cells[0].strip("| "): [cell.strip() for cell in cells[1:]] for cells in (line.split(" | ") for line in lines)
     }
-    found = {row[0].split(" ")[0]: row for row in contest.standings(contest.read(ON_RECORD))}
+
+
+def in_words(p: str) -> str:
+    """A p-value as the page writes it."""
+    if float(p) < 0.001:
+        return "p < 0.001"
+    return f"p = {float(p):.2f}" if float(p) >= 0.01 else f"p = {p}"
+
+
+@pytest.mark.parametrize(("record", "letters", "unit"), [(ON_RECORD, "C", 1000), (SCREENED, "SE", 1)])
+def test_the_page_tells_what_the_ledger_on_record_tells(record: Path, letters: str, unit: int) -> None:
+    """Every network has its row, and every row its network; every number is the one that the decisions give."""
+    rows = rows_of((ROOT / "docs/contest.md").read_text(), letters)
+    found = {row[0].split(" ")[0]: row for row in contest.standings(contest.read(record))}
     assert list(rows) == list(found)
     for name, (_, spent, clean, robust, *behind) in found.items():
-        cells = rows[name].split(" | ")
-        assert cells[2:5] == [f"{float(spent) / 1000:.2f}", clean, robust]
+        spending = f"{float(spent) / unit:.2f}" if unit > 1 else spent
+        assert rows[name][1:4] == [spending, clean, robust]
         if any(behind):
             on_clean, on_robust, pairs, p = behind
-            chance = "< 0.001" if float(p) < 0.001 else f"= {float(p):.2f}" if float(p) >= 0.01 else f"= {p}"
-            assert cells[5:7] == [on_clean, f"{on_robust}, {pairs}, p {chance}"]
+            assert rows[name][4:6] == [on_clean, f"{on_robust}, {pairs}, {in_words(p)}"]
 
 
 @pytest.mark.usefixtures("two")
