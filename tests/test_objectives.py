@@ -40,6 +40,8 @@ MUTUAL = Mutual(kind="mutual", weight=1.5)
 DWF = Dwf(kind="dwf")
 MART_ADP = MartAdp(kind="mart-adp", alpha=2.0, beta=0.5, weight=5.0)
 ALL = (DWF, MART, ADP, MART_ADP, IGAT, MUTUAL)
+SMALL = {"alpha": 0.2, "beta": 0.05}  # two experts have two wrong classes to differ in, and soon agree on one of them
+GENTLE = (DWF, MART, ADP.model_copy(update=SMALL), MART_ADP.model_copy(update=SMALL), IGAT, MUTUAL)
 PGD = PgdBatches(kind="pgd", steps=(2,), step_size=0.5)
 NFGSM = NFgsmBatches(kind="n-fgsm", noise=2.0, step_size=1.0)
 RADII = PgdAtRadii(kind="pgd-radii", radii=(0.5, 1.5), steps=(1, 2, 6), step_size=0.5)
@@ -267,9 +269,10 @@ def test_learner_takes_the_loss_that_the_recipe_names(objective: Objective) -> N
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("objective", ALL, ids=lambda objective: objective.kind)
+@pytest.mark.parametrize("objective", GENTLE, ids=lambda objective: objective.kind)
 def test_mixture_learns_by_every_recipe(objective: Objective) -> None:
-    told = recipe(recipe=objective, epochs=6)
+    slow = RECIPE["optimizer"].model_copy(update={"lr": 0.02})  # a sum over experts moves each as far as all others do
+    told = recipe(recipe=objective, epochs=12, optimizer=slow)
     course = Course("tiny", 0, patterned_set(stream), told, PGD, EPSILON, "pgd")
     history = fit(MixtureLearner(mixture(), told), course).history
     assert history[-1]["clean"] > 0.6  # a third is chance
