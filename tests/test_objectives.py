@@ -150,7 +150,7 @@ def test_adp_refuses_more_experts_than_wrong_classes() -> None:
 
 
 @pytest.mark.parametrize("objective", [ADP, MART_ADP], ids=lambda objective: objective.kind)
-def test_gate_learns_to_trust_whom_knows_and_not_whom_is_unsure(objective: Adp | MartAdp) -> None:
+def test_gate_learns_to_trust_the_expert_that_knows_and_not_the_one_that_is_unsure(objective: Adp | MartAdp) -> None:
     """One expert is right and sure, the other knows nothing: entropy of a gate's answer would send it to the latter."""
     log_gate_BE = torch.full((1, 2), -math.log(2), requires_grad=True)
     logits_BEK = torch.tensor([[[8.0, 0.0, 1.0], [0.0, 0.0, 0.0]]], requires_grad=True)

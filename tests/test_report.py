@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure as Drawing
 
 from advmoe import __version__
 from advmoe.artifacts import Header
@@ -23,7 +25,7 @@ from advmoe.report.build import build
 from advmoe.report.compare import Comparison
 from advmoe.report.compare import Table as Compared
 from advmoe.report.content import Content, gather
-from advmoe.report.figures import Disc, Dot, discs, dots
+from advmoe.report.figures import THINNED, Disc, Dot, Line, _line, discs, dots
 from advmoe.report.markdown import render_markdown
 from advmoe.report.page import render_comparison, render_html
 
@@ -466,6 +468,16 @@ def test_figure_of_what_training_has_bought_keeps_what_is_withheld() -> None:
     assert "standard 95.0" in said
     without_costs = made_up().without("metrics/baseline").without("metrics/train")
     assert worth(without_costs) == ""
+
+
+def test_a_long_line_is_thinned_with_its_whiskers_and_keeps_its_end() -> None:
+    count = 2 * THINNED + 2
+    xs = tuple(float(place) for place in range(count))
+    axes = Drawing().subplots()
+    _line(axes, Line("long", xs, xs, 0, bounds=(xs, xs)))
+    drawn = np.asarray(axes.lines[0].get_xdata()).tolist()
+    assert (len(drawn), drawn[0], drawn[-1]) == (THINNED + 2, 0, count - 1)
+    assert len(axes.collections[0].get_paths()) == len(drawn)
 
 
 def test_areas_of_discs_are_as_their_sizes_whoever_they_are() -> None:

@@ -8,8 +8,8 @@ cross-entropies are those of the experts, each asked alone: beside one of the an
 times too much as there are experts.
 
 The authors' ensemble is a plain average, and so it is here: of a gate's answer the entropy would teach the gate to
-trust whom knows least, and nothing else would teach it anything. The gate learns from the answer with the experts held
-still.
+trust the experts that know least, and nothing else would teach it anything. The gate learns from the answer with the
+experts held still.
 
 Shapes: B batch, E experts, K classes, W wrong classes (K - 1).
 """
