@@ -20,6 +20,6 @@ def load_model(path: str | PathLike[str]) -> nn.Module:
     """
     from pathlib import Path  # imported here, torch above all, so that `advmoe --help` stays quick
 
-    from advmoe import classifiers
+    from advmoe.models import classifiers
 
-    return classifiers.ready(classifiers.load(Path(path)))
+    return classifiers.with_log_softmax(classifiers.load(Path(path)))

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from advmoe import console, files, interruption, paths
-from advmoe.errors import UserError
+from advmoe.core import console, files, paths
+from advmoe.core.errors import UserError
+from advmoe.runtime import signals
 
 _last: list[Callable[[], None]] = []  # what is to be done when the command has ended well
 
@@ -35,13 +36,13 @@ def main() -> None:
     """Run the command line; a user's mistake ends with one sentence and code 2, a signal with 128 and its number."""
     _last.clear()
     try:
-        with interruption.heard():
+        with signals.handle_signals():
             app()
     except UserError as error:
         console.fail(f"error: {error}")
         sys.exit(EXIT_MISTAKE)
-    except interruption.Interrupted as signalled:
-        console.err.print(f"interrupted; {interruption.GO_ON}", style="red")
+    except signals.Interrupted as signalled:
+        console.err.print(f"interrupted; {signals.RESUME_HINT}", style="red")
         sys.exit(signalled.exit_code)
 
 
@@ -55,26 +56,28 @@ def _stage() -> None:
 def _shared_stage() -> Iterator[None]:
     """A stage that the processes of torchrun work at together."""
     _check()
-    from advmoe import distributed, machine
+    from advmoe.runtime import distributed, machine
 
     machine.prepare_torch()
-    with distributed.joined():
+    with distributed.process_group():
         yield
 
 
 def _check() -> None:
-    from advmoe import checking, machine, params, schema
+    from advmoe.config import schema, validation
+    from advmoe.core import settings
+    from advmoe.runtime import machine
 
-    _last.append(params.watched())
-    machine.refuse_several_processes()
-    checking.check_dvc_file(schema.load_params())
+    _last.append(settings.watched())
+    machine.refuse_unknown_launchers()
+    validation.check_dvc_file(schema.load_params())
 
 
 def _torch() -> None:
     """For work that one process does; where torchrun has started several, the others leave it to the first."""
-    from advmoe import distributed, machine
+    from advmoe.runtime import distributed, machine
 
-    if distributed.is_extra():
+    if distributed.is_secondary_process():
         raise typer.Exit
     machine.prepare_torch()
 
@@ -144,10 +147,10 @@ def evaluate(
 
             return stage.run()
     _torch()
-    from advmoe.evaluation.answer import answer
-    from advmoe.evaluation.question import Question
+    from advmoe.evaluation.adhoc import run_request
+    from advmoe.evaluation.request import EvaluationRequest
 
-    question = Question(
+    question = EvaluationRequest(
         model=model or str(paths.MIXTURE),
         attacks=attack or (),
         epsilon=epsilon,
@@ -161,7 +164,7 @@ def evaluate(
         batch_size=batch_size,
         checks=checks,
     )
-    answer(question)
+    run_request(question)
     return None
 
 
@@ -184,9 +187,9 @@ def poison(
 
         return stage.run(name)
     _stage()
-    from advmoe.threats.poisoning.question import Question, answer
+    from advmoe.threats.poisoning.adhoc import PoisonRequest, run_request
 
-    answer(Question(name, rate or (), target, victim or (), seed or (), defence or ()))
+    run_request(PoisonRequest(name, rate or (), target, victim or (), seed or (), defence or ()))
     return None
 
 
@@ -212,9 +215,11 @@ def extract(
         from stages import extract as stage
 
         return stage.run(name)
-    from advmoe.threats.extraction.question import Question, answer
+    from advmoe.threats.extraction.adhoc import ExtractionRequest, run_request
 
-    answer(Question(name, budget or (), answers or (), victim or (), surrogate or (), seed or (), weights))
+    run_request(
+        ExtractionRequest(name, budget or (), answers or (), victim or (), surrogate or (), seed or (), weights)
+    )
     return None
 
 
@@ -237,9 +242,9 @@ def report(
 ) -> None:
     """Write the report, or compare two experiments side by side."""
     if records:
-        from advmoe.report import compare
+        from advmoe.reporting.report import comparison_files
 
-        page = compare.compare_and_write(records)
+        page = comparison_files.compare_and_write(records)
     else:
         _stage()
         from stages import report as stage
@@ -256,9 +261,9 @@ def findings(
     record: Annotated[str, typer.Argument(help="A git revision, a DVC experiment or a folder.")] = ".",
 ) -> None:
     """Judge a record's claims again, from its decisions image by image."""
-    from advmoe.findings import again
+    from advmoe.reporting import recheck
 
-    again.show(record)
+    recheck.show(record)
 
 
 @app.command(rich_help_panel=QUESTIONS)
@@ -269,15 +274,15 @@ def aggregate(
     ] = None,
 ) -> None:
     """Test the report's claims over at least three seeds: about methods, not about one set of weights."""
-    from advmoe import schema
-    from advmoe.findings import seeds
-    from advmoe.records import open_record
+    from advmoe.config import schema
+    from advmoe.core.snapshots import open_snapshot
+    from advmoe.statistics import aggregation
 
     claims = schema.load_params().report.claims
-    chosen = [open_record(name) for name in records or ()]
-    found = seeds.aggregate(chosen or seeds.available(), claims, chosen=bool(chosen))
-    seeds.write(found, paths.AGGREGATE)
-    seeds.show(found)
+    chosen = [open_snapshot(name) for name in records or ()]
+    found = aggregation.aggregate(chosen or aggregation.available(), claims, chosen=bool(chosen))
+    aggregation.write(found, paths.AGGREGATE)
+    aggregation.show(found)
     console.say(f"written to {paths.AGGREGATE}; `dvc repro report` takes it into the report")
 
 
@@ -292,12 +297,12 @@ def export(
         raise UserError("nothing to export to: say --hub FOLDER, --onnx FILE, or both")
     _torch()
     if hub is not None:
-        from advmoe.export.hub import card_beside, export_hub
+        from advmoe.reporting.export.hub import card_beside, export_hub
 
         export_hub(model, hub, card_beside(model))
         console.say(f"{hub}: RobustClassifier.from_pretrained({str(hub)!r}) loads it; `hf upload` publishes it")
     if onnx is not None:
-        from advmoe.export.onnx import export_onnx
+        from advmoe.reporting.export.onnx import export_onnx
 
         checked = export_onnx(model, onnx)
         console.say(
@@ -318,7 +323,7 @@ def attacks() -> None:
 @app.command(rich_help_panel=QUESTIONS)
 def results() -> None:
     """Show the results of the last `dvc repro` and where they lie."""
-    from advmoe.evaluation import results as shown
+    from advmoe.evaluation import summary as shown
     from advmoe.threats.extraction import report as extraction
     from advmoe.threats.membership import report as membership_audit
     from advmoe.threats.poisoning import report as poisoning
@@ -336,7 +341,7 @@ def use(
     ],
 ) -> None:
     """Lay a profile over params.yaml, comments kept."""
-    from advmoe import profiles
+    from advmoe.config import profiles
 
     changed = profiles.use(*profile)
     agrees = f"params.yaml already agrees with {files.names(profile)}"
@@ -346,9 +351,9 @@ def use(
 @app.command(rich_help_panel=QUESTIONS)
 def check() -> None:
     """Validate params.yaml, dvc.yaml and the environment, and say what would run."""
-    from advmoe import checking
+    from advmoe.config import validation
 
-    pending = checking.check()
+    pending = validation.check()
     console.say("params.yaml, dvc.yaml and the environment are sound")
     console.say(f"dvc repro would run: {files.names(pending)}" if pending else "dvc repro has nothing to do")
 
@@ -360,19 +365,19 @@ def cost(
     ] = None,
 ) -> None:
     """Forecast what params.yaml costs: operations and hours of each stage."""
-    from advmoe import schema
+    from advmoe.config import schema
 
     params = schema.load_params()
     _torch()
-    from advmoe import forecast
+    from advmoe.config import cost_forecast
 
-    forecast.show(params, flops)
+    cost_forecast.show(params, flops)
 
 
 @app.command(rich_help_panel=QUESTIONS)
 def inspect(file: Annotated[Path, typer.Argument(help="An artifact of this project.")]) -> None:
     """Print what an artifact says of itself; its content is checked against its hash."""
-    from advmoe import artifacts
+    from advmoe.core import artifacts
 
     console.out.print_json(artifacts.load(file).header.model_dump_json())
 
@@ -384,7 +389,7 @@ def predict(
 ) -> None:
     """Classify image files: class, probability, gate weights, each expert's vote."""
     _torch()
-    from advmoe import classifiers, prediction
+    from advmoe.models import classifiers, prediction
 
     for found in prediction.predict(classifiers.load(model), images):
         console.say(f"{found.path}: {found.label} ({found.probability:.1%})")
@@ -398,9 +403,9 @@ def clean(
     everything: Annotated[bool, typer.Option("--all", help="What could still go on, too.")] = False,
 ) -> None:
     """Remove what killed work of other versions left behind; never what is in use."""
-    from advmoe import state
+    from advmoe.runtime.checkpoints import workdir
 
-    found = state.clean(everything=everything)
+    found = workdir.clean(everything=everything)
     console.say(f"{found.removed} pieces of unfinished work removed, {found.freed / 1e6:.1f} MB")
     if found.resumable:
         console.say(f"{found.resumable} can go on where they were; `advmoe clean --all` removes them too")
@@ -412,6 +417,6 @@ def clean(
 def info() -> None:
     """Show this machine: device, threads, folders, versions."""
     _torch()
-    from advmoe import machine
+    from advmoe.runtime import machine
 
     console.table("this machine", ["what", "value"], machine.describe())

@@ -14,15 +14,19 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from advmoe import console, engine, machine
 from advmoe.attacks import presets
 from advmoe.attacks.ball import LInf
-from advmoe.attacks.draws import BatchDraws
 from advmoe.attacks.fgsm import Fgsm, fgsm
 from advmoe.attacks.pgd import Pgd, pgd
-from advmoe.evaluation.harness import DECISION_BATCH, WORST, Target, Terms, fixed_seed, forget, measure
-from advmoe.evaluation.intervals import Share
-from advmoe.evaluation.paired import compare, mcnemar
+from advmoe.attacks.random_streams import BatchDraws
+from advmoe.core import console
+from advmoe.evaluation.harness import DECISION_BATCH, EvaluationConfig, EvaluationTarget, clear_resume_state, evaluate
+from advmoe.models import inference
+from advmoe.runtime import machine
+from advmoe.runtime.machine import evaluation_seed
+from advmoe.statistics.decisions import WORST
+from advmoe.statistics.intervals import Share
+from advmoe.statistics.paired_tests import compare, mcnemar
 from benchmarks import checkpoints
 from benchmarks import peers as libraries
 from benchmarks.peers import Climb
@@ -71,13 +75,13 @@ def reference(name: str, count: int | None, seed: int) -> list[str]:
     """One row: the standard suite in float32 against the reference's decisions."""
     theirs = checkpoints.reference(name)
     pixels, labels = checkpoints.images(name, len(theirs.clean) if count is None else min(count, len(theirs.clean)))
-    target = Target(name, checkpoints.model(name), pixels, labels)
+    target = EvaluationTarget(name, checkpoints.model(name), pixels, labels)
     attacks = presets.preset("autoattack", (), has_gate=False)
-    terms = Terms(LInf(theirs.epsilon), fixed_seed(seed), "float32", None, drop_fallen=True)
+    terms = EvaluationConfig(LInf(theirs.epsilon), evaluation_seed(seed), "float32", None, drop_fallen=True)
     started = time.monotonic()
-    measured = measure(target, attacks, terms)
+    measured = evaluate(target, attacks, terms)
     seconds = time.monotonic() - started
-    forget(target, attacks, terms)
+    clear_resume_state(target, attacks, terms)
     ours, robust = measured.correct[WORST], theirs.autoattack[: len(labels)]
     paired = compare(ours, robust, seed)
     return [
@@ -135,7 +139,7 @@ def _row(name: str, model: nn.Module, pixels: Tensor, labels: Tensor, epsilon: f
     theirs = peer.attack(model, pixels, labels, epsilon).detach()
     torch.manual_seed(0)
     ours = _ours(model, pixels, labels, epsilon, peer)
-    decided = [engine.predict(model, found, DECISION_BATCH).argmax(1) for found in (ours, theirs)]
+    decided = [inference.predict(model, found, DECISION_BATCH).argmax(1) for found in (ours, theirs)]
     shares = [100 * float((guess == labels).float().mean()) for guess in decided]
     return [
         name,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from advmoe.data.npz import read_npz
+from advmoe.data.sources.npz import read_npz
 from advmoe.models.layers import Normalize
 
 FOLDER = Path(os.environ.get("BENCH_DATA", Path(__file__).parents[2] / "shared" / "data"))

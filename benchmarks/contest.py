@@ -17,25 +17,28 @@ import torch
 from pydantic import Field, NonNegativeInt, StringConstraints, ValidationError, model_validator
 from torch import Tensor, nn
 
-from advmoe import classifiers, console, files, machine, paths
 from advmoe.attacks.ball import LInf
-from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.pgd import Pgd
 from advmoe.attacks.presets import Preset, preset
+from advmoe.attacks.registry import AnyAttack
+from advmoe.core import console, files, paths
+from advmoe.core.errors import UserError
+from advmoe.core.settings import Epsilon, PositiveInt, Settings, explain, load_section
 from advmoe.data import dataset
 from advmoe.data.dataset import Split
-from advmoe.errors import UserError
 from advmoe.evaluation import harness
-from advmoe.evaluation.harness import CLEAN, WORST, Target, Terms
-from advmoe.evaluation.intervals import Share
-from advmoe.evaluation.paired import compare
-from advmoe.models.moe import MixtureOfExperts
-from advmoe.params import Epsilon, PositiveInt, Settings, explain, load_section
-from advmoe.report.figures import Disc, discs
-from advmoe.report.page import palette
-from advmoe.report.svg import NAMESPACE
-from advmoe.training import cost
-from advmoe.training.experts import trained_on
+from advmoe.evaluation.harness import EvaluationConfig, EvaluationTarget
+from advmoe.models import classifiers
+from advmoe.models.mixture import MixtureOfExperts
+from advmoe.reporting.report.figures import Disc, discs
+from advmoe.reporting.report.html import palette
+from advmoe.reporting.report.svg import NAMESPACE
+from advmoe.runtime import machine
+from advmoe.statistics.decisions import CLEAN, WORST
+from advmoe.statistics.intervals import Share
+from advmoe.statistics.paired_tests import compare
+from advmoe.training import flops
+from advmoe.training.pretrained_experts import check_trained_on
 
 SEED = 0
 ATTACKS: dict[str, AnyAttack] = {
@@ -141,8 +144,8 @@ def measured(networks: list[Path], sets: Sequence[Preset] = (), images: int | No
     data, epsilon = dataset.load(paths.DATASET), load_section("epsilon", Epsilon)
     loaded = {path: classifiers.load(path) for path in networks}
     for path, classifier in loaded.items():
-        trained_on(classifier, path, data)
-    costs = {path: cost.taken(path, classifier) for path, classifier in loaded.items()}
+        check_trained_on(classifier, path, data)
+    costs = {path: flops.prior_flops(path, classifier) for path, classifier in loaded.items()}
     split = data["validation"].first(images or len(data["validation"]))
     found = {path: right(str(path), each.model, split, epsilon, sets) for path, each in loaded.items()}
     return Ledger(
@@ -215,13 +218,13 @@ def _unpacked(digits: str, images: int) -> Tensor:
 def right(name: str, model: nn.Module, split: Split, epsilon: float, sets: Sequence[Preset] = ()) -> dict[str, Tensor]:
     """Which images (N,) a network gets right: clean, under each attack, and in the worst case."""
     place = machine.device()
-    target = Target(name, model.to(place), split.pixels().to(place), split.labels.to(place))
-    terms = Terms(LInf(epsilon), harness.fixed_seed(SEED), "bfloat16", None, drop_fallen=True)
+    target = EvaluationTarget(name, model.to(place), split.pixels().to(place), split.labels.to(place))
+    terms = EvaluationConfig(LInf(epsilon), machine.evaluation_seed(SEED), "bfloat16", None, drop_fallen=True)
     attacks = dict(ATTACKS)
     for each in sets:
         attacks |= preset(each, (), has_gate=isinstance(model, MixtureOfExperts))
-    measured = harness.measure(target, attacks, terms)
-    harness.forget(target, attacks, terms)
+    measured = harness.evaluate(target, attacks, terms)
+    harness.clear_resume_state(target, attacks, terms)
     return measured.correct
 
 

@@ -10,15 +10,18 @@ from functools import partial
 
 import torch
 
-from advmoe import classifiers, console, machine, paths, schema
-from advmoe.classifiers import Plain
+from advmoe.config import schema
+from advmoe.config.cost_forecast import Forecast, Job
+from advmoe.config.schema import Params
+from advmoe.core import console, paths
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset, Split, SplitName
-from advmoe.forecast import Forecast, Job
-from advmoe.schema import Params
+from advmoe.models import classifiers
+from advmoe.models.classifiers import Plain
+from advmoe.runtime import machine
 from advmoe.training.joint import train_mixture
-from advmoe.training.loop import Trained
 from advmoe.training.single import train_single
+from advmoe.training.trainer import TrainingResult
 
 EXPERTS = ("clean", "fgsm-1", "pgd-1")  # one of each kind
 
@@ -58,14 +61,14 @@ def images(forecast: Forecast) -> Dataset:
     return Dataset(splits, facts, "")
 
 
-def expert(params: Params, data: Dataset, name: str) -> Trained:
+def expert(params: Params, data: Dataset, name: str) -> TrainingResult:
     """As `pretrain` trains it."""
     student = params.experts[name]
     epsilon = params.epsilon if student.meets_threat_model else None
     return train_single(name, student, params.model, data, params.pretrain, seed=params.seed, epsilon=epsilon)
 
 
-def mixture(params: Params, data: Dataset) -> Trained:
+def mixture(params: Params, data: Dataset) -> TrainingResult:
     """As `train` does, from experts that know nothing."""
     plain = Plain(kind="plain", backbone=params.model)
     experts = [classifiers.build(plain, data.facts, name) for name in params.train.experts]
@@ -73,12 +76,12 @@ def mixture(params: Params, data: Dataset) -> Trained:
     return trained
 
 
-def _took(work: Callable[[], Trained], clock: Callable[[], float]) -> tuple[Trained, float]:
+def _took(work: Callable[[], TrainingResult], clock: Callable[[], float]) -> tuple[TrainingResult, float]:
     started = clock()
     return work(), clock() - started
 
 
-def _row(job: Job, trained: Trained, seconds: float) -> list[str]:
+def _row(job: Job, trained: TrainingResult, seconds: float) -> list[str]:
     counted = trained.cost.training_flops
     expected = job.operations / job.network.speed()
     return [

@@ -23,18 +23,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe import console, engine, machine, paths, state
+from advmoe.attacks import engine
 from advmoe.attacks.ball import LInf
-from advmoe.attacks.draws import BatchDraws
 from advmoe.attacks.pgd import Pgd, pgd
+from advmoe.attacks.random_streams import BatchDraws
+from advmoe.core import console, paths, resources
+from advmoe.core.errors import UserError
 from advmoe.data import dataset
-from advmoe.engine import Precision
-from advmoe.errors import UserError
-from advmoe.evaluation.paired import mcnemar
-from advmoe.models.moe import MixtureOfExperts
-from advmoe.training.adversary import Drawn, craft
-from advmoe.training.cost import rates
-from advmoe.training.loop import Run
+from advmoe.models import inference
+from advmoe.models.inference import Precision
+from advmoe.models.mixture import MixtureOfExperts
+from advmoe.runtime import machine
+from advmoe.runtime.checkpoints import storage
+from advmoe.statistics.paired_tests import mcnemar
+from advmoe.training.batch_attacks import Drawn, craft
+from advmoe.training.flops import measure_flops
+from advmoe.training.trainer import Trainer
 from benchmarks import joint, networks
 
 SHAPE = (3, 32, 32)  # CIFAR-10's
@@ -131,7 +135,7 @@ def speed(model: MixtureOfExperts, images: Tensor, labels: Tensor, place: torch.
     ]
     for checkpointing in (False, True):
         run = joint.run_of(copy.deepcopy(model), images, labels, "bfloat16", checkpointing=checkpointing)
-        each = rates(run.learner, images, labels)
+        each = measure_flops(run.learner, images, labels)
         seconds, peak = timed(partial(run.step, images, labels), place)
         what = f"joint step{', checkpointing' if checkpointing else ''}"
         rows.append(_rate(what, count, seconds, crafting + count * each.learning))
@@ -185,7 +189,7 @@ def timed(work: Callable[[], object], place: torch.device) -> tuple[float, int]:
         work()
     if place.type == "cuda":
         torch.cuda.synchronize(place)
-    return (time.perf_counter() - started) / TIMED, machine.peak_memory()
+    return (time.perf_counter() - started) / TIMED, resources.peak_memory()
 
 
 def _rate(what: str, count: int, seconds: float, flops: int) -> Row:
@@ -201,8 +205,8 @@ def resume(model: MixtureOfExperts, images: Tensor, labels: Tensor) -> list[Row]
     _learn(whole, images, labels, 2)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "state.safetensors"
-        state.keep(file, whole.state())
-        found = state.read(file)
+        storage.save_checkpoint(file, whole.state())
+        found = storage.load_checkpoint(file)
     assert found is not None
     again.restore(found)
     for run in (whole, again):
@@ -212,7 +216,7 @@ def resume(model: MixtureOfExperts, images: Tensor, labels: Tensor) -> list[Row]
     return [Row("resume: tensors that differ", str(differing), "0", differing == 0)]
 
 
-def _learn(run: Run, images: Tensor, labels: Tensor, steps: int) -> None:
+def _learn(run: Trainer, images: Tensor, labels: Tensor, steps: int) -> None:
     for _ in range(steps):
         run.step(images, labels)
 
@@ -234,7 +238,9 @@ def parity(model: nn.Module, images: Tensor, labels: Tensor, scale: Scale, place
     share = float(expected.float().mean())
     in_float32, in_bfloat16 = (decisions(model, *there, scale, each).cpu() for each in PRECISIONS)
     return [
-        _logits(engine.predict(model, there[0], scale.batch).cpu(), engine.predict(reference, images, scale.batch)),
+        _logits(
+            inference.predict(model, there[0], scale.batch).cpu(), inference.predict(reference, images, scale.batch)
+        ),
         Row("images that stand on the CPU", f"{share:.0%}", f"at least {STANDING:.0%}", share >= STANDING),
         *_alike(in_float32, expected),
         _not_weaker(in_bfloat16, expected),
@@ -278,11 +284,11 @@ def _beside(ours: float, theirs: float) -> str:
 def decisions(model: nn.Module, images: Tensor, labels: Tensor, scale: Scale, precision: Precision) -> Tensor:
     """Which images (N,) stand under PGD from the same random starts."""
     everyone = torch.ones_like(labels, dtype=torch.bool)
-    attacked = engine.strike_all(
+    attacked = engine.attack_dataset(
         model, images, labels, everyone, partial(pgd, settings=_attack(scale.ascent)), ball=LInf(joint.EPSILON),
         seed=joint.SEED, purpose="gpu_check", precision=precision, batch_size=scale.batch,
     )  # fmt: skip
-    return engine.predict(model, attacked, scale.batch).argmax(1) == labels
+    return inference.predict(model, attacked, scale.batch).argmax(1) == labels
 
 
 def _attack(steps: int) -> Pgd:

@@ -15,14 +15,14 @@ from torch.nn import functional
 
 from advmoe.data.batches import Augmentation
 from advmoe.data.dataset import Dataset, Split
-from advmoe.engine import Precision
-from advmoe.machine import generator
-from advmoe.models.moe import MixtureOfExperts
-from advmoe.training.adversary import PgdBatches
-from advmoe.training.joint import Alarms, JointRecipe, MixtureLearner
-from advmoe.training.loop import Course, Run
-from advmoe.training.objectives.dwf import Dwf
-from advmoe.training.recipe import Optimizer, Schedule, Validation
+from advmoe.models.inference import Precision
+from advmoe.models.mixture import MixtureOfExperts
+from advmoe.runtime.machine import generator
+from advmoe.training.batch_attacks import PgdBatches
+from advmoe.training.config import Optimizer, Schedule, Validation
+from advmoe.training.joint import Alarms, JointConfig, MixtureTask
+from advmoe.training.losses.dwf import Dwf
+from advmoe.training.trainer import Trainer, TrainingJob
 from benchmarks import networks
 
 NAME, SEED = "benchmark", 0
@@ -45,17 +45,17 @@ def run_of(
     precision: Precision,
     *,
     checkpointing: bool = False,
-) -> Run:
+) -> Trainer:
     """The project's training loop around `model`, at its beginning; the batch is all that it has to learn from."""
     recipe = _recipe(model, precision, len(labels_B)).model_copy(update={"checkpointing": checkpointing})
-    return Run(MixtureLearner(model, recipe), _course(recipe, images_BCHW, labels_B))
+    return Trainer(MixtureTask(model, recipe), _course(recipe, images_BCHW, labels_B))
 
 
 def plain_step(model: MixtureOfExperts, images_BCHW: Tensor, labels_B: Tensor) -> Callable[[], float]:
     """The same in float32 and PyTorch's default memory format, with nothing of the project but the network."""
     own = networks.as_documented(model)
     assert isinstance(own, MixtureOfExperts)
-    optimizer = MixtureLearner(own, _recipe(model, "float32", len(labels_B))).optimizer()
+    optimizer = MixtureTask(own, _recipe(model, "float32", len(labels_B))).optimizer()
     noise = generator(SEED, NAME, "noise")
 
     def step() -> float:
@@ -84,9 +84,9 @@ def plain_pgd(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor, noise: to
     return points
 
 
-def _course(recipe: JointRecipe, images_BCHW: Tensor, labels_B: Tensor) -> Course:
+def _course(recipe: JointConfig, images_BCHW: Tensor, labels_B: Tensor) -> TrainingJob:
     split = Split((images_BCHW * 255).round().to(torch.uint8), labels_B, torch.arange(len(labels_B)))
-    return Course(
+    return TrainingJob(
         name=NAME,
         seed=SEED,
         dataset=Dataset({"train": split}, networks.facts(images_BCHW), ""),
@@ -97,9 +97,9 @@ def _course(recipe: JointRecipe, images_BCHW: Tensor, labels_B: Tensor) -> Cours
     )
 
 
-def _recipe(model: MixtureOfExperts, precision: Precision, batch_size: int) -> JointRecipe:
+def _recipe(model: MixtureOfExperts, precision: Precision, batch_size: int) -> JointConfig:
     """Constant rate, no augmentation, no averaging: nothing that a plain loop would not have."""
-    return JointRecipe(
+    return JointConfig(
         experts=tuple(f"expert-{number}" for number in range(len(model.experts))),
         gate=networks.GATE,
         mixing="probabilities",

@@ -18,8 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from advmoe import console, paths
-from advmoe.files import write_text
+from advmoe.core import console, paths
+from advmoe.core.files import write_text
 
 ROOT = Path(__file__).parent.parent
 PROFILE = """

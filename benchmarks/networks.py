@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from advmoe import classifiers, engine, machine
-from advmoe.attacks import catalogue
+from advmoe.attacks import engine, registry
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.fgsm import Fgsm
-from advmoe.classifiers import Backbone, GateSettings, Mixture, Plain
 from advmoe.data.dataset import Facts
+from advmoe.models import classifiers
+from advmoe.models.classifiers import Backbone, GateSettings, Mixture, Plain
 from advmoe.models.layers import ConvNorm
-from advmoe.models.moe import MixtureOfExperts
+from advmoe.models.mixture import MixtureOfExperts
+from advmoe.runtime import machine
 from benchmarks import checkpoints
 
 EXPERTS = 9
@@ -64,9 +65,9 @@ def mixture_subject(name: str, images_NCHW: Tensor, labels_N: Tensor, *, width: 
 def fit(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, epsilon: float) -> None:
     """A few steps of SGD on all images at once, attacked anew for each."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    craft = catalogue.bind(Fgsm(kind="fgsm"), {})
+    craft = registry.bind(Fgsm(kind="fgsm"), {})
     for step in range(FITTING):
-        attacked = engine.ascend_all(
+        attacked = engine.attack_without_early_stop(
             model, images_NCHW, labels_N, craft, ball=LInf(epsilon), seed=step, purpose="fit", precision="float32",
             batch_size=len(labels_N),
         )  # fmt: skip
@@ -146,6 +147,6 @@ def photographs(count: int, side: int = 32) -> Tensor:
 
 def gradient_flops(model: nn.Module, image_CHW: Tensor) -> int:
     """Floating-point operations of a forward pass and one back to the pixels of an image; a multiply-add is two."""
-    with engine.crafting(model, "float32") as cheap, FlopCounterMode(display=False) as counter, torch.enable_grad():
+    with engine.attack_mode(model, "float32") as cheap, FlopCounterMode(display=False) as counter, torch.enable_grad():
         torch.autograd.backward(cheap(image_CHW[None].clone().requires_grad_(True)).sum())
     return int(counter.get_total_flops())

@@ -13,11 +13,11 @@ from art.attacks.poisoning import PoisoningAttackBackdoor
 from art.attacks.poisoning.perturbations import add_single_bd
 from sklearn.datasets import load_digits
 
-from advmoe import console
-from advmoe.machine import generator
+from advmoe.core import console
+from advmoe.runtime.machine import generator
 from advmoe.threats.poisoning.badnets import BadNets, badnets
 from advmoe.threats.poisoning.label_flip import LabelFlip, PairFlip, RandomFlip, TargetedFlip, label_flip
-from advmoe.threats.poisoning.poisoned import Poisoned
+from advmoe.threats.poisoning.poisoned_set import Poisoned
 
 CLASSES, SIZE, TARGET = 10, 2, 0
 SOURCE, WANTED = 4, 9  # of the targeted flip

@@ -30,16 +30,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advmoe import console, engine, files, machine, paths
-from advmoe.attacks import catalogue, presets
+from advmoe.attacks import engine, presets, registry
 from advmoe.attacks.ball import LInf
-from advmoe.attacks.draws import ImageDraws
-from advmoe.attacks.model import Model, input_gradient
+from advmoe.attacks.interface import Model, input_gradient
 from advmoe.attacks.pgd import Pgd
+from advmoe.attacks.random_streams import ImageDraws
+from advmoe.core import console, files, paths
 from advmoe.evaluation import harness
-from advmoe.evaluation.harness import DECISION_BATCH, Target, Terms
+from advmoe.evaluation.harness import DECISION_BATCH, EvaluationConfig, EvaluationTarget
+from advmoe.models import inference
 from advmoe.models.layers import folded
-from advmoe.models.moe import MixtureOfExperts
+from advmoe.models.mixture import MixtureOfExperts
+from advmoe.runtime import machine
 from benchmarks import checkpoints, joint, networks, peers
 from benchmarks.networks import Subject
 from benchmarks.peers import Climb
@@ -47,7 +49,7 @@ from benchmarks.timing import Ratio, Timed, interleaved, ratio
 
 SEED = 0
 STEP_SIZE = 0.25  # of epsilon
-PRECISIONS: tuple[engine.Precision, ...] = ("bfloat16", "float32")
+PRECISIONS: tuple[inference.Precision, ...] = ("bfloat16", "float32")
 MATMUL_SIDES = (512, 1024, 2048)  # the matmul rate is that of the best of them
 SIZES: Mapping[str, tuple[int, ...]] = {"experts": (1, 3, 9), "width": (8, 16, 32, 64), "side": (8, 16, 32)}
 PACKAGES = ("torch", "torchattacks", "foolbox", "adversarial-robustness-toolbox", "pyautoattack")
@@ -172,7 +174,7 @@ def _our_pgd(subject: Subject, climb: Climb) -> dict[str, Callable[[], Tensor]]:
     """Four of them: as training crafts, the same in float32, the same without any of the engine, and as evaluated."""
     model, images, labels = subject.model, subject.images, subject.labels
     settings = Pgd(kind="pgd", steps=climb.steps, step_size=climb.step_size, restarts=1, loss="ce", targets=0)
-    craft, ball = catalogue.bind(settings, {}), LInf(climb.epsilon)
+    craft, ball = registry.bind(settings, {}), LInf(climb.epsilon)
     terms: dict[str, Any] = {"ball": ball, "seed": SEED, "purpose": "pgd", "batch_size": climb.batch_size}
     standing = torch.ones_like(labels, dtype=torch.bool)
     bare = networks.as_documented(model)
@@ -188,10 +190,14 @@ def _our_pgd(subject: Subject, climb: Climb) -> dict[str, Callable[[], Tensor]]:
         )
 
     return {
-        "ours, dense": partial(engine.ascend_all, model, images, labels, craft, precision="bfloat16", **terms),
-        "ours, dense, float32": partial(engine.ascend_all, model, images, labels, craft, precision="float32", **terms),
+        "ours, dense": partial(
+            engine.attack_without_early_stop, model, images, labels, craft, precision="bfloat16", **terms
+        ),
+        "ours, dense, float32": partial(
+            engine.attack_without_early_stop, model, images, labels, craft, precision="float32", **terms
+        ),
         "ours, the fallen dropped": partial(
-            engine.strike_all, model, images, labels, standing, craft, precision="bfloat16", **terms
+            engine.attack_dataset, model, images, labels, standing, craft, precision="bfloat16", **terms
         ),
         "plain loop, float32": plain,
     }
@@ -240,11 +246,13 @@ def _suite_row(subject: Subject, batch_size: int) -> Row:
 
 def _our_suite(subject: Subject, batch_size: int) -> Tensor:
     """Adversarial images (N, C, H, W), the last that was found of each."""
-    target = Target(subject.name, subject.model, subject.images, subject.labels)
+    target = EvaluationTarget(subject.name, subject.model, subject.images, subject.labels)
     attacks = presets.preset("autoattack", (), has_gate=False)
-    terms = Terms(LInf(subject.epsilon), harness.fixed_seed(SEED), "bfloat16", batch_size, drop_fallen=True)
-    outcomes = harness.measure(target, attacks, terms).outcomes.values()
-    harness.forget(target, attacks, terms)
+    terms = EvaluationConfig(
+        LInf(subject.epsilon), machine.evaluation_seed(SEED), "bfloat16", batch_size, drop_fallen=True
+    )
+    outcomes = harness.evaluate(target, attacks, terms).outcomes.values()
+    harness.clear_resume_state(target, attacks, terms)
     found = subject.images.clone()
     for outcome in outcomes:
         fallen = outcome.attacked & ~outcome.correct
@@ -320,12 +328,12 @@ def _operation_rows(name: str, model: nn.Module, images: Tensor, rounds: int) ->
 
 @contextmanager
 def _gradients(
-    pairs: Mapping[str, tuple[nn.Module, Tensor]], precision: engine.Precision
+    pairs: Mapping[str, tuple[nn.Module, Tensor]], precision: inference.Precision
 ) -> Iterator[dict[str, Callable[[], Tensor]]]:
     """A gradient of each (network, images), the networks made ready before, as for all steps of an attack."""
     with ExitStack() as stack:
         yield {
-            name: partial(_gradient, stack.enter_context(engine.crafting(model, precision)), images)
+            name: partial(_gradient, stack.enter_context(engine.attack_mode(model, precision)), images)
             for name, (model, images) in pairs.items()
         }
 
@@ -334,8 +342,8 @@ def _gradient(model: Model, images: Tensor) -> Tensor:
     return input_gradient(model, images, torch.zeros(len(images), dtype=torch.long), "ce")[0]
 
 
-def _matmul(side: int, precision: engine.Precision) -> Callable[[], Tensor]:
-    left, right = (torch.randn(side, side).to(engine.DTYPES[precision]) for _ in range(2))
+def _matmul(side: int, precision: inference.Precision) -> Callable[[], Tensor]:
+    left, right = (torch.randn(side, side).to(inference.DTYPES[precision]) for _ in range(2))
     return lambda: left @ right
 
 
@@ -365,11 +373,11 @@ def _expert_rows(width: int, images: Tensor, effort: Effort) -> Iterator[Row]:
 
 
 @contextmanager
-def _in_turn(model: MixtureOfExperts, precision: engine.Precision) -> Iterator[Model]:
+def _in_turn(model: MixtureOfExperts, precision: inference.Precision) -> Iterator[Model]:
     """The engine's form of a copy, but for the experts, which run one after another."""
     copied = copy.deepcopy(model)
-    with engine.frozen(copied), folded(copied):
-        yield engine.Cheap(copied, precision, engine.Passes())
+    with inference.eval_mode(copied), folded(copied):
+        yield engine.FrozenModel(copied, precision, engine.PassCount())
 
 
 # ---- what an attack's step costs
@@ -464,7 +472,7 @@ def _standing(subject: Subject, found_NCHW: Tensor) -> Tensor:
     """Who is right on these images by a float32 forward pass, once they are back in the ball; (N,) bool."""
     inside = LInf(subject.epsilon).project(found_NCHW, subject.images)
     correct_N: Tensor = (
-        engine.predict(subject.model, inside, min(len(inside), DECISION_BATCH)).argmax(1) == subject.labels
+        inference.predict(subject.model, inside, min(len(inside), DECISION_BATCH)).argmax(1) == subject.labels
     )
     return correct_N
 

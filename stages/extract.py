@@ -5,11 +5,11 @@ as victims. Writes artifacts/extract/NAME/ (transfer sets and surrogates), metri
 metrics/extract-runs/NAME.json and plots/extract/NAME/.
 """
 
-from advmoe import paths
-from advmoe.params import Epsilon, Seed, load_section
-from advmoe.threats.extraction import report, study
-from advmoe.threats.extraction.settings import ExtractSection
-from advmoe.threats.extraction.study import Case, Places
+from advmoe.core import paths
+from advmoe.core.settings import Epsilon, Seed, load_section
+from advmoe.threats.extraction import experiment, report
+from advmoe.threats.extraction.config import ExtractSection
+from advmoe.threats.extraction.experiment import ExtractionExperiment, OutputPaths
 
 STAGE = "extract"
 
@@ -17,7 +17,7 @@ STAGE = "extract"
 def run(name: str) -> None:
     """Try the attack called `name` in params.yaml."""
     section = load_section("extract", ExtractSection)
-    case = Case(
+    case = ExtractionExperiment(
         name=name,
         study=section.named(name),
         common=section,
@@ -26,9 +26,9 @@ def run(name: str) -> None:
         weights=None,
         folder=paths.ARTIFACTS / STAGE / name,
     )
-    places = Places(
+    places = OutputPaths(
         metrics=paths.metrics(STAGE, name),
         runs=paths.metrics(report.RUNS, name),
         plots=paths.PLOTS / STAGE / name,
     )
-    study.conduct(case, places)
+    experiment.run_experiment(case, places)

@@ -5,17 +5,17 @@ shadow models are trained as the victims were), the data set and the victims. Wr
 metrics/membership/all.json.
 """
 
-from advmoe import paths
-from advmoe.params import load_section
-from advmoe.threats.membership import study
-from advmoe.threats.membership.settings import MembershipSection
-from advmoe.threats.membership.study import Case, Places
-from advmoe.threats.retraining import Recipes
+from advmoe.core import paths
+from advmoe.core.settings import load_section
+from advmoe.threats.membership import experiment
+from advmoe.threats.membership.config import MembershipSection
+from advmoe.threats.membership.experiment import MembershipExperiment, OutputPaths
+from advmoe.threats.victim_training import VictimRecipes
 
 STAGE = "membership"
 
 
 def run() -> None:
     """Audit the victims that params.yaml names."""
-    case = Case(load_section(STAGE, MembershipSection), Recipes.read())
-    study.conduct(case, Places(paths.METRICS / f"{STAGE}.json", paths.metrics(STAGE, "all")))
+    case = MembershipExperiment(load_section(STAGE, MembershipSection), VictimRecipes.read())
+    experiment.run_experiment(case, OutputPaths(paths.METRICS / f"{STAGE}.json", paths.metrics(STAGE, "all")))

@@ -6,13 +6,13 @@ artifacts/poison/NAME/ (poisoned sets and victims), metrics/poison/NAME.json, me
 plots/poison/NAME/.
 """
 
-from advmoe import paths
+from advmoe.core import paths
+from advmoe.core.settings import load_section
 from advmoe.data import dataset
-from advmoe.params import load_section
-from advmoe.threats.poisoning import report, study
-from advmoe.threats.poisoning.settings import PoisonSection
-from advmoe.threats.poisoning.study import Case, Places
-from advmoe.threats.retraining import Recipes
+from advmoe.threats.poisoning import experiment, report
+from advmoe.threats.poisoning.config import PoisonSection
+from advmoe.threats.poisoning.experiment import OutputPaths, PoisonExperiment
+from advmoe.threats.victim_training import VictimRecipes
 
 STAGE = "poison"
 
@@ -20,11 +20,11 @@ STAGE = "poison"
 def run(name: str) -> None:
     """Try the attack called `name` in params.yaml."""
     section = load_section("poison", PoisonSection)
-    case = Case(name, section.named(name), section, Recipes.read(), dataset.load(paths.DATASET))
-    places = Places(
+    case = PoisonExperiment(name, section.named(name), section, VictimRecipes.read(), dataset.load(paths.DATASET))
+    places = OutputPaths(
         models=paths.ARTIFACTS / STAGE / name,
         metrics=paths.metrics(STAGE, name),
         runs=paths.metrics(report.RUNS, name),
         plots=paths.PLOTS / STAGE / name,
     )
-    study.conduct(case, places)
+    experiment.run_experiment(case, places)

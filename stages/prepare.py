@@ -7,11 +7,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from advmoe import console, files, paths
+from advmoe.core import console, files, paths
+from advmoe.core.settings import Seed, load_section
 from advmoe.data import dataset, images
-from advmoe.data.catalogue import Prepare
 from advmoe.data.dataset import SPLITS, Facts
-from advmoe.params import Seed, load_section
+from advmoe.data.registry import Prepare
 
 
 def run() -> None:

@@ -6,13 +6,13 @@ artifacts/report/report.html and report.md, and artifacts/train/mixture.md.
 
 from pathlib import Path
 
-from advmoe import artifacts, console, files, paths
-from advmoe.findings import claims
-from advmoe.params import Seed, load_section
-from advmoe.records import HERE, Folder
-from advmoe.report.build import build
-from advmoe.report.card import card
-from advmoe.report.settings import ReportSection
+from advmoe.core import artifacts, console, files, paths
+from advmoe.core.settings import Seed, load_section
+from advmoe.core.snapshots import HERE, Folder
+from advmoe.reporting.config import ReportSection
+from advmoe.reporting.report.build import build
+from advmoe.reporting.report.model_card import card
+from advmoe.statistics import claims
 
 
 def run() -> Path:

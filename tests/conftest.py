@@ -13,10 +13,13 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from advmoe import classifiers, cli, machine, paths
-from advmoe.classifiers import Backbone, GateSettings, Mixture
+from advmoe import cli
+from advmoe.core import paths
+from advmoe.core.files import write_text
 from advmoe.data import dataset
-from advmoe.files import write_text
+from advmoe.models import classifiers
+from advmoe.models.classifiers import Backbone, GateSettings, Mixture
+from advmoe.runtime import machine
 
 ROOT = Path(__file__).parent.parent
 EXPERTS = ("clean", "pgd-1")

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from advmoe.errors import UserError
+from advmoe.core.errors import UserError
 
 CASES = int(os.environ.get("FUZZ_CASES", "0"))
 SECONDS = 20  # for one case, on a busy machine; what hangs does not end at all

@@ -10,11 +10,11 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from advmoe.evaluation.harness import fixed_seed
-from advmoe.evaluation.intervals import Share
-from advmoe.files import write_text
-from advmoe.findings import decisions
-from advmoe.findings.reports import SCHEMA
+from advmoe.core.files import write_text
+from advmoe.runtime.machine import evaluation_seed
+from advmoe.statistics import decisions
+from advmoe.statistics.evaluation_files import SCHEMA
+from advmoe.statistics.intervals import Share
 
 IMAGES = 40
 PARAMS: dict[str, Any] = {
@@ -96,6 +96,6 @@ def _report(name: str, model: Model, seed: int, epsilon: float) -> dict[str, Any
         "accuracy": {kind: None if failed and kind != "clean" else share for kind, share in shares.items()},
         "verdict": model.verdict,
         "withheld": list(model.withheld),
-        "terms": {"precision": "float32", "drop_fallen": model.drop_fallen, "seed": fixed_seed(seed)},
+        "terms": {"precision": "float32", "drop_fallen": model.drop_fallen, "seed": evaluation_seed(seed)},
         "attacks": {kind: {"settings": {"kind": kind}} for kind in model.cells if kind != "clean"},
     }

@@ -21,16 +21,18 @@ from hypothesis.strategies import SearchStrategy
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from advmoe import artifacts, classifiers, engine, paths, state
-from advmoe.artifacts import METADATA_KEY, Header
+from advmoe.core import artifacts, paths
+from advmoe.core.artifacts import METADATA_KEY, Header
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset
-from advmoe.evaluation.subjects import load_subject, read_weights
-from advmoe.export import hub
-from advmoe.state import Snapshot
+from advmoe.evaluation.external_models import load_model, read_weights
+from advmoe.models import classifiers, inference
+from advmoe.reporting.export import hub
+from advmoe.runtime.checkpoints import storage
+from advmoe.runtime.checkpoints.storage import Checkpoint
 from advmoe.threats.extraction import transfer_set
-from advmoe.threats.extraction.memory import Paid
-from advmoe.threats.poisoning import poisoned
+from advmoe.threats.extraction.query_cache import QueryCache
+from advmoe.threats.poisoning import poisoned_set
 
 DTYPES: tuple[torch.dtype, ...] = (
     torch.float64,
@@ -93,16 +95,18 @@ def samples(built_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Sa
     }
     changed = {"images": images, "labels": labels, "rows": torch.tensor([1, 2]), "true_labels": labels[1:3]}
     changed |= {"opacity": torch.rand(1, 8, 8), "pattern": images[0]}
-    about = poisoned.About(attack="badnets", rate=0.1, of="all", available=6, goal=poisoned.Goal(), added=0, trial=0)
+    about = poisoned_set.About(
+        attack="badnets", rate=0.1, of="all", available=6, goal=poisoned_set.Goal(), added=0, trial=0
+    )
     facts = data.facts.model_dump(mode="json")
     for kind, tensors, said in (
         (dataset.KIND, few, facts),
         (transfer_set.KIND, bought, {}),
-        (poisoned.KIND, changed, about.model_dump(mode="json")),
+        (poisoned_set.KIND, changed, about.model_dump(mode="json")),
     ):
         artifacts.save(folder / kind, kind, tensors, about=said, params={}, inputs={}, seed=0, metrics={}, seconds=0.0)
     found = Samples(
-        folder, {kind: (folder / kind).read_bytes() for kind in (dataset.KIND, transfer_set.KIND, poisoned.KIND)}
+        folder, {kind: (folder / kind).read_bytes() for kind in (dataset.KIND, transfer_set.KIND, poisoned_set.KIND)}
     )
     found.content[classifiers.KIND] = (built_project / paths.MIXTURE).read_bytes()
     return found
@@ -194,7 +198,7 @@ def use_classifier(path: Path) -> None:
     """What `predict` and `evaluate` do with a classifier."""
     found = classifiers.load(path)
     facts = found.about.facts
-    logits = engine.predict(found.model, torch.rand(2, facts.channels, facts.height, facts.width), 2)
+    logits = inference.predict(found.model, torch.rand(2, facts.channels, facts.height, facts.width), 2)
     assert logits.shape == (2, facts.classes)
 
 
@@ -204,7 +208,7 @@ def use_transfer_set(path: Path) -> None:
 
 
 def use_poisoned_set(path: Path) -> None:
-    found = poisoned.load(path)
+    found = poisoned_set.load(path)
     assert found.is_poison.sum() == len(found.rows)
     if found.trigger is not None:
         assert found.trigger.stamp(found.images).shape == found.images.shape
@@ -214,7 +218,7 @@ USES: dict[str, Callable[[Path], None]] = {
     dataset.KIND: use_dataset,
     classifiers.KIND: use_classifier,
     transfer_set.KIND: use_transfer_set,
-    poisoned.KIND: use_poisoned_set,
+    poisoned_set.KIND: use_poisoned_set,
 }
 kinds = pytest.mark.parametrize("kind", USES)
 
@@ -291,7 +295,7 @@ def test_any_damage_to_weights(data: st.DataObject, form: str) -> None:
     whole = FORMS[form](WEIGHTS)
     path = Path("w.safetensors" if form == "safetensors" else "w.pt")
     path.write_bytes(data.draw(damaged(whole)))
-    refusal(lambda: load_subject("model.py:factory", path, None))
+    refusal(lambda: load_model("model.py:factory", path, None))
 
 
 @fuzz(60)
@@ -300,7 +304,7 @@ def test_any_other_weights(change: tuple[dict[str, Tensor], str], pickled: bool)
     Path("model.py").write_text(FACTORY)
     path = Path("w.pt" if pickled else "w.safetensors")
     path.write_bytes((saved if pickled else to_safetensors)(change[0]))
-    refusal(lambda: load_subject("model.py:factory", path, None))
+    refusal(lambda: load_model("model.py:factory", path, None))
 
 
 @pytest.mark.parametrize("content", [Canary(), {"1.weight": Canary()}, [Canary], {"state_dict": {"a": Canary()}}])
@@ -328,7 +332,7 @@ def test_any_damage_to_answers_that_were_paid(data: st.DataObject) -> None:
     (folder / "a.safetensors").write_bytes(data.draw(damaged(to_safetensors(tensors)) | rewritten(tensors)))
 
     def use() -> None:
-        for answer in Paid(folder).answers.values():
+        for answer in QueryCache(folder).answers.values():
             assert answer.ndim == 1
             assert answer.dtype == torch.float32
 
@@ -339,10 +343,12 @@ def test_any_damage_to_answers_that_were_paid(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_any_damage_to_unfinished_work(data: st.DataObject) -> None:
     path = Path("state.safetensors")
-    assert state.keep(path, Snapshot({"rows": torch.arange(2), "images": FEW}, {"forward": 1, "seconds": 0.5}))
+    assert storage.save_checkpoint(
+        path, Checkpoint({"rows": torch.arange(2), "images": FEW}, {"forward": 1, "seconds": 0.5})
+    )
     whole = path.read_bytes()
     path.write_bytes(data.draw(damaged(whole) | damaged(whole, near=200)))
-    assert refusal(lambda: state.read(path)) is not None or path.read_bytes() == whole
+    assert refusal(lambda: storage.load_checkpoint(path)) is not None or path.read_bytes() == whole
 
 
 # ---- exports ---------------------------------------------------------------------------------------------------------
@@ -439,7 +445,7 @@ def test_labels_without_a_class_are_refused(samples: Samples, name: str, value: 
     assert refusal(lambda: use_dataset(Path("a.safetensors"))) is not None
 
 
-@pytest.mark.parametrize(("kind", "name"), [(transfer_set.KIND, "answers"), (poisoned.KIND, "rows")])
+@pytest.mark.parametrize(("kind", "name"), [(transfer_set.KIND, "answers"), (poisoned_set.KIND, "rows")])
 def test_tensors_that_do_not_belong_together_are_refused(samples: Samples, kind: str, name: str) -> None:
     header, tensors = samples.parts(kind)
     Path("a.safetensors").write_bytes(signed(header, tensors | {name: tensors[name].flatten().repeat(9)}))
@@ -448,9 +454,9 @@ def test_tensors_that_do_not_belong_together_are_refused(samples: Samples, kind:
 
 @pytest.mark.parametrize("dtype", [each for each in DTYPES if each != torch.float32], ids=str)
 def test_an_opacity_of_another_type_is_refused(samples: Samples, dtype: torch.dtype) -> None:
-    header, tensors = samples.parts(poisoned.KIND)
+    header, tensors = samples.parts(poisoned_set.KIND)
     Path("a.safetensors").write_bytes(signed(header, tensors | {"opacity": tensors["opacity"].to(dtype)}))
-    assert refusal(lambda: USES[poisoned.KIND](Path("a.safetensors"))) is not None
+    assert refusal(lambda: USES[poisoned_set.KIND](Path("a.safetensors"))) is not None
 
 
 def test_half_a_character_in_a_header_is_refused_by_who_would_print_it(advmoe: Advmoe, samples: Samples) -> None:
@@ -463,6 +469,6 @@ def test_half_a_character_in_a_header_is_refused_by_who_would_print_it(advmoe: A
 
 
 def test_a_row_that_was_changed_twice_is_refused(samples: Samples) -> None:
-    header, tensors = samples.parts(poisoned.KIND)
+    header, tensors = samples.parts(poisoned_set.KIND)
     Path("a.safetensors").write_bytes(signed(header, tensors | {"rows": torch.tensor([2, 2])}))
     assert refusal(lambda: use_poisoned_set(Path("a.safetensors"))) is not None

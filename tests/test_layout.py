@@ -4,10 +4,10 @@ import ast
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from advmoe.params import read_yaml
+from advmoe.core.settings import read_yaml
 
-ROOT = Path(__file__).parent.parent
 # a change here cannot change a result, so it should not retrain nine experts
 COSMETIC = {"advmoe/console.py", "advmoe/__init__.py"}
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py"))

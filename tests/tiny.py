@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from advmoe.classifiers import GateSettings
 from advmoe.data.batches import Augmentation
 from advmoe.data.dataset import Dataset, Facts, Split
+from advmoe.models.classifiers import GateSettings
+from advmoe.training.config import Optimizer, Schedule, Validation
 from advmoe.training.joint import Alarms
-from advmoe.training.recipe import Optimizer, Schedule, Validation
 
 FACTS = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,))
 EPSILON = 0.05

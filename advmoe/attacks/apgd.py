@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.ball import TINY, Ball, Draws
-from advmoe.attacks.model import Fooled, Model, confirmed, cross_entropy, lead, margin, pixel_gradient
+from advmoe.attacks.interface import IsAdversarial, Model, confirmed, cross_entropy, lead, margin, pixel_gradient
 from advmoe.attacks.pgd import likeliest
-from advmoe.params import PositiveInt, Settings
+from advmoe.core.settings import PositiveInt, Settings
 
 FIRST_STEP = 2.0  # in units of epsilon: the ball's diameter
 ONWARD = 0.75  # share of the new step; the rest is momentum, the previous move once more
@@ -55,7 +55,7 @@ def apgd_ce(
     ball: Ball,
     settings: ApgdCe,
     draws: Draws,
-    fooled: Fooled | None = None,
+    fooled: IsAdversarial | None = None,
 ) -> Tensor:
     """Climbs the cross-entropy of the true class.
 
@@ -76,7 +76,7 @@ def apgd_t(
     ball: Ball,
     settings: ApgdT,
     draws: Draws,
-    fooled: Fooled | None = None,
+    fooled: IsAdversarial | None = None,
 ) -> Tensor:
     """Climbs the targeted DLR towards one wrong class after another; ends as `apgd_ce` does.
 
@@ -208,7 +208,7 @@ class _Search:
     images: Tensor
     labels: Tensor
     ball: Ball
-    fooled: Fooled | None
+    fooled: IsAdversarial | None
     steps: int
     result: Tensor = field(init=False)
     best_loss: Tensor = field(init=False)  # (B,) over all ascents so far

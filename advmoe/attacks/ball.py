@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from advmoe.params import PIXEL_LEVELS
+from advmoe.core.settings import PIXEL_LEVELS
 
 Norm = Literal["linf", "l2"]
 ORDER: dict[Norm, float] = {"linf": torch.inf, "l2": 2.0}  # of the norm, as PyTorch wants it

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.ball import TINY, Ball, Draws, Norm, length
-from advmoe.attacks.model import Fooled, Model, confirmed, lead, margin, pixel_gradient
-from advmoe.params import PIXEL_LEVELS, PositiveInt, Settings
+from advmoe.attacks.interface import IsAdversarial, Model, confirmed, lead, margin, pixel_gradient
+from advmoe.core.settings import PIXEL_LEVELS, PositiveInt, Settings
 
 # the method's constants: arXiv 1907.02044 and the authors' code in AutoAttack
 ALPHA_MAX = 0.1  # the most that a step leans towards the image's own projection
@@ -47,7 +47,7 @@ def fab_t(
     ball: Ball,
     settings: FabT,
     draws: Draws,
-    fooled: Fooled | None = None,
+    fooled: IsAdversarial | None = None,
 ) -> Tensor:
     """The closest adversarial point of each image, projected into the ball: unchanged, and so fooled, if it lay inside.
 
@@ -68,7 +68,7 @@ def closest(
     norm: Norm,
     settings: FabT,
     draws: Draws,
-    fooled: Fooled | None = None,
+    fooled: IsAdversarial | None = None,
     enough: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The closest adversarial point found for each image (B, C, H, W), and its distance (B,).
@@ -120,7 +120,7 @@ class _Search:
     images: Tensor
     labels: Tensor
     norm: Norm
-    fooled: Fooled | None
+    fooled: IsAdversarial | None
     enough: float
     points: Tensor = field(init=False)
     distances: Tensor = field(init=False)

@@ -8,8 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.model import Fooled, Model, input_gradient
-from advmoe.params import Settings
+from advmoe.attacks.interface import IsAdversarial, Model, input_gradient
+from advmoe.core.settings import Settings
 
 
 class Fgsm(Settings):
@@ -26,7 +26,7 @@ def fgsm(
     ball: Ball,
     settings: Fgsm,
     draws: Draws,
-    fooled: Fooled | None = None,
+    fooled: IsAdversarial | None = None,
 ) -> Tensor:
     """The image plus epsilon * steepest(grad CE), inside the ball and [0, 1]; in L2 the step is the normed gradient."""
     del settings, draws, fooled  # one deterministic step, and nothing to leave early

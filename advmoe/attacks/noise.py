@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.blind import Best
-from advmoe.attacks.model import Fooled, Model
-from advmoe.params import PositiveInt, Settings
+from advmoe.attacks.black_box import BestPoints
+from advmoe.attacks.interface import IsAdversarial, Model
+from advmoe.core.settings import PositiveInt, Settings
 
 
 class Noise(Settings):
@@ -30,10 +30,10 @@ def noise(
     ball: Ball,
     settings: Noise,
     draws: Draws,
-    fooled: Fooled | None = None,
+    fooled: IsAdversarial | None = None,
 ) -> Tensor:
     """The first random point that fools the model, else the one of highest margin; inside the ball and [0, 1]."""
-    best = Best(model, images_BCHW, labels_B, fooled)
+    best = BestPoints(model, images_BCHW, labels_B, fooled)
     for _ in range(settings.draws):
         if not len(best.open):
             break

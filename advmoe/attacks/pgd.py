@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from advmoe.attacks.ascent import Climb, Objective
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.model import Fooled, Loss, Model, cross_entropy, input_gradient, lead, pixel_gradient
-from advmoe.params import NonNegativeInt, PositiveFloat, PositiveInt, Settings
+from advmoe.attacks.interface import IsAdversarial, Loss, Model, cross_entropy, input_gradient, lead, pixel_gradient
+from advmoe.attacks.pgd_loop import GradientAscent, Objective
+from advmoe.core.settings import NonNegativeInt, PositiveFloat, PositiveInt, Settings
 
 
 class Pgd(Settings):
@@ -38,14 +38,14 @@ def pgd(
     ball: Ball,
     settings: Pgd,
     draws: Draws,
-    fooled: Fooled | None = None,
+    fooled: IsAdversarial | None = None,
 ) -> Tensor:
     """The last point of the ascent, inside the ball and [0, 1].
 
     `fooled` is asked about those points that the model itself gets wrong, and at the end of a restart about all that
     are left. Without it every image takes all steps of every restart, as training wants.
     """
-    climb = Climb(images_BCHW, labels_B, ball, fooled)
+    climb = GradientAscent(images_BCHW, labels_B, ball, fooled)
     for objective in _objectives(model, images_BCHW, labels_B, settings):
         for _ in range(settings.restarts):
             climb.ascend(objective, settings.steps, settings.step_size, draws)

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Literal, TypedDict
 
 from advmoe.attacks.apgd import ApgdCe, ApgdT
-from advmoe.attacks.catalogue import ENTRIES, AnyAttack
 from advmoe.attacks.fab import FabT
 from advmoe.attacks.fgsm import Fgsm
-from advmoe.attacks.gated import Experts, GateFrozen, Misrouting, Transfer
+from advmoe.attacks.gate_aware import Experts, GateFrozen, Misrouting, Transfer
 from advmoe.attacks.noise import Noise
 from advmoe.attacks.pgd import Pgd
 from advmoe.attacks.rays import RayS
+from advmoe.attacks.registry import ENTRIES, AnyAttack
 from advmoe.attacks.square import Square
 
 Preset = Literal["autoattack", "adaptive"]

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.model import Fooled, Model, confirmed
-from advmoe.params import PositiveInt, Settings
+from advmoe.attacks.interface import IsAdversarial, Model, confirmed
+from advmoe.core.settings import PositiveInt, Settings
 
 CHECK, NEAR, BISECT = range(3)  # what the next query asks: better than the best? inside epsilon? where exactly?
 TOLERANCE = 1e-3  # of epsilon; the authors' 1e-3 in L2 length is 6e-4 of epsilon at CIFAR-10 and 8/255
@@ -60,7 +60,7 @@ def rays(
     ball: Ball,
     settings: RayS,
     draws: Draws,
-    fooled: Fooled | None = None,
+    fooled: IsAdversarial | None = None,
 ) -> Tensor:
     """The first point inside the ball that fools the model, else the end of the best ray found; inside [0, 1]."""
     images, labels = images_BCHW, labels_B

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from advmoe.attacks.ball import TINY, Ball, Draws
-from advmoe.attacks.blind import Best
-from advmoe.attacks.model import Fooled, Model
-from advmoe.params import PositiveInt, Settings
+from advmoe.attacks.black_box import BestPoints
+from advmoe.attacks.interface import IsAdversarial, Model
+from advmoe.core.settings import PositiveInt, Settings
 
 # section 3.2: the share of pixels in a window halves after so many queries of 10,000
 SCHEDULE = 10_000
@@ -48,11 +48,11 @@ def square(
     ball: Ball,
     settings: Square,
     draws: Draws,
-    fooled: Fooled | None = None,
+    fooled: IsAdversarial | None = None,
 ) -> Tensor:
     """The first point found that fools the model, else the one of highest margin; inside the ball and [0, 1]."""
     start, change = (stripes, recolour) if ball.norm == "linf" else (tiles, shift)
-    best = Best(model, images_BCHW, labels_B, fooled)
+    best = BestPoints(model, images_BCHW, labels_B, fooled)
     best.offer(start(images_BCHW, ball, draws))
     batch, channels, height, width = images_BCHW.shape
     for query in range(1, settings.queries):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from advmoe.params import NonNegativeInt, Settings
+from advmoe.core.settings import NonNegativeInt, Settings
 
 
 class Augmentation(Settings):

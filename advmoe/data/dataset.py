@@ -14,11 +14,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from advmoe import artifacts
+from advmoe.core import artifacts
+from advmoe.core.errors import UserError
+from advmoe.core.settings import NonNegativeInt, PositiveFloat, PositiveInt, Settings, validate
 from advmoe.data.images import Labelled, SourceImages
-from advmoe.errors import UserError
-from advmoe.machine import derive_seed
-from advmoe.params import NonNegativeInt, PositiveFloat, PositiveInt, Settings, validate
+from advmoe.runtime.machine import derive_seed
 
 SplitName = Literal["train", "pool", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)

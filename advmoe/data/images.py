@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe.errors import UserError
+from advmoe.core.errors import UserError
 
 SUPPORTED_CHANNELS = (1, 3)
 SMALLEST_SIDE = 8  # three strides of two leave one pixel

@@ -17,32 +17,33 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from advmoe import console, distributed, engine
-from advmoe.artifacts import hash_tensors
-from advmoe.attacks import catalogue
+from advmoe.attacks import engine, registry
 from advmoe.attacks.ball import Ball
-from advmoe.attacks.catalogue import AnyAttack
-from advmoe.attacks.draws import ImageDraws
-from advmoe.attacks.model import Craft
-from advmoe.attacks.own import Own
-from advmoe.engine import Passes, Precision
-from advmoe.errors import UserError
-from advmoe.evaluation.intervals import Share
-from advmoe.evaluation.memory import fitting_batch, in_batches
-from advmoe.evaluation.resume import Part, Store
-from advmoe.machine import derive_seed
-from advmoe.models.moe import MixtureOfExperts
-from advmoe.state import circumstances
-from advmoe.user_code import digest
+from advmoe.attacks.custom import Custom
+from advmoe.attacks.engine import PassCount
+from advmoe.attacks.interface import AttackFn
+from advmoe.attacks.random_streams import ImageDraws
+from advmoe.attacks.registry import AnyAttack
+from advmoe.core import console
+from advmoe.core.artifacts import hash_tensors
+from advmoe.core.errors import UserError
+from advmoe.core.user_code import digest
+from advmoe.evaluation.batch_size import fitting_batch, in_batches
+from advmoe.evaluation.batch_store import BatchStore, FinishedBatch
+from advmoe.models import inference
+from advmoe.models.inference import Precision
+from advmoe.models.mixture import MixtureOfExperts
+from advmoe.runtime import distributed
+from advmoe.runtime.checkpoints.workdir import environment_fingerprint
+from advmoe.statistics.decisions import CLEAN, WORST
+from advmoe.statistics.intervals import Share
 
-CLEAN = "clean"
-WORST = "worst"
 DECISION_BATCH = 120  # images of every deciding forward pass; a constant, because kernels round by batch size
 OUTSIDE = 1e-4  # of the pixel range: further outside the ball than this is no rounding; an 8-bit level is 4e-3
 
 
 @dataclass(frozen=True)
-class Target:
+class EvaluationTarget:
     """What is attacked: a model in eval mode and its images (N, C, H, W) and labels (N,), all on one device.
 
     `sources`: other networks for transfer attacks, by name. `identity`: what besides weights and class name tells this
@@ -63,7 +64,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Terms:
+class EvaluationConfig:
     """The terms an evaluation is made on.
 
     `batch_size`: images an attack takes at once, None for what fits the memory. `drop_fallen`: images that fell to an
@@ -101,7 +102,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvaluationResult:
     """What a model did: float32 logits (N, K) on the clean images, labels, and the outcome of each attack in order."""
 
     clean_logits: Tensor
@@ -126,7 +127,7 @@ class Measured:
         return {name: Share.of(correct[: limits.get(name)]) for name, correct in self.correct.items()}
 
 
-def measure(target: Target, attacks: Mapping[str, AnyAttack], terms: Terms) -> Measured:
+def evaluate(target: EvaluationTarget, attacks: Mapping[str, AnyAttack], terms: EvaluationConfig) -> EvaluationResult:
     """Run the attacks in order.
 
     Raises UserError for a model that cannot be evaluated (NaN, not one logit per class), an attack that does not fit
@@ -136,7 +137,7 @@ def measure(target: Target, attacks: Mapping[str, AnyAttack], terms: Terms) -> M
         raise UserError("epsilon 0 leaves an attack nothing to change; clean accuracy is reported beside every attack")
     for name, attack in attacks.items():
         check_fit(name, attack, target)
-    logits = engine.predict(target.model, target.images, DECISION_BATCH)
+    logits = inference.predict(target.model, target.images, DECISION_BATCH)
     check_logits(target, logits)
     standing = logits.argmax(1) == target.labels
     outcomes: dict[str, Outcome] = {}
@@ -144,29 +145,29 @@ def measure(target: Target, attacks: Mapping[str, AnyAttack], terms: Terms) -> M
         outcomes[name] = outcome = _meet(target, name, attack, terms, standing)
         if terms.drop_fallen:
             standing = standing & outcome.correct.to(standing.device)
-    return Measured(logits.cpu(), target.labels.cpu(), outcomes)
+    return EvaluationResult(logits.cpu(), target.labels.cpu(), outcomes)
 
 
-def forget(target: Target, attacks: Mapping[str, AnyAttack], terms: Terms) -> None:
+def clear_resume_state(target: EvaluationTarget, attacks: Mapping[str, AnyAttack], terms: EvaluationConfig) -> None:
     """Drop what was kept for resuming: the results are on record. Of several processes the first does it."""
-    if not distributed.is_main():
+    if not distributed.is_rank0():
         return
     for name, attack in attacks.items():
         _store(target, name, attack, terms).clear()
 
 
-def check_fit(name: str, attack: AnyAttack, target: Target) -> None:
+def check_fit(name: str, attack: AnyAttack, target: EvaluationTarget) -> None:
     """Raises UserError when the attack needs what the target has not."""
-    if catalogue.ENTRIES[type(attack)].needs_gate and not target.has_gate:
+    if registry.ENTRIES[type(attack)].needs_gate and not target.has_gate:
         raise UserError(
             f"attack {name}: {target.name} has no gate; {attack.kind} attacks mixtures of this project only"
         )
-    missing = [source for source in catalogue.sources_of(attack) if source not in target.sources]
+    missing = [source for source in registry.sources_of(attack) if source not in target.sources]
     if missing:
         raise UserError(f"attack {name}: {target.name} comes without a network '{missing[0]}' to transfer from")
 
 
-def check_logits(target: Target, logits: Tensor) -> None:
+def check_logits(target: EvaluationTarget, logits: Tensor) -> None:
     """Raises UserError for what is no classifier's output."""
     if logits.ndim != 2 or len(logits) != len(target.images):
         raise UserError(f"{target.name}: must map images to logits (B, K), but gave shape {tuple(logits.shape)}")
@@ -179,7 +180,7 @@ def check_logits(target: Target, logits: Tensor) -> None:
         )
 
 
-def _meet(target: Target, name: str, attack: AnyAttack, terms: Terms, standing: Tensor) -> Outcome:
+def _meet(target: EvaluationTarget, name: str, attack: AnyAttack, terms: EvaluationConfig, standing: Tensor) -> Outcome:
     """One attack on the images still standing."""
     limit = min(terms.limits.get(name, len(standing)), len(standing))
     met = standing & (torch.arange(len(standing), device=standing.device) < limit)
@@ -191,7 +192,7 @@ def _meet(target: Target, name: str, attack: AnyAttack, terms: Terms, standing: 
         images[rows], outside[rows] = part.images.to(images), part.overshoot.to(outside)
         forward, backward, seconds = forward + part.forward, backward + part.backward, seconds + part.seconds
     images = torch.where(met[:, None, None, None], images, target.images)
-    predicted = engine.predict(target.model, images, DECISION_BATCH).argmax(1)
+    predicted = inference.predict(target.model, images, DECISION_BATCH).argmax(1)
     return Outcome(
         attacked=met.cpu(),
         correct=(standing & (predicted == target.labels)).cpu(),
@@ -205,11 +206,13 @@ def _meet(target: Target, name: str, attack: AnyAttack, terms: Terms, standing: 
     )
 
 
-def _parts(target: Target, name: str, attack: AnyAttack, terms: Terms, wanted: Tensor, store: Store) -> Iterator[Part]:
+def _parts(
+    target: EvaluationTarget, name: str, attack: AnyAttack, terms: EvaluationConfig, wanted: Tensor, store: BatchStore
+) -> Iterator[FinishedBatch]:
     """What was finished before, then the rest of the `wanted` (N,), kept as it comes."""
-    distributed.must_agree(target.name, store.place.folder.name)
+    distributed.require_same(target.name, store.place.folder.name)
     done = torch.zeros_like(wanted)
-    for part in distributed.on_main(lambda: store.parts(target.images, terms.ball)):
+    for part in distributed.run_on_rank0(lambda: store.parts(target.images, terms.ball)):
         done[part.rows.to(done.device)] = True
         yield part
     rows = (wanted & ~done).nonzero().squeeze(1).cpu()
@@ -221,37 +224,41 @@ def _parts(target: Target, name: str, attack: AnyAttack, terms: Terms, wanted: T
     fallen = 0
     with console.Progress(f"{target.name}: {name}", len(rows)) as progress:
         while len(rows):
-            parts = _next_parts(target, name, attack, terms, torch.split(rows, size)[: distributed.world()])
+            parts = _next_parts(target, name, attack, terms, torch.split(rows, size)[: distributed.world_size()])
             size = max(len(part.rows) for part in parts)  # smaller, where memory ran out
             for part in parts:
-                if distributed.is_main():
+                if distributed.is_rank0():
                     store.add(part)
-                changed = engine.predict(target.model, part.images.to(target.images), DECISION_BATCH).argmax(1)
+                changed = inference.predict(target.model, part.images.to(target.images), DECISION_BATCH).argmax(1)
                 fallen += int((changed != target.labels[part.rows]).sum())
                 progress.advance(len(part.rows), f"{fallen} fallen")
                 yield part
             rows = rows[sum(len(part.rows) for part in parts) :]
 
 
-def batch_size(target: Target, terms: Terms, count: int) -> int:
+def batch_size(target: EvaluationTarget, terms: EvaluationConfig, count: int) -> int:
     """Of a batch; the same for all processes, and small enough that each has its share of `count` images."""
-    size = terms.batch_size or -distributed.largest(-fitting_batch(target.model, target.images))
-    return min(size, -(-count // distributed.world()))
+    size = terms.batch_size or -distributed.all_reduce_max(-fitting_batch(target.model, target.images))
+    return min(size, -(-count // distributed.world_size()))
 
 
-def _next_parts(target: Target, name: str, attack: AnyAttack, terms: Terms, batches: Sequence[Tensor]) -> list[Part]:
+def _next_parts(
+    target: EvaluationTarget, name: str, attack: AnyAttack, terms: EvaluationConfig, batches: Sequence[Tensor]
+) -> list[FinishedBatch]:
     """These batches attacked, one by each process."""
     attacked = partial(_batch, target, name, attack, terms)
-    own = [part for batch in distributed.dealt(batches) for _, part in in_batches(attacked, batch, len(batch))]
-    return [part for parts in distributed.gathered(own) for part in parts]
+    own = [part for batch in distributed.shard(batches) for _, part in in_batches(attacked, batch, len(batch))]
+    return [part for parts in distributed.all_gather(own) for part in parts]
 
 
-def _batch(target: Target, name: str, attack: AnyAttack, terms: Terms, rows: Tensor) -> Part:
-    started, passes = time.monotonic(), Passes()
+def _batch(
+    target: EvaluationTarget, name: str, attack: AnyAttack, terms: EvaluationConfig, rows: Tensor
+) -> FinishedBatch:
+    started, passes = time.monotonic(), PassCount()
     images, labels = target.images[rows], target.labels[rows]
-    precision: Precision = "float32" if catalogue.ENTRIES[type(attack)].full_precision else terms.precision
+    precision: Precision = "float32" if registry.ENTRIES[type(attack)].full_precision else terms.precision
     with bound(target, attack, precision, passes) as craft:
-        struck = engine.strike(
+        struck = engine.run_attack(
             target.model,
             images,
             labels,
@@ -261,7 +268,7 @@ def _batch(target: Target, name: str, attack: AnyAttack, terms: Terms, rows: Ten
             precision=precision,
             passes=passes,
         )
-    return Part(
+    return FinishedBatch(
         rows,
         struck.images.cpu(),
         (struck.overshoot > OUTSIDE).cpu(),
@@ -272,35 +279,32 @@ def _batch(target: Target, name: str, attack: AnyAttack, terms: Terms, rows: Ten
 
 
 @contextmanager
-def bound(target: Target, attack: AnyAttack, precision: Precision, passes: Passes | None = None) -> Iterator[Craft]:
+def bound(
+    target: EvaluationTarget, attack: AnyAttack, precision: Precision, passes: PassCount | None = None
+) -> Iterator[AttackFn]:
     """The attack as a function, its networks to transfer from made ready."""
     with ExitStack() as stack:
         sources = {
-            name: stack.enter_context(engine.crafting(target.sources[name], precision, passes))
-            for name in catalogue.sources_of(attack)
+            name: stack.enter_context(engine.attack_mode(target.sources[name], precision, passes))
+            for name in registry.sources_of(attack)
         }
-        yield catalogue.bind(attack, sources)
+        yield registry.bind(attack, sources)
 
 
-def _store(target: Target, name: str, attack: AnyAttack, terms: Terms) -> Store:
-    sources = {source: hash_tensors(target.sources[source].state_dict()) for source in catalogue.sources_of(attack)}
-    return Store(
+def _store(target: EvaluationTarget, name: str, attack: AnyAttack, terms: EvaluationConfig) -> BatchStore:
+    sources = {source: hash_tensors(target.sources[source].state_dict()) for source in registry.sources_of(attack)}
+    return BatchStore(
         {
             "model": [type(target.model).__qualname__, target.identity, hash_tensors(target.model.state_dict())],
             "images": hash_tensors({"images": target.images, "labels": target.labels}),
             "attack": [
                 name,
                 attack.model_dump(mode="json"),
-                digest(attack.function) if isinstance(attack, Own) else "",
+                digest(attack.function) if isinstance(attack, Custom) else "",
             ],
             "ball": [terms.ball.norm, terms.ball.epsilon],
             "terms": [terms.seed, terms.precision],
-            "circumstances": circumstances(),
+            "circumstances": environment_fingerprint(),
             "sources": sources,
         }
     )
-
-
-def fixed_seed(seed: int) -> int:
-    """The stream of all evaluations under a project's seed."""
-    return derive_seed(seed, "evaluate")

@@ -4,14 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from advmoe import files, paths
-from advmoe.evaluation.harness import CLEAN, WORST
-from advmoe.evaluation.results import MIXTURE, Result
+from advmoe.core import files, paths
+from advmoe.evaluation.summary import MIXTURE, ModelResult
+from advmoe.statistics.decisions import CLEAN, WORST
 
 STAGE = "evaluate"
 
 
-def write(results: Mapping[str, Result], gate: Mapping[str, Any], class_names: Sequence[str]) -> None:
+def write(results: Mapping[str, ModelResult], gate: Mapping[str, Any], class_names: Sequence[str]) -> None:
     """All of plots/evaluate/."""
     judged = {name: result for name, result in results.items() if result.verdict is not None}
     _robustness(judged)
@@ -21,7 +21,7 @@ def write(results: Mapping[str, Result], gate: Mapping[str, Any], class_names: S
     _confusion(results[MIXTURE], class_names)
 
 
-def _robustness(judged: Mapping[str, Result]) -> None:
+def _robustness(judged: Mapping[str, ModelResult]) -> None:
     radii = next(iter(judged.values())).curve
     rows = [
         {"epsilon": radius, **{name: result.curve[radius].accuracy for name, result in judged.items()}}
@@ -30,7 +30,7 @@ def _robustness(judged: Mapping[str, Result]) -> None:
     files.write_csv(paths.plots(STAGE, "robustness"), rows)
 
 
-def _minimal(judged: Mapping[str, Result]) -> None:
+def _minimal(judged: Mapping[str, ModelResult]) -> None:
     """One row for each image and model: the epsilon at which it falls, and the accuracy that is left from there on."""
     rows: list[dict[str, Any]] = []
     for name, result in judged.items():
@@ -43,7 +43,7 @@ def _minimal(judged: Mapping[str, Result]) -> None:
     files.write_csv(paths.plots(STAGE, "minimal-epsilon"), rows or [{"model": "", "epsilon": 0.0, "accuracy": 1.0}])
 
 
-def _matrix(results: Mapping[str, Result]) -> None:
+def _matrix(results: Mapping[str, ModelResult]) -> None:
     """Accuracy of every model under every attack, empty where they did not meet."""
     kinds = list(results[MIXTURE].measured.correct)
     rows = []
@@ -61,7 +61,7 @@ def _gate(gate: Mapping[str, Any]) -> None:
     files.write_csv(paths.plots(STAGE, "gate"), rows)
 
 
-def _confusion(mixture: Result, class_names: Sequence[str]) -> None:
+def _confusion(mixture: ModelResult, class_names: Sequence[str]) -> None:
     """Clean, and in the worst case: the prediction under the first attack that an image falls to."""
     measured = mixture.measured
     clean = measured.clean_logits.argmax(1)

@@ -4,31 +4,31 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from advmoe import console
+from advmoe.core import console
+from advmoe.evaluation.checks.base import CheckContext, CheckResult, Status
+from advmoe.evaluation.checks.batch_independence import batch_independence
 from advmoe.evaluation.checks.binarisation import binarisation
 from advmoe.evaluation.checks.blackbox import blackbox
-from advmoe.evaluation.checks.budget import budget
-from advmoe.evaluation.checks.case import Case, Finding, Status
+from advmoe.evaluation.checks.consistency import consistency
+from advmoe.evaluation.checks.convergence import convergence
 from advmoe.evaluation.checks.determinism import determinism
+from advmoe.evaluation.checks.epsilon_sweep import epsilon_sweep
 from advmoe.evaluation.checks.gradients import gradients
-from advmoe.evaluation.checks.isolation import isolation
-from advmoe.evaluation.checks.iterations import iterations
+from advmoe.evaluation.checks.loss_increase import loss_increase
 from advmoe.evaluation.checks.pgd_gap import pgd_gap
-from advmoe.evaluation.checks.plumbing import plumbing
-from advmoe.evaluation.checks.progress import progress
 
 # in the order of the specification, so that numbers in reports agree with it
 CHECKS = (
-    iterations,
-    budget,
+    convergence,
+    epsilon_sweep,
     blackbox,
     gradients,
     determinism,
-    isolation,
-    progress,
+    batch_independence,
+    loss_increase,
     pgd_gap,
     binarisation,
-    plumbing,
+    consistency,
 )
 ORDER: tuple[Status, ...] = ("fail", "warn", "not checked", "pass")
 
@@ -37,7 +37,7 @@ ORDER: tuple[Status, ...] = ("fail", "warn", "not checked", "pass")
 class Verdict:
     """The findings, one a check."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckResult, ...]
 
     @property
     def status(self) -> Status:
@@ -55,12 +55,12 @@ class Verdict:
         return {"verdict": self.status, "checks": [asdict(finding) for finding in self.findings]}
 
 
-def judge(case: Case) -> Verdict:
+def judge(case: CheckContext) -> Verdict:
     """Ask every check."""
     return Verdict(tuple(_asked(case)))
 
 
-def _asked(case: Case) -> Iterator[Finding]:
+def _asked(case: CheckContext) -> Iterator[CheckResult]:
     for check in console.track(CHECKS, f"{case.target.name}: checks", len(CHECKS)):
         yield check(case)
 

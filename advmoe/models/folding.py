@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SMALL = 4  # pixels of a map; on 3x3 a matrix multiplies nothing less than a 3x3 kernel, and on 4x4 it lost
+MAX_PIXELS = 4  # pixels of a map; on 3x3 a matrix multiplies nothing less than a 3x3 kernel, and on 4x4 it lost
 
 Sides = tuple[int, int]  # height and width
 Form = tuple[Tensor, Tensor]  # weight and bias
@@ -24,18 +24,18 @@ Affine = tuple[Tensor, Tensor, Tensor]  # weight (O, I, k, k), its scale (O,), b
 Fold = Callable[[], Sequence[Affine]]  # of each expert
 
 
-def small(images_BCHW: Tensor) -> bool:
+def is_small(images_BCHW: Tensor) -> bool:
     """Whether a map is small enough for a matrix; on a GPU and for a compiler never: there it has not been measured."""
     measured = images_BCHW.device.type == "cpu" and not torch.compiler.is_compiling()
-    return measured and images_BCHW.shape[-2] * images_BCHW.shape[-1] <= SMALL
+    return measured and images_BCHW.shape[-2] * images_BCHW.shape[-1] <= MAX_PIXELS
 
 
-def pays(images_BCHW: Tensor, conv: nn.Conv2d) -> bool:
+def is_faster(images_BCHW: Tensor, conv: nn.Conv2d) -> bool:
     """Whether a matrix is the faster way. A 1x1 kernel of stride 1 meets no padding: on one pixel it is a matrix as it
     stands, on more it would be one that is mostly zeros.
     """
     lean = conv.kernel_size == conv.stride == (1, 1)
-    return small(images_BCHW) and not (lean and images_BCHW.shape[-2:] != (1, 1))
+    return is_small(images_BCHW) and not (lean and images_BCHW.shape[-2:] != (1, 1))
 
 
 class Folding:

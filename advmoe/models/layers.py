@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.models.folding import Affine, Folding, pays
+from advmoe.models.folding import Affine, Folding, is_faster
 
 
 class Normalize(nn.Module):
@@ -47,7 +47,7 @@ class ConvNorm(nn.Module):
             normed: Tensor = self.norm(self.conv(images_BCHW))
             return normed
         dtype = compute_dtype(images_BCHW)
-        if pays(images_BCHW, self.conv):
+        if is_faster(images_BCHW, self.conv):
             maps_1BHWC = images_BCHW.permute(0, 2, 3, 1)[None]  # in channels_last nothing moves
             return self._folding.multiplied(self._affine, maps_1BHWC, dtype)[0].permute(0, 3, 1, 2)
         weight, bias = self._folding.convolution(self._affine, dtype)

@@ -13,24 +13,25 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from advmoe import classifiers, state
-from advmoe.classifiers import Backbone, GateSettings, Mixture, NoGate, OwnConfidence
+from advmoe.core.errors import UserError
+from advmoe.core.settings import Fraction01, NonNegativeFloat, PositiveFloat, Settings
 from advmoe.data.dataset import Dataset
-from advmoe.errors import UserError
-from advmoe.models.moe import Mixing, MixtureOfExperts
-from advmoe.params import Fraction01, NonNegativeFloat, PositiveFloat, Settings
-from advmoe.routing import entropy, gate_weights, shift
-from advmoe.training import cost
-from advmoe.training.adversary import Adversary, TradesBatches
-from advmoe.training.experts import backbone_of, hashes, load_experts
-from advmoe.training.loop import DIGITS, Course, Learner, Row, Trained, fit
-from advmoe.training.objectives.batch import Batch
-from advmoe.training.objectives.catalogue import Objective
-from advmoe.training.objectives.dwf import Dwf
-from advmoe.training.objectives.trades import Trades
-from advmoe.training.objectives.votes import own_losses
-from advmoe.training.recipe import Recipe, sgd
-from advmoe.training.record import record
+from advmoe.models import classifiers
+from advmoe.models.classifiers import Backbone, GateSettings, Mixture, NoGate, OwnConfidence
+from advmoe.models.gate_statistics import entropy, gate_weights, shift
+from advmoe.models.mixture import Mixing, MixtureOfExperts
+from advmoe.runtime.checkpoints import workdir
+from advmoe.training import flops
+from advmoe.training.batch_attacks import Adversary, TradesBatches
+from advmoe.training.config import ValidatedTrainingConfig, sgd
+from advmoe.training.losses.batch import Batch
+from advmoe.training.losses.dwf import Dwf
+from advmoe.training.losses.expert_losses import own_losses
+from advmoe.training.losses.registry import Objective
+from advmoe.training.losses.trades import Trades
+from advmoe.training.pretrained_experts import backbone_of, input_hashes, load_experts
+from advmoe.training.stage_outputs import write_outputs
+from advmoe.training.trainer import DIGITS, Row, TrainingJob, TrainingResult, TrainingTask, fit
 
 
 class Alarms(Settings):
@@ -44,10 +45,10 @@ class Alarms(Settings):
     gradient: PositiveFloat
 
 
-class JointRecipe(Recipe):
+class JointConfig(ValidatedTrainingConfig):
     """A recipe, and what only a mixture has.
 
-    `recipe`: what is learned from an attacked batch, the paper's `dwf` or another of `advmoe.training.objectives`;
+    `recipe`: what is learned from an attacked batch, the paper's `dwf` or another of `advmoe.training.losses`;
     `gate_lr`: the gate's own peak learning rate; `own_loss`: weight of the experts' own cross-entropies beside the
     mixture's, 0 for none; `load_balance`: weight of the squared coefficient of variation of the mean gate weights
     (Shazeer et al. 2017), 0 for none; `checkpointing`: keep one expert's activations at a time and compute them again
@@ -66,7 +67,7 @@ class JointRecipe(Recipe):
     alarms: Alarms
 
     @model_validator(mode="after")
-    def _one_loss(self) -> "JointRecipe":
+    def _one_loss(self) -> "JointConfig":
         if not isinstance(self.recipe, Dwf) and isinstance(self.adversary, TradesBatches):
             raise ValueError(
                 f"recipe {self.recipe.kind} and adversary trades each bring a loss of the answer; one of them must go"
@@ -86,12 +87,12 @@ def load_imbalance(log_gate_BE: Tensor) -> Tensor:
     return imbalance
 
 
-class MixtureLearner:
+class MixtureTask:
     """Cross-entropy of the mixed log-probabilities, or what else the recipe or TRADES makes of them, plus the experts'
     own losses and load balance; watches the gate.
     """
 
-    def __init__(self, model: MixtureOfExperts, recipe: JointRecipe) -> None:
+    def __init__(self, model: MixtureOfExperts, recipe: JointConfig) -> None:
         self.model: nn.Module = model
         self.mixture = model
         self.mixture.checkpointing = recipe.checkpointing
@@ -159,7 +160,7 @@ class MixtureLearner:
         self.gate_norms = list(norms)
 
 
-def alarms(history: list[Row], kept: Row, recipe: JointRecipe) -> list[str]:
+def alarms(history: list[Row], kept: Row, recipe: JointConfig) -> list[str]:
     """What went wrong with the gate, judged on the epoch that was kept (load) and on every epoch (gradient). Over one
     expert a gate has nothing to learn, and nothing goes wrong.
     """
@@ -183,23 +184,23 @@ class Design:
 
     gate: GateSettings | NoGate | OwnConfidence
     mixing: Mixing
-    learner: Callable[[MixtureOfExperts, JointRecipe], Learner]
+    learner: Callable[[MixtureOfExperts, JointConfig], TrainingTask]
 
     def architecture(self, backbone: Backbone, experts: tuple[str, ...]) -> Mixture:
         """The network itself, as a header describes it."""
         return Mixture(kind="mixture", backbone=backbone, experts=experts, gate=self.gate, mixing=self.mixing)
 
 
-def the_papers(recipe: JointRecipe) -> Design:
+def paper_design(recipe: JointConfig) -> Design:
     """The defence of arXiv 2512.20821: a soft gate, and everything learns together."""
-    return Design(recipe.gate, recipe.mixing, MixtureLearner)
+    return Design(recipe.gate, recipe.mixing, MixtureTask)
 
 
 def train_mixture(
     experts: list[nn.Module],
     backbone: Backbone,
     dataset: Dataset,
-    recipe: JointRecipe,
+    recipe: JointConfig,
     *,
     seed: int,
     epsilon: float,
@@ -207,16 +208,16 @@ def train_mixture(
     name: str = "mixture",
     design: Design | None = None,
     shelf: Path | None = None,
-) -> tuple[Trained, Mixture]:
+) -> tuple[TrainingResult, Mixture]:
     """Train gate and copies of `experts` (in the order of `recipe.experts`) jointly; the architecture comes along.
 
     `spent`: operations that the experts took; `name`: whose random numbers these are; `design`: the paper's, if none;
     `shelf`: where to keep what is unfinished.
     """
-    design = design or the_papers(recipe)
+    design = design or paper_design(recipe)
     architecture = design.architecture(backbone, recipe.experts)
-    mixture = classifiers.assemble(architecture, dataset.facts, experts, seed, name)
-    course = Course(
+    mixture = classifiers.build_mixture(architecture, dataset.facts, experts, seed, name)
+    course = TrainingJob(
         name=name,
         seed=seed,
         dataset=dataset,
@@ -236,7 +237,7 @@ def train_and_record(
     stage: str,
     name: str,
     label: str,
-    recipe: JointRecipe,
+    recipe: JointConfig,
     data: Dataset,
     *,
     seed: int,
@@ -248,8 +249,8 @@ def train_and_record(
     `stage`; `settings`: what else its header should tell.
     """
     experts = load_experts(recipe.experts, data)
-    made_from = hashes(data, experts)
-    with state.work(f"{stage}-{name}", dict(settings), recipe, seed, epsilon, made_from) as shelf:
+    made_from = input_hashes(data, experts)
+    with workdir.open_workdir(f"{stage}-{name}", dict(settings), recipe, seed, epsilon, made_from) as shelf:
         trained, architecture = train_mixture(
             [expert.model for expert in experts.values()],
             backbone_of(experts),
@@ -257,12 +258,12 @@ def train_and_record(
             recipe,
             seed=seed,
             epsilon=epsilon,
-            spent=cost.spent(experts),
+            spent=flops.total_prior_flops(experts),
             name=label,
             design=design,
             shelf=shelf,
         )
-        record(
+        write_outputs(
             stage,
             name,
             trained,

@@ -14,8 +14,8 @@ from typing import Literal
 from torch import Tensor
 
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.model import Fooled, Model, input_gradient
-from advmoe.params import PositiveFloat, Settings
+from advmoe.attacks.interface import IsAdversarial, Model, input_gradient
+from advmoe.core.settings import PositiveFloat, Settings
 
 
 class NFgsm(Settings):
@@ -34,7 +34,7 @@ def nfgsm(
     ball: Ball,
     settings: NFgsm,
     draws: Draws,
-    fooled: Fooled | None = None,
+    fooled: IsAdversarial | None = None,
 ) -> Tensor:
     """Training images with noise and one step, inside [0, 1]. Not for evaluation: it leaves the ball."""
     del fooled

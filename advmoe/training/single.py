@@ -9,20 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe import classifiers, state
-from advmoe.classifiers import Backbone, Plain
+from advmoe.core.errors import UserError
+from advmoe.core.settings import Epsilon, Seed, Settings
 from advmoe.data.dataset import Dataset
-from advmoe.errors import UserError
-from advmoe.machine import derive_seed
-from advmoe.params import Epsilon, Seed, Settings
-from advmoe.training.adversary import Adversary, CleanBatches, FgsmBatches, TradesBatches
-from advmoe.training.loop import Course, Learner, Row, Trained, fit
-from advmoe.training.recipe import Learning, Recipe, sgd
-from advmoe.training.record import record
+from advmoe.models import classifiers
+from advmoe.models.classifiers import Backbone, Plain
+from advmoe.runtime.checkpoints import workdir
+from advmoe.runtime.machine import derive_seed
+from advmoe.training.batch_attacks import Adversary, CleanBatches, FgsmBatches, TradesBatches
+from advmoe.training.config import TrainingConfig, ValidatedTrainingConfig, sgd
+from advmoe.training.stage_outputs import write_outputs
 from advmoe.training.trades import trades_loss
+from advmoe.training.trainer import Row, TrainingJob, TrainingResult, TrainingTask, fit
 
 
-class Student(Settings):
+class NetworkSpec(Settings):
     """One network to train: its adversary, its own seed, and the top-level parameter it depends on.
 
     `reads` is what dvc.yaml puts among the stage's params: `epsilon` for whoever meets the threat model in training,
@@ -46,13 +47,13 @@ class Student(Settings):
         return not isinstance(self.adversary, CleanBatches | FgsmBatches)
 
 
-class SingleRecipe(Recipe):
+class SingleConfig(ValidatedTrainingConfig):
     """A recipe, and the fixed radius at which networks that do not meet the threat model are validated."""
 
     validation_epsilon: Epsilon
 
 
-def baseline_recipe(pretrain: SingleRecipe, joint_epochs: int) -> SingleRecipe:
+def baseline_recipe(pretrain: SingleConfig, joint_epochs: int) -> SingleConfig:
     """The recipe of plain networks that stand beside the mixture: the experts', for as many epochs in total."""
     return pretrain.model_copy(update={"epochs": pretrain.epochs + joint_epochs})
 
@@ -60,7 +61,7 @@ def baseline_recipe(pretrain: SingleRecipe, joint_epochs: int) -> SingleRecipe:
 class PlainLearner:
     """Cross-entropy on whatever the batch was attacked with."""
 
-    def __init__(self, model: nn.Module, recipe: Learning) -> None:
+    def __init__(self, model: nn.Module, recipe: TrainingConfig) -> None:
         self.model = model
         self.recipe = recipe
 
@@ -106,7 +107,7 @@ class PlainLearner:
 class TradesLearner(PlainLearner):
     """TRADES' two terms: right on clean images, and the same answer on attacked ones (Zhang et al. 2019)."""
 
-    def __init__(self, model: nn.Module, recipe: Learning, beta: float) -> None:
+    def __init__(self, model: nn.Module, recipe: TrainingConfig, beta: float) -> None:
         super().__init__(model, recipe)
         self.beta = beta
 
@@ -115,29 +116,29 @@ class TradesLearner(PlainLearner):
         return trades_loss(self.model(clean_BCHW), self.model(images_BCHW), labels_B, self.beta)
 
 
-def learner_of(student: Student, model: nn.Module, recipe: Learning) -> Learner:
+def task_for(student: NetworkSpec, model: nn.Module, recipe: TrainingConfig) -> TrainingTask:
     """How this student learns: from cross-entropy, or as TRADES does."""
     if isinstance(student.adversary, TradesBatches):
         return TradesLearner(model, recipe, student.adversary.beta)
     return PlainLearner(model, recipe)
 
 
-LearnerOf = Callable[[Student, nn.Module, Learning], Learner]
+TaskFactory = Callable[[NetworkSpec, nn.Module, TrainingConfig], TrainingTask]
 
 
 def train_single(
     name: str,
-    student: Student,
+    student: NetworkSpec,
     backbone: Backbone,
     dataset: Dataset,
-    recipe: SingleRecipe,
+    recipe: SingleConfig,
     *,
     seed: int,
     epsilon: float | None,
     shelf: Path | None = None,
-    learner: LearnerOf = learner_of,
+    learner: TaskFactory = task_for,
     spent: int = 0,
-) -> Trained:
+) -> TrainingResult:
     """Train one plain network. `epsilon` is the threat model's, None for students that do not meet it; `shelf`: where
     to keep what is unfinished; `learner`: makes the learner; `spent`: operations that went into what it learns from.
 
@@ -147,7 +148,7 @@ def train_single(
     meets = student.meets_threat_model
     assert (epsilon is not None) == meets
     model = classifiers.build(Plain(kind="plain", backbone=backbone), dataset.facts, seed, name, student.seed)
-    course = Course(
+    course = TrainingJob(
         name=name,
         seed=derive_seed(seed, student.seed),
         dataset=dataset,
@@ -165,14 +166,14 @@ def train_and_record(
     stage: str,
     name: str,
     label: str,
-    student: Student,
+    student: NetworkSpec,
     backbone: Backbone,
     dataset: Dataset,
-    recipe: SingleRecipe,
+    recipe: SingleConfig,
     *,
     seed: int,
     epsilon: float | None,
-    learner: LearnerOf = learner_of,
+    learner: TaskFactory = task_for,
     spent: int = 0,
     made_from: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
@@ -180,7 +181,7 @@ def train_and_record(
     hashes of what else than the data it learns from, and the others as in `train_single`.
     """
     inputs = {"dataset": dataset.sha256, **made_from}
-    with state.work(f"{stage}-{name}", student, backbone, recipe, seed, epsilon, inputs) as shelf:
+    with workdir.open_workdir(f"{stage}-{name}", student, backbone, recipe, seed, epsilon, inputs) as shelf:
         trained = train_single(
             label,
             student,
@@ -193,7 +194,7 @@ def train_and_record(
             learner=learner,
             spent=spent,
         )
-        record(
+        write_outputs(
             stage,
             name,
             trained,

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.model import Fooled, Model, pixel_gradient
-from advmoe.params import PositiveFloat, PositiveInt, Settings
+from advmoe.attacks.interface import IsAdversarial, Model, pixel_gradient
+from advmoe.core.settings import PositiveFloat, PositiveInt, Settings
 
 SPREAD = 1e-3  # of the normal noise that the ascent starts from: at the image itself the divergence has no slope
 
@@ -35,7 +35,7 @@ def trades(
     ball: Ball,
     settings: Trades,
     draws: Draws,
-    fooled: Fooled | None = None,
+    fooled: IsAdversarial | None = None,
 ) -> Tensor:
     """The last point of the ascent on the divergence, inside the ball and [0, 1]; every image takes all steps."""
     del labels_B, fooled

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from advmoe import engine
-from advmoe.attacks import catalogue
+from advmoe.attacks import engine, registry
 from advmoe.attacks.ball import ORDER, TINY, Ball, Norm
-from advmoe.attacks.catalogue import AnyAttack
-from advmoe.attacks.draws import BatchDraws, ImageDraws
-from advmoe.evaluation.checks.case import Case, Finding
-from advmoe.evaluation.checks.probing import Answer, Remark, UnaskableError, answered, blamed, percent
-from advmoe.machine import generator
+from advmoe.attacks.random_streams import BatchDraws, ImageDraws
+from advmoe.attacks.registry import AnyAttack
+from advmoe.evaluation.checks.base import CheckContext, CheckResult
+from advmoe.evaluation.checks.probe_attacks import Answer, CheckSkippedError, Remark, error_message, percent, run_check
+from advmoe.models import inference
+from advmoe.runtime.machine import generator
 
 CHECK = "binarisation"
 GOOD, POOR = 0.95, 0.8  # share found that passes (the authors' bar), and below which it is a failure
@@ -40,22 +40,22 @@ CLOSENESS = 0.9  # where the plane cuts, between the outermost harmless point (0
 KICK = 0.6  # standard deviation of a random change, in units of the planted one's: turns 5 % of the signs
 
 
-def binarisation(case: Case) -> Finding:
+def binarisation(case: CheckContext) -> CheckResult:
     """Plants an adversarial example at each of the first images and lets the case's own attacks look for it."""
-    return answered(CHECK, _answer, case)
+    return run_check(CHECK, _answer, case)
 
 
-def _answer(case: Case) -> Answer:
+def _answer(case: CheckContext) -> Answer:
     suite = {name: attack for name, attack in case.attacks.items() if _searches(attack)}
     if not suite:
-        raise UnaskableError("not checked", "no white-box attack was run, so there is no gradient search to test")
+        raise CheckSkippedError("not checked", "no white-box attack was run, so there is no gradient search to test")
     binary, rows = _plant(case, _heads(case), _apart(case.target.images[: case.probes.images], case.terms.ball))
     if len(rows) < FEWEST:
-        raise UnaskableError("not checked", f"an adversarial example could be planted at {len(rows)} images only")
+        raise CheckSkippedError("not checked", f"an adversarial example could be planted at {len(rows)} images only")
     found, refused = _attack(case, binary, rows, suite)
     if len(refused) == len(suite):
         why = next(iter(refused.values()))
-        raise UnaskableError("not checked", f"the attacks did not run on the planted problem ({why})")
+        raise CheckSkippedError("not checked", f"the attacks did not run on the planted problem ({why})")
     random = _random_score(case, binary, rows)
     hits, total = int(found.sum()), len(rows)
     used = [name for name in suite if name not in refused]
@@ -64,17 +64,17 @@ def _answer(case: Case) -> Answer:
 
 
 def _searches(attack: AnyAttack) -> bool:
-    entry = catalogue.ENTRIES[type(attack)]
+    entry = registry.ENTRIES[type(attack)]
     return entry.access in ("white", "own") and not entry.needs_gate
 
 
-def _heads(case: Case) -> list[nn.Linear]:
+def _heads(case: CheckContext) -> list[nn.Linear]:
     """The last layers: one in a plain network, one for each expert in a mixture."""
     classes = case.measured.clean_logits.shape[1]
     heads = [m for m in case.target.model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
     if not heads:
         reason = f"the model has no linear layer with {classes} outputs whose input could be read"
-        raise UnaskableError("not checked", reason)
+        raise CheckSkippedError("not checked", reason)
     return heads
 
 
@@ -165,13 +165,15 @@ def _apart(images_NCHW: Tensor, ball: Ball) -> Tensor:
     return torch.tensor(kept)
 
 
-def _plant(case: Case, heads: list[nn.Linear], rows: Tensor) -> tuple[Binary, Tensor]:
+def _plant(case: CheckContext, heads: list[nn.Linear], rows: Tensor) -> tuple[Binary, Tensor]:
     """The binary model of the images, and those (n,) at which the planted point holds in the deciding forward pass."""
     model, images = case.target.model, case.target.images[rows]
     try:
         fitted = [_fit(case, heads, row) for row in rows]
     except Exception as error:  # anybody's model, which may raise anything
-        raise UnaskableError("not checked", f"what the last layer reads cannot be read ({blamed(error)})") from error
+        raise CheckSkippedError(
+            "not checked", f"what the last layer reads cannot be read ({error_message(error)})"
+        ) from error
     planes = ReadOut(*(torch.stack(part) for part in zip(*fitted, strict=True)))
     binary = Binary(model, heads, images, planes, case.terms.ball.norm)
     points, scores = _move_on(case, binary)
@@ -180,14 +182,14 @@ def _plant(case: Case, heads: list[nn.Linear], rows: Tensor) -> tuple[Binary, Te
     return binary, rows[((harmless < 0) & (planted > 0)).cpu()]
 
 
-def _fit(case: Case, heads: list[nn.Linear], row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fit(case: CheckContext, heads: list[nn.Linear], row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weights (F,), offset () and planted point (C, H, W) of one image."""
     image, ball = case.target.images[row][None], case.terms.ball
     draws = BatchDraws(generator(case.terms.seed, "check", CHECK, int(row)))
     inner = ball.resized(INNER * ball.epsilon).start(image.expand(case.probes.samples, -1, -1, -1), draws)
     outer = _surface(ball, image.expand(CANDIDATES, -1, -1, -1), draws)
     points = torch.cat([image, inner, outer])
-    read = engine.predict(Reader(case.target.model, heads), points, len(points)).double()
+    read = inference.predict(Reader(case.target.model, heads), points, len(points)).double()
     weights, offset, best = separate(read[:-CANDIDATES], read[-CANDIDATES:])
     return weights.float(), offset.float(), outer[best]
 
@@ -217,7 +219,7 @@ def separate(inner_SF: Tensor, outer_PF: Tensor) -> tuple[Tensor, Tensor, int]:
     return weights_F, -outermost_P[best] - weights_F @ mean_F, best
 
 
-def _move_on(case: Case, binary: Binary) -> tuple[Tensor, Tensor]:
+def _move_on(case: CheckContext, binary: Binary) -> tuple[Tensor, Tensor]:
     """The planted points (N, C, H, W) after as many random changes as a probe has steps, and their scores (N,)."""
     ball, images, points = case.terms.ball, binary.images, binary.planes.points
     draws = BatchDraws(generator(case.terms.seed, "check", CHECK, "move"))
@@ -234,14 +236,16 @@ def _move_on(case: Case, binary: Binary) -> tuple[Tensor, Tensor]:
 
 def _scores(binary: Binary, points_BCHW: Tensor) -> Tensor:
     """How far (B,) beyond the plane, in float32."""
-    logits_B2 = engine.predict(binary, points_BCHW, len(points_BCHW))
+    logits_B2 = inference.predict(binary, points_BCHW, len(points_BCHW))
     return logits_B2[:, 1] - logits_B2[:, 0]
 
 
 # ---- searching
 
 
-def _attack(case: Case, binary: Binary, rows: Tensor, suite: dict[str, AnyAttack]) -> tuple[Tensor, dict[str, str]]:
+def _attack(
+    case: CheckContext, binary: Binary, rows: Tensor, suite: dict[str, AnyAttack]
+) -> tuple[Tensor, dict[str, str]]:
     """Whose planted problem some attack solves (n,), and which attacks did not run, with the reason."""
     found, refused = torch.zeros(len(rows), dtype=torch.bool), dict[str, str]()
     for name, attack in suite.items():
@@ -251,18 +255,18 @@ def _attack(case: Case, binary: Binary, rows: Tensor, suite: dict[str, AnyAttack
         try:
             found[left] = _strike(case, binary, rows[left], name, attack)
         except Exception as error:  # anybody's model or attack, which may raise anything
-            refused[name] = blamed(error)
+            refused[name] = error_message(error)
     return found, refused
 
 
-def _strike(case: Case, binary: Binary, rows: Tensor, name: str, attack: AnyAttack) -> Tensor:
+def _strike(case: CheckContext, binary: Binary, rows: Tensor, name: str, attack: AnyAttack) -> Tensor:
     images = case.target.images[rows]
     harmless = torch.zeros(len(rows), dtype=torch.int64, device=images.device)
-    struck = engine.strike(
+    struck = engine.run_attack(
         binary,
         images,
         harmless,
-        catalogue.bind(attack, {}),
+        registry.bind(attack, {}),
         ball=case.terms.ball,
         draws=ImageDraws(case.terms.seed, f"check-{CHECK}-{name}", rows),
         precision=case.terms.precision,
@@ -270,7 +274,7 @@ def _strike(case: Case, binary: Binary, rows: Tensor, name: str, attack: AnyAtta
     return (_scores(binary, struck.images) > 0).cpu()
 
 
-def _random_score(case: Case, binary: Binary, rows: Tensor) -> float:
+def _random_score(case: CheckContext, binary: Binary, rows: Tensor) -> float:
     """Share of images at which one of as many random points of the surface as a probe has steps would do."""
     images, found = case.target.images[rows], torch.zeros(len(rows), dtype=torch.bool)
     draws = BatchDraws(generator(case.terms.seed, "check", CHECK, "random"))

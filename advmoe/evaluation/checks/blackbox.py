@@ -13,25 +13,27 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.fgsm import Fgsm
-from advmoe.evaluation.checks import probing
-from advmoe.evaluation.checks.case import Case, Finding, Status
+from advmoe.evaluation.checks import probe_attacks
+from advmoe.evaluation.checks.base import CheckContext, CheckResult, Status
 
 BLIND = ("score", "decision", "transfer", "none")
 POINTS, FEW = 0.005, 2  # share of the images, and how many at least, that the blind attacks may add
 MUCH = 5  # times what they may add is no accident
 
 
-def blackbox(case: Case) -> Finding:
+def blackbox(case: CheckContext) -> CheckResult:
     """What attacks without gradients add to what white-box attacks found."""
-    return probing.answered("blackbox", _answer, case)
+    return probe_attacks.run_check("blackbox", _answer, case)
 
 
-def _answer(case: Case) -> probing.Answer:
-    white = probing.white_box(case)
-    blind = [name for name in case.measured.outcomes if probing.access(case.attacks[name]) in BLIND]
+def _answer(case: CheckContext) -> probe_attacks.Answer:
+    white = probe_attacks.white_box(case)
+    blind = [name for name in case.measured.outcomes if probe_attacks.access(case.attacks[name]) in BLIND]
     if not white or not blind:
         missing = "a black-box, transfer or noise attack" if white else "a white-box attack"
-        raise probing.UnaskableError("not checked", f"without {missing} among the attacks there is nothing to compare")
+        raise probe_attacks.CheckSkippedError(
+            "not checked", f"without {missing} among the attacks there is nothing to compare"
+        )
     extra = _fallen(case, blind) & ~_fallen(case, white)
     judged = _met(case, white)
     added, unjudged = int((extra & judged).sum()), int((extra & ~judged).sum())
@@ -48,12 +50,12 @@ def _answer(case: Case) -> probing.Answer:
     return status, _sentence(case, status, white, blind, evidence), evidence
 
 
-def _fallen(case: Case, names: Sequence[str]) -> Tensor:
+def _fallen(case: CheckContext, names: Sequence[str]) -> Tensor:
     outcomes = [case.measured.outcomes[name] for name in names]
     return torch.stack([outcome.attacked & ~outcome.correct for outcome in outcomes]).any(dim=0)
 
 
-def _met(case: Case, names: Sequence[str]) -> Tensor:
+def _met(case: CheckContext, names: Sequence[str]) -> Tensor:
     """Who (N,) met all of these attacks: not an image that had fallen before and was dropped, or beyond a limit."""
     return torch.stack([case.measured.outcomes[name].attacked for name in names]).all(dim=0)
 
@@ -66,7 +68,7 @@ def _status(added: int, unjudged: int, allowed: float) -> Status:
     return "not checked" if unjudged > allowed else "pass"
 
 
-def _sentence(case: Case, status: Status, white: list[str], blind: list[str], evidence: dict[str, Any]) -> str:
+def _sentence(case: CheckContext, status: Status, white: list[str], blind: list[str], evidence: dict[str, Any]) -> str:
     sentence = (
         f"of {evidence['images']} images {evidence['added']} withstood {', '.join(white)} and fell to "
         f"{', '.join(blind)}; up to {evidence['allowed']:g} may do so by chance"

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as Dropout
 
-from advmoe import engine
-from advmoe.evaluation.checks.case import Case, Finding
+from advmoe.evaluation.checks.base import CheckContext, CheckResult
+from advmoe.models import inference
 
 CHECK = "determinism"
 AGAIN, SEEDED, WATCHED = "again", "with another random state", "when a gradient is asked for"
 ROUNDING = 1e-4  # of the largest logit: kernels that add up in another order stay below
 
 
-def determinism(case: Case) -> Finding:
+def determinism(case: CheckContext) -> CheckResult:
     """Passes the same images several times; attacks on one draw of a randomised model do not evaluate it."""
     images = case.target.images[: case.probes.images]
-    with engine.frozen(case.target.model) as model, torch.random.fork_rng(devices=_devices(images)):
+    with inference.eval_mode(case.target.model) as model, torch.random.fork_rng(devices=_devices(images)):
         first_BK, answers = _passes(model, images)
         dropouts = [name for name, part in model.named_modules() if isinstance(part, Dropout) and part.training]
     changes = {how: _largest(answer, first_BK) for how, answer in answers.items()}
@@ -32,14 +32,16 @@ def determinism(case: Case) -> Finding:
     flipped = int((answers[how].argmax(1) != first_BK.argmax(1)).sum())
     evidence = {"images": len(images), "largest_change": round(changes[how], 6), "decisions": flipped}
     if not changes[how]:
-        return Finding(CHECK, "pass", f"passes over the same {len(images)} images agree to the bit", evidence)
+        return CheckResult(CHECK, "pass", f"passes over the same {len(images)} images agree to the bit", evidence)
     apart = (
         f"asked {how}, the model's logits differ by up to {changes[how]:.2g} and {flipped} of {len(images)} decisions "
         "change"
     )
     if changes[how] <= rounding:
-        return Finding(CHECK, "warn", f"{apart}: rounding that does not repeat, as some GPU kernels have it", evidence)
-    return Finding(CHECK, "fail", f"{apart}: {_cause(dropouts, how)}", evidence)
+        return CheckResult(
+            CHECK, "warn", f"{apart}: rounding that does not repeat, as some GPU kernels have it", evidence
+        )
+    return CheckResult(CHECK, "fail", f"{apart}: {_cause(dropouts, how)}", evidence)
 
 
 def _cause(dropouts: list[str], how: str) -> str:

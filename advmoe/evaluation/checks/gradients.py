@@ -13,25 +13,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from advmoe import engine
 from advmoe.attacks.apgd import ApgdT
-from advmoe.attacks.catalogue import AnyAttack
 from advmoe.attacks.fab import FabT
-from advmoe.attacks.model import margin, pixel_gradient
+from advmoe.attacks.interface import margin, pixel_gradient
 from advmoe.attacks.pgd import Pgd
-from advmoe.evaluation.checks.case import Case, Finding
-from advmoe.evaluation.checks.probing import (
+from advmoe.attacks.registry import AnyAttack
+from advmoe.evaluation.checks.base import CheckContext, CheckResult
+from advmoe.evaluation.checks.gradient_trace import GradientStep, ascend, vanished
+from advmoe.evaluation.checks.probe_attacks import (
     Answer,
+    CheckSkippedError,
+    ProbeSet,
     Remark,
-    Stage,
-    UnaskableError,
-    answered,
-    blamed,
-    gravest,
+    error_message,
     percent,
-    stage,
+    probe_images,
+    run_check,
+    worst_status,
 )
-from advmoe.evaluation.checks.watching import Look, ascend, vanished
+from advmoe.models import inference
 
 CHECK = "gradients"
 MANY = 0.1  # share of exactly zero gradients that is a failure; single ones are a reason to look
@@ -52,7 +52,7 @@ class _Seen:
     largest: float = 0.0
     clean_logits: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
-    def add(self, model: nn.Module, seen: Look, labels: Tensor) -> None:
+    def add(self, model: nn.Module, seen: GradientStep, labels: Tensor) -> None:
         finite = seen.logits.isfinite().all(dim=1) & seen.gradient.isfinite().flatten(1).all(dim=1)
         right = finite & (seen.logits.argmax(dim=1) == labels)
         zero = right & vanished(seen.gradient)
@@ -69,19 +69,19 @@ class _Seen:
         return self.zero / self.right if self.right else 0.0
 
 
-def gradients(case: Case) -> Finding:
+def gradients(case: CheckContext) -> CheckResult:
     """Looks at logits and input gradients at the clean images and at every step of an ascent from them."""
-    return answered(CHECK, _answer, case)
+    return run_check(CHECK, _answer, case)
 
 
-def _answer(case: Case) -> Answer:
-    model, probe = case.target.model, stage(case)
+def _answer(case: CheckContext) -> Answer:
+    model, probe = case.target.model, probe_images(case)
     try:
-        with engine.frozen(model):
+        with inference.eval_mode(model):
             seen = _watch(case, probe)
             gates = _blocked_gates(model, case.target.images[: case.probes.images])
     except Exception as error:  # anybody's model, which may raise anything
-        raise UnaskableError("fail", f"the model's gradient cannot be computed ({blamed(error)})") from error
+        raise CheckSkippedError("fail", f"the model's gradient cannot be computed ({error_message(error)})") from error
     remarks = [*_of_output(seen.clean_logits), *_of_numbers(seen), *_of_gradient(seen, case), *_of_gates(gates)]
     evidence = {
         "images": len(probe.rows),
@@ -92,10 +92,10 @@ def _answer(case: Case) -> Answer:
         "dtype": str(seen.clean_logits.dtype).removeprefix("torch."),
     }
     otherwise = f"logits and gradients are finite and not zero at {seen.points} points on the way of an attack"
-    return *gravest(remarks, otherwise), evidence
+    return *worst_status(remarks, otherwise), evidence
 
 
-def _watch(case: Case, probe: Stage) -> _Seen:
+def _watch(case: CheckContext, probe: ProbeSet) -> _Seen:
     seen = _Seen()
     for here in ascend(case, probe, CHECK):
         if not seen.points:
@@ -152,7 +152,7 @@ def _of_numbers(seen: _Seen) -> Iterator[Remark]:
         )
 
 
-def _of_gradient(seen: _Seen, case: Case) -> Iterator[Remark]:
+def _of_gradient(seen: _Seen, case: CheckContext) -> Iterator[Remark]:
     if not seen.zero:
         return
     share = f"{percent(seen.share)} of the input gradients are exactly zero on correctly classified images"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from advmoe import engine
+from advmoe.attacks import engine
 from advmoe.attacks.ball import LInf, to_levels
-from advmoe.attacks.model import Model, pixel_gradient
-from advmoe.machine import device
-from advmoe.params import PIXEL_LEVELS, Epsilon, PositiveFloat, PositiveInt, Settings
-from advmoe.threats.extraction.pools import InDistribution
-from advmoe.threats.extraction.tools import Tools
+from advmoe.attacks.interface import Model, pixel_gradient
+from advmoe.core.settings import PIXEL_LEVELS, Epsilon, PositiveFloat, PositiveInt, Settings
+from advmoe.runtime.machine import device
+from advmoe.threats.extraction.context import AttackContext
+from advmoe.threats.extraction.query_pools import InDistribution
 from advmoe.threats.extraction.transfer_set import TransferSet, asked, joined
 
 BATCH = 256
@@ -34,7 +34,7 @@ class Best(Settings):
     step_size: PositiveFloat
 
 
-def best(settings: Best, tools: Tools) -> TransferSet:
+def best(settings: Best, tools: AttackContext) -> TransferSet:
     """The first round asks about images as they are. Raises UserError for a pool or budget too small for that."""
     oracle, own = tools.oracle, tools.gather(InDistribution(kind="in-distribution"))
     tools.two_a_round(settings.rounds)
@@ -47,7 +47,7 @@ def best(settings: Best, tools: Tools) -> TransferSet:
         start = own.images.roll(-number * share, dims=0)[: min(share, oracle.left)]
         if not len(start):
             break
-        with engine.crafting(tools.learn(known), "float32") as cheap:
+        with engine.attack_mode(tools.learn(known), "float32") as cheap:
             uncertain = most_uncertain(cheap, start, settings)
         known = joined(known, asked(oracle, uncertain))
     return known

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from advmoe.params import Settings
-from advmoe.threats.extraction.pools import InDistribution, Pool
-from advmoe.threats.extraction.tools import Tools
+from advmoe.core.settings import Settings
+from advmoe.threats.extraction.context import AttackContext
+from advmoe.threats.extraction.query_pools import InDistribution, Pool
 from advmoe.threats.extraction.transfer_set import TransferSet, asked
 
 
@@ -23,7 +23,7 @@ class Copycat(Settings):
     own: Annotated[float, Field(gt=0, lt=1)]
 
 
-def copycat(settings: Copycat, tools: Tools) -> TransferSet:
+def copycat(settings: Copycat, tools: AttackContext) -> TransferSet:
     """Every query at once. Raises UserError when the budget is larger than either pool allows."""
     budget = tools.oracle.left
     # evenly spread, so that a smaller budget would have bought the same mixture

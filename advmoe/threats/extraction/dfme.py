@@ -17,12 +17,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from advmoe.core.errors import UserError
+from advmoe.core.settings import PIXEL_LEVELS, PositiveInt, Settings
 from advmoe.data.dataset import Facts
-from advmoe.errors import UserError
-from advmoe.machine import device
-from advmoe.params import PIXEL_LEVELS, PositiveInt, Settings
-from advmoe.state import Snapshot, flat, in_parts, memory_of, remind
-from advmoe.threats.extraction.tools import Tools
+from advmoe.runtime.checkpoints.storage import Checkpoint, flatten, load_optimizer_state, optimizer_state, unflatten
+from advmoe.runtime.machine import device
+from advmoe.threats.extraction.context import AttackContext
 from advmoe.threats.extraction.transfer_set import TransferSet, asked, joined
 
 TINY = 1e-7  # of probabilities whose logarithm is taken
@@ -72,7 +72,7 @@ class Generator(nn.Module):
         return painted[:, :, : self.size[0], : self.size[1]]
 
 
-def dfme(settings: Dfme, tools: Tools) -> TransferSet:
+def dfme(settings: Dfme, tools: AttackContext) -> TransferSet:
     """Every image that was asked, with its answer. Raises UserError when the budget does not cover one round."""
     round_of = settings.batch_size * (settings.directions + 1 + settings.learning)
     if tools.oracle.budget < round_of:
@@ -94,7 +94,7 @@ def dfme(settings: Dfme, tools: Tools) -> TransferSet:
 class _Thief:
     """Generator, surrogate, and all that was asked so far."""
 
-    def __init__(self, settings: Dfme, tools: Tools, generator: Generator) -> None:
+    def __init__(self, settings: Dfme, tools: AttackContext, generator: Generator) -> None:
         self.settings, self.oracle, self.stream, self.generator = settings, tools.oracle, tools.stream, generator
         self.surrogate = tools.fresh().eval()
         self.generator_steps = torch.optim.Adam(generator.parameters(), GENERATOR_LR)
@@ -115,26 +115,26 @@ class _Thief:
         """The same in words."""
         return f"{self.oracle.used} queries"
 
-    def state(self) -> Snapshot:
+    def state(self) -> Checkpoint:
         """All of it; what was asked is also what the oracle counted."""
         assert self.known is not None
         parts = {
             "generator": self.generator.state_dict(),
             "surrogate": self.surrogate.state_dict(),
-            "generator steps": memory_of(self.generator_steps),
-            "surrogate steps": memory_of(self.surrogate_steps),
+            "generator steps": optimizer_state(self.generator_steps),
+            "surrogate steps": optimizer_state(self.surrogate_steps),
             "known": vars(self.known),
             "stream": {"state": self.stream.get_state()},
         }
-        return Snapshot(flat(parts), {})
+        return Checkpoint(flatten(parts), {})
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: Checkpoint) -> None:
         """Be as at that moment."""
-        parts = in_parts(snapshot.tensors)
+        parts = unflatten(snapshot.tensors)
         self.generator.load_state_dict(parts["generator"])
         self.surrogate.load_state_dict(parts["surrogate"])
-        remind(self.generator_steps, parts["generator steps"])
-        remind(self.surrogate_steps, parts["surrogate steps"])
+        load_optimizer_state(self.generator_steps, parts["generator steps"])
+        load_optimizer_state(self.surrogate_steps, parts["surrogate steps"])
         self.known = TransferSet(**parts["known"])
         self.oracle.recall(self.known.images)
         self.stream.set_state(parts["stream"]["state"])

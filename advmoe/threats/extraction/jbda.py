@@ -10,12 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from advmoe import engine
-from advmoe.attacks.model import Model, pixel_gradient
-from advmoe.machine import device
-from advmoe.params import PIXEL_LEVELS, NonNegativeInt, PositiveFloat, Settings
-from advmoe.threats.extraction.pools import InDistribution
-from advmoe.threats.extraction.tools import Tools
+from advmoe.attacks import engine
+from advmoe.attacks.interface import Model, pixel_gradient
+from advmoe.core.settings import PIXEL_LEVELS, NonNegativeInt, PositiveFloat, Settings
+from advmoe.runtime.machine import device
+from advmoe.threats.extraction.context import AttackContext
+from advmoe.threats.extraction.query_pools import InDistribution
 from advmoe.threats.extraction.transfer_set import TransferSet, asked, joined
 
 BATCH = 256
@@ -32,7 +32,7 @@ class Jbda(Settings):
     step: PositiveFloat
 
 
-def jbda(settings: Jbda, tools: Tools) -> TransferSet:
+def jbda(settings: Jbda, tools: AttackContext) -> TransferSet:
     """At most seeds * 2^doublings images. Raises UserError when the budget is larger, or seeds are lacking."""
     oracle, own = tools.oracle, tools.gather(InDistribution(kind="in-distribution"))
     seeds = min(settings.seeds, oracle.left)
@@ -42,7 +42,7 @@ def jbda(settings: Jbda, tools: Tools) -> TransferSet:
         tools.reach(len(own), f"{settings.seeds} seeds are wanted, the attacker's pool holds {len(own)}")
     known = asked(oracle, own.images[:seeds])
     while oracle.left:
-        with engine.crafting(tools.learn(known), "float32") as cheap:
+        with engine.attack_mode(tools.learn(known), "float32") as cheap:
             moved = augmented(cheap, known.images, known.answers.argmax(1), settings.step)
         known = joined(known, asked(oracle, moved[: oracle.left]))
     return known

@@ -5,9 +5,9 @@ With the attacker's in-distribution pool it is the customary strong control; wit
 
 from typing import Literal
 
-from advmoe.params import Settings
-from advmoe.threats.extraction.pools import Pool
-from advmoe.threats.extraction.tools import Tools
+from advmoe.core.settings import Settings
+from advmoe.threats.extraction.context import AttackContext
+from advmoe.threats.extraction.query_pools import Pool
 from advmoe.threats.extraction.transfer_set import TransferSet, asked
 
 
@@ -18,6 +18,6 @@ class Knockoff(Settings):
     pool: Pool
 
 
-def knockoff(settings: Knockoff, tools: Tools) -> TransferSet:
+def knockoff(settings: Knockoff, tools: AttackContext) -> TransferSet:
     """Every query at once. Raises UserError when the budget is larger than the pool."""
     return asked(tools.oracle, tools.candidates(settings.pool).images[: tools.oracle.left])

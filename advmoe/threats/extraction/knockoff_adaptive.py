@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from advmoe import engine
-from advmoe.machine import device
-from advmoe.params import PIXEL_LEVELS, PositiveInt, Settings
-from advmoe.threats.extraction.pools import Pool
-from advmoe.threats.extraction.tools import Tools
+from advmoe.core.settings import PIXEL_LEVELS, PositiveInt, Settings
+from advmoe.models import inference
+from advmoe.runtime.machine import device
+from advmoe.threats.extraction.context import AttackContext
+from advmoe.threats.extraction.query_pools import Pool
 from advmoe.threats.extraction.transfer_set import TransferSet, asked, joined
 
 BATCH = 200  # images of a forward pass
@@ -31,7 +31,7 @@ class KnockoffAdaptive(Settings):
     rounds: PositiveInt
 
 
-def knockoff_adaptive(settings: KnockoffAdaptive, tools: Tools) -> TransferSet:
+def knockoff_adaptive(settings: KnockoffAdaptive, tools: AttackContext) -> TransferSet:
     """As many images as the budget buys. Raises UserError for one that is larger than the pool, or too small."""
     pool, oracle = tools.candidates(settings.pool), tools.oracle
     tools.two_a_round(settings.rounds)
@@ -43,7 +43,7 @@ def knockoff_adaptive(settings: KnockoffAdaptive, tools: Tools) -> TransferSet:
         new = asked(oracle, pool.images[rows])
         if known is not None:
             surrogate = tools.learn(known)
-            guesses = engine.predict(surrogate, new.images.to(device()).float() / PIXEL_LEVELS, BATCH).cpu()
+            guesses = inference.predict(surrogate, new.images.to(device()).float() / PIXEL_LEVELS, BATCH).cpu()
             bandit.learn(pool.groups[rows], rewards(new.answers, known.answers, guesses))
         known = new if known is None else joined(known, new)
     assert known is not None

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe import engine
+from advmoe.attacks import engine
 from advmoe.attacks.ball import LInf, to_levels
 from advmoe.attacks.pgd import Pgd, pgd
+from advmoe.core.settings import PIXEL_LEVELS
 from advmoe.data.dataset import Split
-from advmoe.evaluation.intervals import Share
-from advmoe.evaluation.paired import compare
-from advmoe.machine import derive_seed, device, generator
-from advmoe.params import PIXEL_LEVELS
-from advmoe.state import Snapshot
+from advmoe.models import inference
+from advmoe.runtime.checkpoints.storage import Checkpoint
+from advmoe.runtime.machine import derive_seed, device, generator
+from advmoe.statistics.intervals import Share
+from advmoe.statistics.paired_tests import compare
 from advmoe.threats.extraction.victims import Victim
-from advmoe.threats.numbers import DIGITS
+from advmoe.threats.results import DIGITS
 
 BATCH = 200
 
@@ -38,7 +39,7 @@ class Exam:
     attack: Pgd
     epsilon: float
     seed: int
-    precision: engine.Precision
+    precision: inference.Precision
 
     @property
     def pixels(self) -> Tensor:
@@ -52,7 +53,7 @@ class Exam:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class VictimAnswers:
     """The victim's side, computed once: probabilities (N, K) on the test images; classes on noise (M,), on random signs
     of size epsilon (N,), and, where there is a network to differentiate, on PGD images (N, C, H, W) crafted on it.
     """
@@ -69,10 +70,10 @@ class Sheet:
         return self.probabilities.argmax(1)
 
 
-def sheet(victim: Victim, exam: Exam) -> Sheet:
+def victim_answers(victim: Victim, exam: Exam) -> VictimAnswers:
     """Ask the victim everything that surrogates will be compared with. None of this counts as the attacker's query."""
     attacked = None if victim.model is None else broken(victim.model, exam)
-    return Sheet(
+    return VictimAnswers(
         probabilities=victim.ask(exam.split.images),
         on_noise=victim.ask(exam.noise).argmax(1),
         on_signs=shown(victim, _signs(exam), exam),
@@ -90,12 +91,12 @@ def shown(victim: Victim, pixels_NCHW: Tensor, exam: Exam) -> Tensor:
 
 def classes(model: nn.Module, pixels_NCHW: Tensor) -> Tensor:
     """A network's classes (N,)."""
-    return engine.predict(model, pixels_NCHW.to(device()), BATCH).argmax(1).cpu()
+    return inference.predict(model, pixels_NCHW.to(device()), BATCH).argmax(1).cpu()
 
 
 def broken(model: nn.Module, exam: Exam) -> Tensor:
     """The test images under PGD on `model` (N, C, H, W): an image leaves at the first point that the model errs on."""
-    return engine.strike_all(
+    return engine.attack_dataset(
         model,
         exam.pixels,
         exam.labels,
@@ -111,7 +112,7 @@ def broken(model: nn.Module, exam: Exam) -> Tensor:
 
 def to_transfer(model: nn.Module, exam: Exam) -> Tensor:
     """The test images after every step of PGD on `model` (N, C, H, W)."""
-    return engine.ascend_all(
+    return engine.attack_without_early_stop(
         model,
         exam.pixels,
         exam.labels,
@@ -132,7 +133,7 @@ def _signs(exam: Exam) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Copy:
+class SurrogateAnswers:
     """A surrogate's side: log-probabilities (N, K), classes on noise (M,) and on the victim's PGD images (N,), whether
     it is right about its own (N,), and the victim's classes on images crafted on the surrogate (N,).
     """
@@ -149,11 +150,11 @@ class Copy:
         return self.log_probs.argmax(1)
 
 
-def examine(surrogate: nn.Module, victim: Victim, known: Sheet, exam: Exam) -> Copy:
+def examine(surrogate: nn.Module, victim: Victim, known: VictimAnswers, exam: Exam) -> SurrogateAnswers:
     """Ask a surrogate what the victim was asked, and the victim about images crafted on the surrogate."""
     surrogate = surrogate.to(device())
-    logits = engine.predict(surrogate, exam.pixels, BATCH).cpu()
-    return Copy(
+    logits = inference.predict(surrogate, exam.pixels, BATCH).cpu()
+    return SurrogateAnswers(
         log_probs=functional.log_softmax(logits.double(), dim=1),
         on_noise=classes(surrogate, exam.noise.float() / PIXEL_LEVELS),
         on_attacked=None if known.attacked is None else classes(surrogate, known.attacked),
@@ -162,15 +163,15 @@ def examine(surrogate: nn.Module, victim: Victim, known: Sheet, exam: Exam) -> C
     )
 
 
-Answers = TypeVar("Answers", Sheet, Copy)
+Answers = TypeVar("Answers", VictimAnswers, SurrogateAnswers)
 
 
-def to_keep(answers: Sheet | Copy) -> Snapshot:
+def to_keep(answers: VictimAnswers | SurrogateAnswers) -> Checkpoint:
     """One side as unfinished work keeps it."""
-    return Snapshot({name: each for name, each in vars(answers).items() if each is not None}, {})
+    return Checkpoint({name: each for name, each in vars(answers).items() if each is not None}, {})
 
 
-def as_kept(found: Snapshot, side: type[Answers]) -> Answers:
+def as_kept(found: Checkpoint, side: type[Answers]) -> Answers:
     """The side that was kept."""
     # what a victim without a network does not answer was not kept either
     answers: dict[str, Any] = {field.name: None for field in fields(side) if str(field.type).endswith("None")}
@@ -178,7 +179,9 @@ def as_kept(found: Snapshot, side: type[Answers]) -> Answers:
     return side(**answers)
 
 
-def numbers(copy: Copy, control: Copy | None, known: Sheet, exam: Exam) -> dict[str, Any]:
+def numbers(
+    copy: SurrogateAnswers, control: SurrogateAnswers | None, known: VictimAnswers, exam: Exam
+) -> dict[str, Any]:
     """All metrics of one surrogate; with a `control`, how far it gets beyond, image by image."""
     labels, mine, theirs = exam.split.labels, copy.predicted, known.predicted
     right, agrees = theirs == labels, mine == theirs

@@ -15,8 +15,8 @@ from pydantic import StringConstraints
 from torch import Tensor
 from torch.nn import functional
 
+from advmoe.core.errors import UserError
 from advmoe.data.dataset import digests
-from advmoe.errors import UserError
 
 # soft: all probabilities; rounded-k: the same to k decimals, a defence; top1: the class and nothing else
 Answers = Annotated[str, StringConstraints(pattern=r"^(soft|top1|rounded-[1-9])$")]

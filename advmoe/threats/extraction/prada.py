@@ -12,7 +12,7 @@ from pydantic import Field
 from scipy.stats import shapiro
 from torch import Tensor
 
-from advmoe.params import PIXEL_LEVELS, PositiveInt, Settings
+from advmoe.core.settings import PIXEL_LEVELS, PositiveInt, Settings
 
 OUTLIERS = 3.0  # standard deviations beyond which distances are left out, as in the paper
 MOST = 5000  # the Shapiro-Wilk test is calibrated up to so many values; the paper looks at all

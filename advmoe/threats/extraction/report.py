@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from advmoe import console, files, paths
-from advmoe.errors import UserError
-from advmoe.threats.numbers import as_json, from_json, mean, over_runs
+from advmoe.core import console, files, paths
+from advmoe.core.errors import UserError
+from advmoe.threats.results import as_json, from_json, mean, over_runs
 
 SCHEMA = 1
 RUNS = "extract-runs"  # the folder of metrics/ with every single run

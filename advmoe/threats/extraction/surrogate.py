@@ -8,18 +8,18 @@ from pathlib import Path
 
 from torch import nn
 
-from advmoe import classifiers
-from advmoe.classifiers import Backbone, Plain
+from advmoe.core.errors import UserError
 from advmoe.data.batches import batches_per_epoch
 from advmoe.data.dataset import Dataset, Split
-from advmoe.errors import UserError
-from advmoe.machine import derive_seed, device
-from advmoe.threats.extraction.settings import Common
+from advmoe.models import classifiers
+from advmoe.models.classifiers import Backbone, Plain
+from advmoe.runtime.machine import derive_seed, device
+from advmoe.threats.extraction.config import Common
 from advmoe.threats.extraction.transfer_set import TransferSet
-from advmoe.training.adversary import CleanBatches
-from advmoe.training.loop import Course, Trained, fit
-from advmoe.training.recipe import Learning
+from advmoe.training.batch_attacks import CleanBatches
+from advmoe.training.config import TrainingConfig
 from advmoe.training.single import PlainLearner
+from advmoe.training.trainer import TrainingJob, TrainingResult, fit
 
 
 def fresh(backbone: Backbone, data: Dataset, *seed: object) -> nn.Module:
@@ -27,7 +27,7 @@ def fresh(backbone: Backbone, data: Dataset, *seed: object) -> nn.Module:
     return classifiers.build(Plain(kind="plain", backbone=backbone), data.facts, *seed).to(device())
 
 
-def long_enough(recipe: Learning, images: int, steps: int) -> Learning:
+def long_enough(recipe: TrainingConfig, images: int, steps: int) -> TrainingConfig:
     """The recipe for as many epochs as make `steps`, if that is more."""
     epochs = -(-steps // batches_per_epoch(images, recipe.batch_size))
     return recipe.model_copy(update={"epochs": max(recipe.epochs, epochs)})
@@ -43,7 +43,7 @@ def train(
     seed: int,
     epsilon: float,
     shelf: Path | None = None,
-) -> Trained:
+) -> TrainingResult:
     """A fresh network that learns the answers: cross-entropy with soft labels, of classes where only those were told.
 
     `name` and `seed` alone say where it starts: what two transfer sets make of it can be compared. `data` lends its
@@ -54,7 +54,7 @@ def train(
         raise UserError("a surrogate needs two images at least; prepare.splits.pool or the budget is too small")
     recipe = long_enough(common.recipe, len(found.images), common.steps)
     split = Split(found.images, found.answers, found.queries)
-    course = Course(
+    course = TrainingJob(
         name=name,
         seed=derive_seed(seed, name),
         dataset=replace(data, splits={"train": split}),

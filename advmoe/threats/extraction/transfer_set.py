@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from advmoe import artifacts
+from advmoe.core import artifacts
+from advmoe.core.errors import UserError
 from advmoe.data.dataset import Split
-from advmoe.errors import UserError
 from advmoe.threats.extraction.oracle import Oracle
 
 KIND = "transfer-set"

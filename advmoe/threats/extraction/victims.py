@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from advmoe import engine, paths, user_code
+from advmoe.core import paths, user_code
+from advmoe.core.errors import UserError
+from advmoe.core.settings import PIXEL_LEVELS
 from advmoe.data.dataset import Facts, Split, digests
-from advmoe.errors import UserError
-from advmoe.evaluation import subjects
-from advmoe.machine import device
-from advmoe.params import PIXEL_LEVELS
-from advmoe.threats.extraction.memory import Paid
+from advmoe.evaluation import external_models
+from advmoe.models import inference
+from advmoe.runtime.machine import device
 from advmoe.threats.extraction.oracle import Ask
-from advmoe.threats.retraining import MIXTURE
+from advmoe.threats.extraction.query_cache import QueryCache
+from advmoe.threats.victim_training import MIXTURE
 
 BATCH = 200  # images that a victim is asked about at once
 SUM_TOLERANCE = 1e-3  # of probabilities, which an endpoint may have rounded
@@ -40,7 +41,7 @@ class Victim:
     identity: str
     ask: Ask
     model: nn.Module | None
-    paid: Paid | None = None
+    paid: QueryCache | None = None
 
 
 def load(name: str, weights: Path | None, facts: Facts) -> Victim:
@@ -58,7 +59,7 @@ def load(name: str, weights: Path | None, facts: Facts) -> Victim:
             f"victim '{name}': there is no {path}; a victim is {MIXTURE}, a baseline of params.yaml, {EXPERT}NAME, a "
             ".safetensors file of this project or path/to/file.py:factory"
         )
-    subject = subjects.load_subject(str(path), None, None)
+    subject = external_models.load_model(str(path), None, None)
     assert subject.artifact is not None
     own = subject.artifact.about.facts
     if own.classes != facts.classes:
@@ -85,13 +86,13 @@ def _shape(facts: Facts) -> tuple[int, int, int]:
 
 
 def _stranger(reference: str, weights: Path | None, facts: Facts) -> Victim:
-    made = subjects.made_by(reference)
+    made = external_models.made_by(reference)
     name = reference.rpartition(":")[0].rpartition("/")[2].removesuffix(".py")
     if isinstance(made, nn.Module):
-        subject = subjects.stranger(reference, made, weights)
+        subject = external_models.stranger(reference, made, weights)
         black, last = torch.zeros(1, *_shape(facts), dtype=torch.uint8), torch.tensor([facts.classes - 1])
         one = Split(black, last, torch.zeros(1))
-        told = subjects.try_on(subject, one)
+        told = external_models.check_forward(subject, one)
         if told != facts.classes:
             raise UserError(f"{reference}: knows {told} classes, but the data has {facts.classes}")
         return _network(name, subject.identity, subject.model, facts.classes)
@@ -101,7 +102,7 @@ def _stranger(reference: str, weights: Path | None, facts: Facts) -> Victim:
         raise UserError(f"--weights: {reference} returns a function, and a function has no weights")
     identity = user_code.digest(reference)
     folder = paths.PAID / hashlib.sha256(f"{reference}{identity}".encode()).hexdigest()[:KEY_LENGTH]
-    paid = Paid(folder)
+    paid = QueryCache(folder)
     return Victim(name, identity, _Remembering(reference, made, facts.classes, paid), None, paid)
 
 
@@ -109,7 +110,7 @@ def _network(name: str, identity: str, model: nn.Module, classes: int) -> Victim
     here = model.eval().to(device())
 
     def ask(images_NCHW: Tensor) -> Tensor:
-        logits = engine.predict(here, images_NCHW.to(device()).float() / PIXEL_LEVELS, BATCH)
+        logits = inference.predict(here, images_NCHW.to(device()).float() / PIXEL_LEVELS, BATCH)
         return check(torch.softmax(logits.double(), dim=1).float(), len(images_NCHW), classes, name)
 
     return Victim(name, identity, ask, here)
@@ -118,7 +119,7 @@ def _network(name: str, identity: str, model: nn.Module, classes: int) -> Victim
 class _Remembering:
     """A user's function, its answers checked and kept on disk: they may have cost money."""
 
-    def __init__(self, reference: str, function: Callable[[Tensor], object], classes: int, paid: Paid) -> None:
+    def __init__(self, reference: str, function: Callable[[Tensor], object], classes: int, paid: QueryCache) -> None:
         self.reference, self.function, self.classes, self.paid = reference, function, classes, paid
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:

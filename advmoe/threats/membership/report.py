@@ -5,9 +5,9 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from advmoe import console, files, paths
-from advmoe.errors import UserError
-from advmoe.threats.membership.scores import Estimate, Leak
+from advmoe.core import console, files, paths
+from advmoe.core.errors import UserError
+from advmoe.threats.membership.attacks import Estimate, Leak
 
 SCHEMA = 1
 

@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from advmoe.params import NonNegativeInt, PositiveInt, Settings
-from advmoe.threats.poisoning.backdoor import patch, plant
-from advmoe.threats.poisoning.poisoned import Poisoned
+from advmoe.core.settings import NonNegativeInt, PositiveInt, Settings
+from advmoe.threats.poisoning.poisoned_set import Poisoned
+from advmoe.threats.poisoning.triggers import patch, plant
 
 
 class BadNets(Settings):

@@ -6,9 +6,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from advmoe.params import NonNegativeInt, Settings
-from advmoe.threats.poisoning.backdoor import plant
-from advmoe.threats.poisoning.poisoned import Poisoned, Trigger
+from advmoe.core.settings import NonNegativeInt, Settings
+from advmoe.threats.poisoning.poisoned_set import Poisoned, Trigger
+from advmoe.threats.poisoning.triggers import plant
 
 
 class Blended(Settings):

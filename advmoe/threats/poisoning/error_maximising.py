@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from advmoe.threats.poisoning.noise import Noise, noisy, towards
-from advmoe.threats.poisoning.poisoned import Poisoned
+from advmoe.threats.poisoning.perturbation import Noise, noisy, towards
+from advmoe.threats.poisoning.poisoned_set import Poisoned
 
 
 class ErrorMaximising(Noise):

@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from advmoe import engine
+from advmoe.attacks import engine
 from advmoe.attacks.ball import LInf, to_levels
-from advmoe.attacks.draws import BatchDraws
 from advmoe.attacks.pgd import Pgd, pgd
-from advmoe.params import NonNegativeInt, PositiveInt
-from advmoe.threats.poisoning.backdoor import patch
-from advmoe.threats.poisoning.noise import Noise
-from advmoe.threats.poisoning.poisoned import Goal, Poisoned, change, choose, count, members
+from advmoe.attacks.random_streams import BatchDraws
+from advmoe.core.settings import NonNegativeInt, PositiveInt
+from advmoe.threats.poisoning.perturbation import Noise
+from advmoe.threats.poisoning.poisoned_set import Goal, Poisoned, change, choose, count, members
+from advmoe.threats.poisoning.triggers import patch
 
 BATCH = 256  # images crafted at once
 
@@ -50,7 +50,7 @@ def label_consistent(
     attack = Pgd(kind="pgd", steps=settings.steps, step_size=settings.step_size, restarts=1, loss="ce", targets=0)
     ball, draws, place = LInf(settings.epsilon), BatchDraws(stream), next(proxy.parameters()).device
     hard = []
-    with engine.crafting(proxy, "float32") as cheap:
+    with engine.attack_mode(proxy, "float32") as cheap:
         for batch in torch.split(rows, BATCH):
             images, labels = images_NCHW[batch].to(place).float() / 255, labels_N[batch].to(place)
             points = pgd(cheap, images, labels, ball=ball, settings=attack, draws=draws)

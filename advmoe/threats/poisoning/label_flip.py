@@ -7,8 +7,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from advmoe.params import NonNegativeInt, Settings
-from advmoe.threats.poisoning.poisoned import Goal, Poisoned, change, choose, count, members
+from advmoe.core.settings import NonNegativeInt, Settings
+from advmoe.threats.poisoning.poisoned_set import Goal, Poisoned, change, choose, count, members
 
 
 class RandomFlip(Settings):

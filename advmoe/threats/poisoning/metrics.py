@@ -14,17 +14,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from advmoe import engine
+from advmoe.attacks import engine
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.pgd import Pgd, pgd
+from advmoe.core.errors import UserError
 from advmoe.data.dataset import Split
-from advmoe.errors import UserError
-from advmoe.evaluation.intervals import Share
-from advmoe.evaluation.paired import Paired, compare
-from advmoe.machine import derive_seed
-from advmoe.models.moe import MixtureOfExperts
-from advmoe.routing import entropy, gate_weights, shift
-from advmoe.threats.poisoning.poisoned import Poisoned, Trigger
+from advmoe.models import inference
+from advmoe.models.gate_statistics import entropy, gate_weights, shift
+from advmoe.models.mixture import MixtureOfExperts
+from advmoe.runtime.machine import derive_seed
+from advmoe.statistics.intervals import Share
+from advmoe.statistics.paired_tests import PairedDifference, compare
+from advmoe.threats.poisoning.poisoned_set import Poisoned, Trigger
 
 DIGITS = 6
 BATCH = 200  # images of a forward pass
@@ -38,7 +39,7 @@ class Exam:
     robust: Pgd
     epsilon: float
     seed: int
-    precision: engine.Precision
+    precision: inference.Precision
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def examine(model: nn.Module, exam: Exam) -> Answers:
     """Ask a model, in eval mode, about the untriggered images, clean and attacked."""
     place = next(model.parameters()).device
     images, labels = exam.split.pixels().to(place), exam.split.labels.to(place)
-    predicted = engine.predict(model, images, BATCH).argmax(1)
-    adversarial = engine.strike_all(
+    predicted = inference.predict(model, images, BATCH).argmax(1)
+    adversarial = engine.attack_dataset(
         model,
         images,
         labels,
@@ -66,14 +67,14 @@ def examine(model: nn.Module, exam: Exam) -> Answers:
         precision=exam.precision,
         batch_size=BATCH,
     )
-    robust = (predicted == labels) & (engine.predict(model, adversarial, BATCH).argmax(1) == labels)
+    robust = (predicted == labels) & (inference.predict(model, adversarial, BATCH).argmax(1) == labels)
     return Answers(predicted.cpu(), robust.cpu())
 
 
 def classes_of(model: nn.Module, images_NCHW: Tensor) -> Tensor:
     """A model's classes (N,) on uint8 images."""
     place = next(model.parameters()).device
-    return engine.predict(model, images_NCHW.to(place).float() / 255, BATCH).argmax(1).cpu()
+    return inference.predict(model, images_NCHW.to(place).float() / 255, BATCH).argmax(1).cpu()
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ class Pair:
     twin_answers: Answers
 
 
-def numbers(pair: Pair, poisoned: Poisoned, exam: Exam, experts: Sequence[str]) -> dict[str, Share | Paired | Any]:
+def numbers(
+    pair: Pair, poisoned: Poisoned, exam: Exam, experts: Sequence[str]
+) -> dict[str, Share | PairedDifference | Any]:
     """All metrics that this attack has, by name. `experts`: names of a mixture's experts, empty for plain networks."""
     labels = exam.split.labels
     right, twin_right = pair.answers.predicted == labels, pair.twin_answers.predicted == labels
@@ -127,7 +130,7 @@ def recovered(predicted_N: Tensor, labels_N: Tensor, target: int) -> Tensor:
     return predicted_N[others] == labels_N[others]
 
 
-def _backdoor(pair: Pair, trigger: Trigger, target: int, exam: Exam) -> dict[str, Share | Paired]:
+def _backdoor(pair: Pair, trigger: Trigger, target: int, exam: Exam) -> dict[str, Share | PairedDifference]:
     labels, triggered = exam.split.labels, trigger.stamp(exam.split.images)
     predicted, twin_predicted = classes_of(pair.victim, triggered), classes_of(pair.twin, triggered)
     hits, twin_hits = (successes(each, labels, target) for each in (predicted, twin_predicted))
@@ -139,7 +142,7 @@ def _backdoor(pair: Pair, trigger: Trigger, target: int, exam: Exam) -> dict[str
     }
 
 
-def _confused(pair: Pair, source: int, target: int, exam: Exam) -> dict[str, Share | Paired]:
+def _confused(pair: Pair, source: int, target: int, exam: Exam) -> dict[str, Share | PairedDifference]:
     """P(f = target | y = source) of a targeted flip."""
     of_source = exam.split.labels == source
     if not of_source.any():

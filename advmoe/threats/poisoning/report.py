@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from advmoe import console, files, paths
-from advmoe.errors import UserError
-from advmoe.evaluation.intervals import Share
-from advmoe.threats.numbers import as_json, from_json, mean
-from advmoe.threats.numbers import over_runs as mean_over
+from advmoe.core import console, files, paths
+from advmoe.core.errors import UserError
+from advmoe.statistics.intervals import Share
+from advmoe.threats.results import as_json, from_json, mean
+from advmoe.threats.results import over_runs as mean_over
 
 SCHEMA = 1
 RUNS = "poison-runs"  # the folder of metrics/ with every single run

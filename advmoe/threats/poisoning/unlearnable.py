@@ -17,12 +17,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe import engine
-from advmoe.params import PositiveFloat, PositiveInt
-from advmoe.state import Snapshot, flat, in_parts, memory_of, remind
-from advmoe.threats.poisoning.noise import Noise, noisy, towards
-from advmoe.threats.poisoning.poisoned import Poisoned
-from advmoe.training.keeper import Look, Resumable
+from advmoe.core.settings import PositiveFloat, PositiveInt
+from advmoe.models import inference
+from advmoe.runtime.checkpoints.manager import Resumable, StepCallback
+from advmoe.runtime.checkpoints.storage import Checkpoint, flatten, load_optimizer_state, optimizer_state, unflatten
+from advmoe.threats.poisoning.perturbation import Noise, noisy, towards
+from advmoe.threats.poisoning.poisoned_set import Poisoned
 
 MOMENTUM, DECAY = 0.9, 5e-4  # of the learning network, as in the paper
 
@@ -48,10 +48,10 @@ def unlearnable(
     *,
     rate: float,
     fresh: nn.Module,
-    keep: Callable[[Resumable], AbstractContextManager[Look]],
+    keep: Callable[[Resumable], AbstractContextManager[StepCallback]],
 ) -> Poisoned:
     """Noise of its own on every chosen image, labels true. `fresh`: an untrained network, which this trains; `keep`:
-    puts the work where a killed one left it, see `advmoe.training.keeper`.
+    puts the work where a killed one left it, see `advmoe.runtime.checkpoints.manager`.
     """
 
     def make(images: Tensor, points: Tensor, labels: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class _Crafting:
         self.model.eval()
 
     def _share_wrong(self, labels: Tensor) -> float:
-        predicted = engine.predict(self.model, self.points.to(self.place), self.settings.batch_size).argmax(1).cpu()
+        predicted = inference.predict(self.model, self.points.to(self.place), self.settings.batch_size).argmax(1).cpu()
         return float((predicted != labels).float().mean())
 
     # ---- to be killed and go on, to the last bit the same
@@ -112,21 +112,21 @@ class _Crafting:
         """The same in words."""
         return f"{self.rounds} rounds"
 
-    def state(self) -> Snapshot:
+    def state(self) -> Checkpoint:
         """All that changes from round to round."""
         parts = {
             "model": self.model.state_dict(),
-            "momentum": memory_of(self.optimizer),
+            "momentum": optimizer_state(self.optimizer),
             "own": {"points": self.points, "stream": self.stream.get_state()},
         }
-        return Snapshot(flat(parts), {"rounds": self.rounds, "error": self.error})
+        return Checkpoint(flatten(parts), {"rounds": self.rounds, "error": self.error})
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: Checkpoint) -> None:
         """Be as at that moment."""
-        parts, values = in_parts(snapshot.tensors), snapshot.values
+        parts, values = unflatten(snapshot.tensors), snapshot.values
         self.model.load_state_dict(parts["model"])
         self.model.eval()
-        remind(self.optimizer, parts["momentum"])
+        load_optimizer_state(self.optimizer, parts["momentum"])
         self.points = parts["own"]["points"]
         self.stream.set_state(parts["own"]["stream"])
         self.rounds, self.error = values["rounds"], values["error"]

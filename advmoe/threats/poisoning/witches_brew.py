@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe import engine
 from advmoe.attacks.ball import to_levels
+from advmoe.core.errors import UserError
+from advmoe.core.settings import Epsilon, PositiveFloat, PositiveInt, Settings
 from advmoe.data.batches import Augmentation, augment
 from advmoe.data.dataset import Split
-from advmoe.errors import UserError
-from advmoe.params import Epsilon, PositiveFloat, PositiveInt, Settings
-from advmoe.threats.poisoning.poisoned import Goal, Poisoned, change, choose, count
+from advmoe.models import inference
+from advmoe.threats.poisoning.poisoned_set import Goal, Poisoned, change, choose, count
 
 BATCH = 512  # poisoned images matched at once, as in the paper
 DECAY_AT, DECAY = (3 / 8, 5 / 8, 7 / 8), 0.1  # of the steps, and the factor on the step size: the paper's schedule
@@ -73,7 +73,7 @@ def witches_brew(
 def _mistake(proxy: nn.Module, candidates: Split, classes: int, stream: torch.Generator) -> tuple[Tensor, int, int]:
     """An image (C, H, W), its class, and the class it shall be taken for."""
     place = next(proxy.parameters()).device
-    predicted = engine.predict(proxy, candidates.pixels().to(place), BATCH).argmax(1).cpu()
+    predicted = inference.predict(proxy, candidates.pixels().to(place), BATCH).argmax(1).cpu()
     right = (predicted == candidates.labels).nonzero().squeeze(1)
     if not len(right):
         raise UserError("witches-brew: the proxy gets no test image right, so there is no mistake to cause")

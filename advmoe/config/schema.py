@@ -1,0 +1,94 @@
+"""params.yaml as a whole. Only the command line imports this: a stage that did would depend on every other one."""
+
+from collections.abc import Collection
+from typing import Annotated
+
+from pydantic import Field, StringConstraints, model_validator
+
+from advmoe.core.settings import PARAMS_FILE, Epsilon, Seed, Settings, read_yaml, validate
+from advmoe.data.registry import Prepare
+from advmoe.evaluation import summary
+from advmoe.evaluation.config import EvaluateSection
+from advmoe.models.classifiers import Backbone
+from advmoe.reporting.config import ReportSection
+from advmoe.statistics.decisions import CLEAN, WORST
+from advmoe.threats.extraction.config import ExtractSection
+from advmoe.threats.extraction.victims import EXPERT
+from advmoe.threats.membership.config import MembershipSection
+from advmoe.threats.poisoning.config import PoisonSection
+from advmoe.threats.poisoning.registry import proxies
+from advmoe.threats.victim_training import JOINT_ONLY, MIXTURE, retrainable
+from advmoe.training.baselines.specs import Baseline, DistilledNetwork
+from advmoe.training.joint import JointConfig
+from advmoe.training.single import NetworkSpec, SingleConfig
+
+DISTILLED = "distilled"  # the Makefile knows it, too
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class Params(Settings):
+    """Every section of params.yaml, and what must hold between them."""
+
+    seed: Seed
+    epsilon: Epsilon
+    launcher: Annotated[str, StringConstraints(min_length=1)]
+    model: Backbone
+    prepare: Prepare
+    pretrain: SingleConfig
+    experts: Annotated[dict[Name, NetworkSpec], Field(min_length=1)]
+    train: JointConfig
+    baseline: Annotated[dict[Name, Baseline], Field(min_length=1)]
+    evaluate: EvaluateSection
+    poison: PoisonSection
+    extract: ExtractSection
+    membership: MembershipSection
+    report: ReportSection
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> "Params":
+        _subset("train.experts", self.train.experts, "experts", self.experts)
+        _subset("evaluate.baselines", self.evaluate.baselines, "baseline", self.baseline)
+        for name, comparator in self.baseline.items():
+            if isinstance(comparator, DistilledNetwork) and not name.startswith(DISTILLED):
+                raise ValueError(
+                    f"baseline.{name}: the name of a distilled network begins with '{DISTILLED}', by which `make repro`"
+                    " knows that the mixture comes first"
+                )
+        plain = tuple(retrainable(self.baseline))
+        for name, study in self.poison.attacks.items():
+            key = f"poison.attacks.{name}"
+            _known(f"{key}.victims", study.victims, "victims are", (MIXTURE, JOINT_ONLY, *plain))
+            _known(f"{key}.attack.proxy", proxies(study.attack), "a proxy is trained as", plain)
+        for name, theft in self.extract.attacks.items():
+            victims = (MIXTURE, *self.baseline, *(f"{EXPERT}{expert}" for expert in self.experts))
+            _known(f"extract.attacks.{name}.victims", theft.victims, "victims are", victims)
+        _known("membership.victims", tuple(self.membership.victims), "victims are", (MIXTURE, *plain))
+        self._claims_are_about_what_is_evaluated()
+        return self
+
+    def _claims_are_about_what_is_evaluated(self) -> None:
+        models = summary.names(self.train.experts, self.evaluate.baselines)
+        columns = (CLEAN, WORST, *self.evaluate.full())
+        for name, claim in self.report.claims.items():
+            key = f"report.claims.{name}"
+            _known(f"{key}.model", (claim.model,), "evaluated are", models)
+            _known(f"{key}.over", (claim.over,), "evaluated are", models)
+            _known(f"{key}.under", (claim.under,), "there are", columns)
+
+
+def _subset(key: str, names: tuple[str, ...], section: str, known: Collection[str]) -> None:
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"{key} must list at least one name, each once")
+    _known(key, names, f"{section} has only", tuple(known))
+
+
+def _known(key: str, names: tuple[str, ...], what: str, known: tuple[str, ...]) -> None:
+    strangers = [name for name in names if name not in known]
+    if strangers:
+        raise ValueError(f"{key} lists '{strangers[0]}', but {what} {', '.join(known)}")
+
+
+def load_params() -> Params:
+    """Read and validate all of params.yaml. Raises UserError with one sentence."""
+    return validate(read_yaml(PARAMS_FILE), Params, str(PARAMS_FILE))

@@ -1,0 +1,431 @@
+"""Experts side by side: the same numbers as one after another, only where that pays, and gone without a trace.
+
+Shapes: B batch, N images, C channel, H/W pixels, E experts, K classes.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+
+from advmoe.attacks import engine, registry
+from advmoe.attacks.ball import LInf
+from advmoe.attacks.interface import input_gradient
+from advmoe.attacks.pgd import Pgd, pgd
+from advmoe.attacks.random_streams import BatchDraws, ImageDraws
+from advmoe.models import grouped_experts as rules
+from advmoe.models import inference
+from advmoe.models.cnn import SmallCnn
+from advmoe.models.gate import Gate
+from advmoe.models.grouped_experts import grouped
+from advmoe.models.inference import Precision
+from advmoe.models.layers import folded
+from advmoe.models.mixture import ConfidenceHeads, ConfidentExperts, Mixing, MixtureOfExperts
+from advmoe.models.resnet import ResNet18
+from advmoe.models.resnet50 import ResNet50
+from advmoe.runtime.machine import generator
+
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+MIXINGS: tuple[Mixing, ...] = ("probabilities", "logits", "top1")
+CLASSES, COUNT = 3, 12
+PGD = Pgd(kind="pgd", steps=5, step_size=0.25, restarts=1, loss="ce", targets=0)
+# Every product is the same, and with most kernels its place in the sum too: then logits agree to the last bit. With
+# others, and in the pixels' gradient, where nine sums become one, float32 rounds otherwise.
+EXACT = 5e-6
+NEAR: dict[Precision, float] = {"float32": 2e-5, "bfloat16": 0.1}  # of a gradient's largest number
+
+every_precision = pytest.mark.parametrize("precision", PRECISIONS)
+every_mixing = pytest.mark.parametrize("mixing", MIXINGS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pixels(count: int = COUNT, *, channels: int = 1, side: int = 8) -> Tensor:
+    return torch.rand(count, channels, side, side, generator=generator("test_side_by_side", "pixels"))
+
+
+def labels(count: int = COUNT) -> Tensor:
+    return torch.arange(count) % CLASSES
+
+
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def expert(
+    seed: int = 0,
+    *,
+    kind: type[ResNet18] | type[ResNet50] | type[SmallCnn] = ResNet18,
+    width: int = 4,
+    channels: int = 1,
+    classes: int = CLASSES,
+    mean: float = 0.5,
+) -> nn.Module:
+    return seeded(
+        lambda: kind(channels=channels, classes=classes, width=width, mean=(mean,) * channels, std=(0.3,) * channels),
+        seed,
+    )
+
+
+def gate(experts: int, channels: int = 1) -> nn.Module:
+    """One that has opinions: a new gate weighs all alike."""
+    made = seeded(
+        lambda: Gate(
+            channels=channels, experts=experts, width=2, temperature=1.0, mean=(0.5,) * channels, std=(0.3,) * channels
+        ),
+        9,
+    )
+    assert isinstance(made, Gate)
+    made.score.weight.data.normal_(generator=generator("test_side_by_side", "gate"))
+    return made
+
+
+def mixture(*experts: nn.Module, mixing: Mixing = "probabilities", channels: int = 1) -> MixtureOfExperts:
+    """In eval mode, its BatchNorms with statistics of a life: fresh ones would hide a fold that forgets them."""
+    each = experts or tuple(expert(seed) for seed in range(3))
+    return lived_in(MixtureOfExperts(each, gate(len(each), channels), mixing), channels)
+
+
+def lived_in(model: MixtureOfExperts, channels: int = 1) -> MixtureOfExperts:
+    model.train()
+    with torch.no_grad():
+        for step in range(5):
+            stream = generator("test_side_by_side", "life", step)
+            model(torch.rand(16, channels, 8, 8, generator=stream))
+    return model.eval()
+
+
+@contextmanager
+def called(model: MixtureOfExperts) -> Iterator[list[nn.Module]]:
+    """The experts that are called inside; side by side none is."""
+    heard: list[nn.Module] = []
+    handles = [each.register_forward_hook(lambda layer, *_: heard.append(layer)) for each in model.experts]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_together(model: MixtureOfExperts, images_BCHW: Tensor, precision: Precision = "float32") -> bool:
+    """Whether they run side by side, by the rules, in the form that attacks get."""
+    with engine.attack_mode(model, precision) as cheap, torch.no_grad(), called(model) as heard:
+        cheap(images_BCHW)
+    assert len(heard) in (0, len(model.experts))
+    return not heard
+
+
+@contextmanager
+def one_after_another() -> Iterator[None]:
+    """Nothing pays."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "MAX_ACTIVATIONS", {})
+        yield
+
+
+# ---- the same numbers
+
+
+@pytest.mark.parametrize(("channels", "side", "width"), [(1, 8, 4), (1, 8, 12), (3, 8, 8), (3, 16, 4), (1, 5, 4)])
+def test_logits_are_those_of_each_expert_alone(channels: int, side: int, width: int) -> None:
+    model = mixture(*(expert(seed, width=width, channels=channels) for seed in range(3)), channels=channels)
+    images = pixels(channels=channels, side=side)
+    with engine.attack_mode(model, "float32") as cheap, torch.no_grad(), called(model) as heard:
+        found_BEK = cheap.parts(images).logits_BEK
+        assert not heard
+        alone = torch.stack([each(images) for each in model.experts], dim=1)
+    torch.testing.assert_close(found_BEK, alone, atol=EXACT, rtol=EXACT)
+    assert not torch.allclose(alone[:, 0], alone[:, 1], atol=0.01), "experts that agree prove nothing"
+
+
+@every_mixing
+def test_folded_or_not_it_is_the_mixture(mixing: Mixing) -> None:
+    """Without `folded` around it, what runs side by side is folded all the same: the tolerance is that of folding."""
+    model = mixture(mixing=mixing)
+    with torch.no_grad():
+        plain = model.parts(pixels())
+        with grouped(model), called(model) as heard:
+            bare = model.parts(pixels())
+        with folded(model), grouped(model), called(model) as heard_too:
+            both = model.parts(pixels())
+    assert not heard
+    assert not heard_too
+    for part, expected, other in zip(bare, plain, both, strict=True):
+        torch.testing.assert_close(part, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(other, expected, atol=1e-4, rtol=1e-4)
+
+
+@every_precision
+@every_mixing
+def test_gradients_reach_the_pixels_alike(mixing: Mixing, precision: Precision) -> None:
+    model = mixture(mixing=mixing)
+
+    def gradient() -> Tensor:
+        with engine.attack_mode(model, precision) as cheap:
+            return input_gradient(cheap, pixels(), labels(), "ce")[0]
+
+    together = gradient()
+    with one_after_another():
+        plain = gradient()
+    assert run_together(model, pixels(), precision)
+    assert float(plain.abs().max()) > 0
+    torch.testing.assert_close(together, plain, atol=NEAR[precision] * float(plain.abs().max()), rtol=0)
+
+
+@every_precision
+def test_parts_whole_and_votes_belong_together(precision: Precision) -> None:
+    model = mixture()
+    with engine.attack_mode(model, precision) as cheap, torch.no_grad():
+        parts, whole = cheap.parts(pixels()), cheap(pixels())
+        votes_BEK = torch.stack([vote(pixels()) for vote in cheap.votes()], dim=1)
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert torch.equal(parts.log_probs_BK, whole)
+    largest = float(votes_BEK.abs().max())
+    tolerance = EXACT if precision == "float32" else 0.05
+    torch.testing.assert_close(parts.logits_BEK, votes_BEK, atol=tolerance * largest, rtol=tolerance)
+
+
+def test_decisions_are_those_of_the_plain_model() -> None:
+    model = mixture()
+    with called(model) as heard:
+        found = inference.predict(model, pixels(), COUNT)
+        assert not heard
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(pixels()), atol=1e-4, rtol=1e-4)
+
+
+# ---- where it is not for
+
+
+class Own(ResNet18):
+    """Planted: somebody's own, which does something else with the same layers."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return -super().forward(images_BCHW)
+
+
+def confident() -> ConfidentExperts:
+    heads = ConfidenceHeads(experts=2, features=32, temperature=1.0)
+    model = lived_in(ConfidentExperts([expert(0), expert(1)], heads, "probabilities"))
+    assert isinstance(model, ConfidentExperts)
+    return model
+
+
+STRANGERS: dict[str, Callable[[], MixtureOfExperts]] = {
+    "resnet50": lambda: mixture(expert(0, kind=ResNet50), expert(1, kind=ResNet50)),
+    "cnn": lambda: mixture(expert(0, kind=SmallCnn), expert(1, kind=SmallCnn)),
+    "two kinds": lambda: mixture(expert(0), expert(1, kind=SmallCnn)),
+    "two widths": lambda: mixture(expert(0), expert(1, width=8)),
+    "two normalisations": lambda: mixture(expert(0), expert(1, mean=0.4)),
+    "somebody's own": lambda: mixture(expert(0), expert(1, kind=Own)),
+    "one expert": lambda: mixture(expert(0)),
+    "too wide": lambda: mixture(expert(0, width=24), expert(1, width=24)),
+    "confident": confident,
+}
+
+
+@every_precision
+@pytest.mark.parametrize("make", STRANGERS.values(), ids=STRANGERS)
+def test_other_networks_run_as_ever(make: Callable[[], MixtureOfExperts], precision: Precision) -> None:
+    model = make()
+    with engine.attack_mode(model, precision) as cheap, torch.no_grad():
+        found = cheap(pixels())
+    with inference.eval_mode(model), folded(model), torch.no_grad(), inference.autocast(torch.device("cpu"), precision):
+        plain = model(pixels().contiguous(memory_format=torch.channels_last))
+    assert torch.equal(found, plain.float())
+    with engine.attack_mode(model, precision) as cheap, torch.no_grad():
+        assert getattr(model, "together", None) is None or not model.together.pays(pixels())  # type: ignore[union-attr]
+
+
+@every_precision
+def test_a_gpu_takes_more(precision: Precision) -> None:
+    """Launches are what it waits for; the tensor is one in name only, so that no GPU is needed."""
+    model = mixture(expert(0, width=24), expert(1, width=24))
+    largest = rules.MAX_ACTIVATIONS_GPU // (24 * 32 * 32)
+    with grouped(model.eval()), FakeTensorMode():
+        assert model.together is not None
+        images = torch.empty(largest, 1, 32, 32, device="cuda", dtype=inference.DTYPES[precision])
+        assert model.together.pays(images)
+        assert not model.together.pays(torch.cat([images, images[:1]]))
+        assert not model.together.pays(images.cpu())
+
+
+def test_rules_of_size() -> None:
+    """By the first convolution's output: width 4 and 64 pixels make 256 numbers an image."""
+    model = mixture()
+    largest = {precision: rules.MAX_ACTIVATIONS[inference.DTYPES[precision]] // 256 for precision in PRECISIONS}
+    for precision, count in largest.items():
+        assert run_together(model, pixels(count), precision)
+        assert not run_together(model, pixels(count + 1), precision)
+    assert not run_together(model, pixels(1), "float32")
+    assert run_together(model, pixels(1), "bfloat16")
+
+
+def test_what_is_in_train_mode_runs_as_ever() -> None:
+    model = mixture()
+    model.experts[1].train()
+    with torch.no_grad(), grouped(model), called(model) as heard:
+        model(pixels())
+    assert len(heard) == len(model.experts)
+
+
+def test_without_being_asked_nothing_is_side_by_side() -> None:
+    model = mixture()
+    with torch.no_grad(), folded(model), called(model) as heard:
+        model(pixels())
+    assert len(heard) == len(model.experts)
+
+
+# ---- gone without a trace
+
+
+def test_nothing_is_left_behind() -> None:
+    model = mixture()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with engine.attack_mode(model, "bfloat16") as cheap:
+        input_gradient(cheap, pixels(), labels(), "ce")
+        assert model.together is not None
+        ghost = weakref.ref(model.together)
+        assert list(model.state_dict()) == list(before)
+    assert model.together is None
+    gc.collect()
+    assert ghost() is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_nothing_is_left_behind_by_an_error() -> None:
+    model = mixture()
+    with pytest.raises(RuntimeError, match="planted"), grouped(model):
+        raise RuntimeError("planted")
+    assert model.together is None
+
+
+def test_the_outer_of_two_undoes_it() -> None:
+    model = mixture()
+    with grouped(model):
+        outer = model.together
+        with grouped(model):
+            assert model.together is outer
+        assert model.together is outer
+    assert model.together is None
+
+
+def test_new_weights_and_statistics_are_seen() -> None:
+    model = mixture()
+    before = inference.predict(model, pixels(), COUNT)
+    with torch.no_grad():
+        for parameter in model.experts[2].parameters():
+            parameter.mul_(1.3)
+        moved = inference.predict(model, pixels(), COUNT)
+        lived_in(model)
+        later = inference.predict(model, pixels(), COUNT)
+        torch.testing.assert_close(later, model(pixels()), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(moved, before, atol=1e-3)
+    assert not torch.allclose(later, moved, atol=1e-5)
+
+
+def learned(model: MixtureOfExperts) -> dict[str, Tensor]:
+    """All numbers after three steps, each on images that were crafted on the step before."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    for step in range(3):
+        draws = BatchDraws(generator("test_side_by_side", "learn", step))
+        with engine.attack_mode(model, "float32") as cheap:
+            attacked = pgd(cheap, pixels(), labels(), ball=LInf(0.1), settings=PGD, draws=draws)
+        optimizer.zero_grad()
+        torch.autograd.backward(functional.nll_loss(model.train()(attacked), labels()))
+        optimizer.step()
+    return model.state_dict()
+
+
+def test_training_goes_the_same_way() -> None:
+    """Weights, running statistics and their counts; a pixel whose gradient is almost 0 may step the other way."""
+    together = learned(mixture())
+    with one_after_another():
+        plain = learned(mixture())
+    assert list(together) == list(plain)
+    for name, tensor in together.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, plain[name], atol=2e-3, rtol=2e-3)
+        else:
+            assert torch.equal(tensor, plain[name])
+
+
+# ---- what is found must not depend on it
+
+
+IMAGES, EPSILON = 400, 0.1
+# from two starts: where an attack from one ends is a matter of the last digit for some images, whoever computes it
+SETTLED = PGD.model_copy(update={"steps": 20, "restarts": 2})
+
+
+def taught() -> tuple[MixtureOfExperts, Tensor, Tensor]:
+    """Three experts that know the digits under attack, and others to attack."""
+    data, target = load_digits(return_X_y=True)
+    images, classes = torch.from_numpy(data).float().div(16).reshape(-1, 1, 8, 8), torch.from_numpy(target)
+    model = mixture(*(expert(seed, classes=10) for seed in range(3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(60):
+        rows = torch.randint(IMAGES, len(images), (64,), generator=generator("test_side_by_side", "taught", step))
+        points = images[rows].requires_grad_(True)
+        (gradient,) = torch.autograd.grad(functional.nll_loss(model.train()(points), classes[rows]), points)
+        attacked = (images[rows] + EPSILON * gradient.sign()).clamp(0, 1).detach()
+        optimizer.zero_grad()
+        torch.autograd.backward(functional.nll_loss(model(attacked), classes[rows]))
+        optimizer.step()
+    return model.eval(), images[:IMAGES], classes[:IMAGES]
+
+
+def standing(model: MixtureOfExperts, images: Tensor, classes: Tensor, precision: Precision) -> Tensor:
+    """Which (N,) are right after PGD, as evaluated."""
+    craft = registry.bind(SETTLED, {})
+    found = engine.attack_dataset(
+        model, images, classes, torch.ones_like(classes, dtype=torch.bool), craft, ball=LInf(EPSILON), seed=0,
+        purpose="test", precision=precision, batch_size=80,
+    )  # fmt: skip
+    return decided(model, found) == classes
+
+
+def decided(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        answer: Tensor = model(images).argmax(dim=1)
+    return answer
+
+
+def bare(model: MixtureOfExperts, images: Tensor, classes: Tensor) -> Tensor:
+    """The same by the attack alone: no folding, no precision, no batches, nothing side by side."""
+    draws = ImageDraws(0, "test", torch.arange(len(images)))
+
+    def fooled(points: Tensor, truth: Tensor) -> Tensor:
+        return decided(model, points) != truth
+
+    found = pgd(model, images, classes, ball=LInf(EPSILON), settings=SETTLED, draws=draws, fooled=fooled)
+    return decided(model, found) == classes
+
+
+def test_findings_do_not_depend_on_it() -> None:
+    """Robust accuracy within half a point, 98 % of the images alike, and the fast way not the weaker one."""
+    model, images, classes = taught()
+    plain = bare(model, images, classes)
+    assert 0.2 < float(plain.double().mean()) < 0.9, "if nearly all fall or stand, agreement proves nothing"
+    for precision in PRECISIONS:
+        assert run_together(model, images[:80], precision)
+        fast = standing(model, images, classes, precision)
+        assert abs(float(fast.double().mean() - plain.double().mean())) <= 0.005
+        assert float((fast == plain).double().mean()) >= 0.98
+        missed, gained = int((fast & ~plain).sum()), int((plain & ~fast).sum())
+        assert missed - gained <= 2 * max(1, missed + gained) ** 0.5  # two standard deviations of a fair coin
