@@ -32,8 +32,9 @@ repro: $(VENV)/.installed
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local --quiet core.no_scm true
 	$(if $(PROFILE),python -m advmoe use $(PROFILE))
 	@python -m advmoe check
-	dvc repro prepare
+	dvc repro code inputs prepare
 	@$(call side_by_side,^pretrain@)
+	dvc repro --single-item experts
 	@$(call side_by_side,^(train|baseline@.*)$$,| grep -v ^baseline@distilled $(dearest_first))
 	@$(call side_by_side,^baseline@distilled)
 	@$(call side_by_side,^(evaluate|poison@.*|extract@.*|membership)$$,$(longest_first))

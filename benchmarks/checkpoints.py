@@ -1,7 +1,7 @@
-"""Three robust classifiers trained by others, rebuilt from their published weights: independent models to measure on.
+"""Three published robust classifiers, as independent models for the benchmarks.
 
-Their folder is not part of the project; its README tells where each network comes from. The weights are npz arrays
-under PyTorch names, read without pickle.
+Their folder is not part of the project; its README names the source of each network. The weights are npz arrays with
+PyTorch names, read without pickle.
 
 Shapes: B batch, C channel, H/W pixels.
 """
@@ -22,7 +22,7 @@ FOLDER = Path(os.environ.get("BENCH_DATA", Path(__file__).parents[2] / "shared" 
 
 
 class Block(nn.Module):
-    """A residual block without BatchNorm; one that changes shape has a 1x1 convolution for a shortcut."""
+    """A residual block without BatchNorm; the shortcut is a 1x1 convolution if the shape changes."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -32,13 +32,13 @@ class Block(nn.Module):
         self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride)) if changes else nn.Sequential()
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Features in, features out."""
+        """Maps features (B, C, H, W) to features."""
         hidden = self.conv2(torch.relu(self.conv1(images_BCHW)))
         return torch.relu(hidden + self.shortcut(images_BCHW))
 
 
 class ResNet4b(nn.Module):
-    """Two stages of two blocks, CIFAR-10."""
+    """A ResNet with two stages of two blocks, for CIFAR-10."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class ResNet4b(nn.Module):
         self.linear2 = nn.Linear(100, 10)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Pixels in [0, 1] to logits."""
+        """Maps pixels in [0, 1] to logits (B, 10)."""
         hidden = torch.relu(self.conv1(self.normalize(images_BCHW)))
         hidden = self.layer2(self.layer1(hidden)).flatten(1)
         logits: Tensor = self.linear2(torch.relu(self.linear1(hidden)))
@@ -58,7 +58,7 @@ class ResNet4b(nn.Module):
 
 
 class SmallCnn(nn.Module):
-    """Four convolutions and three linear layers, MNIST."""
+    """A network of four convolutions and three linear layers, for MNIST."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class SmallCnn(nn.Module):
         self.classifier = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Pixels in [0, 1] to logits."""
+        """Maps pixels in [0, 1] to logits (B, 10)."""
         hidden = images_BCHW
         for name, convolution in self.feature_extractor.items():
             hidden = torch.relu(convolution(hidden))
@@ -82,7 +82,7 @@ class SmallCnn(nn.Module):
 
 
 def wong_kolter() -> nn.Module:
-    """Two convolutions and two linear layers, Fashion-MNIST (Wong & Kolter 2018)."""
+    """Returns a network of two convolutions and two linear layers, for Fashion-MNIST (Wong & Kolter 2018)."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 4, stride=2, padding=1),
         nn.ReLU(),
@@ -97,7 +97,7 @@ def wong_kolter() -> nn.Module:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a network and its images lie, and the file with the reference's decisions."""
+    """Factory of a network, and the names of the files with weights, images and reference decisions."""
 
     factory: Callable[[], nn.Module]
     weights: str
@@ -112,42 +112,42 @@ CHECKPOINTS = {
 }
 
 
-def available() -> bool:
-    """Whether the folder is there."""
+def is_available() -> bool:
+    """Returns whether the folder exists."""
     return (FOLDER / "checkpoints").is_dir()
 
 
-def model(name: str) -> nn.Module:
-    """The network with its weights, in eval mode."""
+def load_model(name: str) -> nn.Module:
+    """Returns the network with its weights, in eval mode."""
     checkpoint = CHECKPOINTS[name]
     network = checkpoint.factory()
     problems = network.load_state_dict(_tensors(FOLDER / "checkpoints" / f"{checkpoint.weights}.npz"), strict=False)
-    own = {"normalize.mean", "normalize.std"}  # ours: the source normalises outside the network
+    added = {"normalize.mean", "normalize.std"}  # the source normalises outside the network
     assert not problems.unexpected_keys
-    assert set(problems.missing_keys) <= own
+    assert set(problems.missing_keys) <= added
     return network.eval()
 
 
-def images(name: str, count: int | None) -> tuple[Tensor, Tensor]:
-    """The first `count` test images (N, C, H, W) as pixels in [0, 1], and their labels (N,)."""
+def load_images(name: str, count: int | None) -> tuple[Tensor, Tensor]:
+    """Returns the first `count` test images (N, C, H, W) in [0, 1], and their labels (N,)."""
     labelled, _ = read_npz(FOLDER / f"{CHECKPOINTS[name].images}.npz")
     return torch.from_numpy(labelled.images[:count]).float() / 255, torch.from_numpy(labelled.labels[:count])
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the reference AutoAttack decided about the first N images."""
+class ReferenceDecisions:
+    """Correctness of the first N images, clean and under the reference AutoAttack, as bool (N,)."""
 
     epsilon: float
     clean: Tensor
     autoattack: Tensor
 
 
-def reference(name: str) -> Reference:
-    """The reference's decisions (N,) bool."""
+def load_reference(name: str) -> ReferenceDecisions:
+    """Returns the reference's decisions."""
     with np.load(FOLDER / "reference" / f"{CHECKPOINTS[name].reference}.npz", allow_pickle=False) as file:
         clean, robust = (torch.from_numpy(file[key]) for key in ("clean_correct", "autoattack_correct"))
-        return Reference(float(file["epsilon"]), clean, robust)
+        return ReferenceDecisions(float(file["epsilon"]), clean, robust)
 
 
 def _tensors(path: Path) -> Mapping[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Is the forecast right? `python -m benchmarks.cost` trains four networks of params.yaml as the pipeline would, and
-sets what `advmoe cost` says beside what they took: operations and seconds.
+"""Accuracy of the cost forecast: `python -m benchmarks.cost` trains four networks of params.yaml as the pipeline does,
+and compares FLOPs and seconds with those of `advmoe cost`.
 
-Seconds are of the CPU, on one thread, because others may compute on the same cores; on a GPU the clock is the wall's.
+Seconds are CPU seconds on one thread, because other processes may use the same cores; on a GPU wall-clock seconds.
 """
 
 import time
@@ -17,17 +17,17 @@ from advmoe.core import console, paths
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset, Split, SplitName
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Plain
+from advmoe.models.classifiers import PlainArchitecture
 from advmoe.runtime import machine
-from advmoe.training.joint import train_mixture
-from advmoe.training.single import train_single
-from advmoe.training.trainer import TrainingResult
+from advmoe.training.job import TrainingResult
+from advmoe.training.joint import JointRun, train_mixture
+from advmoe.training.single import SingleRun, train_single
 
-EXPERTS = ("clean", "fgsm-1", "pgd-1")  # one of each kind
+EXPERTS = ("clean", "fgsm-1", "pgd-1")  # one of each kind of adversary
 
 
 def main() -> None:
-    """Forecast, train, compare."""
+    """Forecasts, trains, and prints the comparison."""
     machine.prepare_torch()
     torch.set_num_threads(1)
     params = schema.load_params()
@@ -36,17 +36,17 @@ def main() -> None:
     jobs = {job.stage: job for job in forecast.jobs()}
     data = images(forecast)
     rows = [
-        _row(jobs[f"pretrain@{name}"], *_took(partial(expert, params, data, name), clock))
+        _row(jobs[f"pretrain@{name}"], *_time_training(partial(expert, params, data, name), clock))
         for name in EXPERTS
         if name in params.experts
     ]
-    rows.append(_row(jobs["train"], *_took(partial(mixture, params, data), clock)))
+    rows.append(_row(jobs["train"], *_time_training(partial(mixture, params, data), clock)))
     columns = ["stage", "GFLOP forecast", "counted", "ratio", "seconds forecast", "measured", "ratio"]
-    console.table("what `advmoe cost` says, and what it took", columns, rows)
+    console.table("forecast of `advmoe cost` and measured cost", columns, rows)
 
 
 def images(forecast: Forecast) -> Dataset:
-    """The prepared images if they are of these sizes, else noise: it costs the same."""
+    """Returns the prepared data set if it has these sizes, else random images of the same cost."""
     if paths.DATASET.exists():
         data = dataset.load(paths.DATASET)
         if len(data["train"]) == forecast.sizes.train and data.facts.height == forecast.sizes.facts.height:
@@ -62,21 +62,21 @@ def images(forecast: Forecast) -> Dataset:
 
 
 def expert(params: Params, data: Dataset, name: str) -> TrainingResult:
-    """As `pretrain` trains it."""
+    """Trains an expert as `advmoe pretrain` does."""
     student = params.experts[name]
     epsilon = params.epsilon if student.meets_threat_model else None
-    return train_single(name, student, params.model, data, params.pretrain, seed=params.seed, epsilon=epsilon)
+    return train_single(SingleRun(name, student, params.model, data, params.pretrain, params.seed, epsilon))
 
 
 def mixture(params: Params, data: Dataset) -> TrainingResult:
-    """As `train` does, from experts that know nothing."""
-    plain = Plain(kind="plain", backbone=params.model)
+    """Trains the mixture as `advmoe train` does, from untrained experts."""
+    plain = PlainArchitecture(kind="plain", backbone=params.model)
     experts = [classifiers.build(plain, data.facts, name) for name in params.train.experts]
-    trained, _ = train_mixture(experts, params.model, data, params.train, seed=params.seed, epsilon=params.epsilon)
+    trained, _ = train_mixture(JointRun(experts, params.model, data, params.train, params.seed, params.epsilon))
     return trained
 
 
-def _took(work: Callable[[], TrainingResult], clock: Callable[[], float]) -> tuple[TrainingResult, float]:
+def _time_training(work: Callable[[], TrainingResult], clock: Callable[[], float]) -> tuple[TrainingResult, float]:
     started = clock()
     return work(), clock() - started
 

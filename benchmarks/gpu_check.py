@@ -1,9 +1,8 @@
-"""Does this GPU do what the CPU does, and how fast? `make gpu-check` trains nine full-width ResNet-18 for a few steps
-on images of CIFAR-10's shape: memory, images a second, decisions beside the CPU's, and resume.
+"""Speed of a GPU and its agreement with the CPU: `make gpu-check` trains nine full-width ResNet-18 for a few steps on
+images of CIFAR-10's shape. It reports memory, images per second, decisions compared with the CPU, and resume.
 
-The images are those that `prepare` left, where they are 32x32 in colour; else scikit-learn's embedded digits, enlarged.
-Exit code 0 when all is as it should be, 1 when a row says no, 2 without a GPU. `--device cpu` runs a tiny form of the
-same, to try the script itself.
+The images are those of `prepare` if they are 32x32 in colour, else scikit-learn's digits, enlarged. Exit code 0 if all
+checks pass, 1 if one fails, 2 without a GPU. `--device cpu` runs a tiny form, to test the script itself.
 
 Shapes: N images, B batch, C channel, H/W pixels.
 """
@@ -26,7 +25,7 @@ from torch.nn import functional
 from advmoe.attacks import engine
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.pgd import Pgd, pgd
-from advmoe.attacks.random_streams import BatchDraws
+from advmoe.attacks.random_streams import BatchStream
 from advmoe.core import console, paths, resources
 from advmoe.core.errors import UserError
 from advmoe.data import dataset
@@ -35,26 +34,29 @@ from advmoe.models.inference import Precision
 from advmoe.models.mixture import MixtureOfExperts
 from advmoe.runtime import machine
 from advmoe.runtime.checkpoints import storage
-from advmoe.statistics.paired_tests import mcnemar
-from advmoe.training.batch_attacks import Drawn, craft
+from advmoe.statistics.paired_tests import mcnemar_p_value
+from advmoe.training.batch_attacks import BatchAttack
 from advmoe.training.flops import measure_flops
 from advmoe.training.trainer import Trainer
 from benchmarks import joint, networks
 
 SHAPE = (3, 32, 32)  # CIFAR-10's
-MEMORY = 16e9  # bytes that nine experts at batch 128 must fit into
-LOGITS = 1e-3  # of the largest logit: float32 sums in another order, over twenty layers
+MEMORY_LIMIT = 16e9  # bytes, for nine experts at batch size 128
+LOGIT_TOLERANCE = 1e-3  # relative to the largest logit: float32 sums in another order, over twenty layers
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
-AGREEMENT, POINTS = 0.98, 0.5  # of decisions; of robust accuracy, in points
-CHANCE = 0.1  # two-sided p of a test that looks at one side: below it is none
-ROUNDS, STANDING = 8, 0.1  # of fitting, at most; share of images that must withstand PGD for decisions to tell anything
-WARM, TIMED = 3, 3  # steps; only those that repeat are recorded
-STEPS = 30  # of the attack on one expert: what the paper draws from, on average
+MIN_AGREEMENT, ACCURACY_TOLERANCE = 0.98, 0.5  # share of equal decisions; percentage points of robust accuracy
+P_THRESHOLD = 0.1  # of a two-sided McNemar test
+MAX_FIT_ROUNDS, MIN_ROBUST = (
+    8,
+    0.1,
+)  # of fitting; share of robust images that the comparison needs
+WARMUP_STEPS, TIMED_STEPS = 3, 3  # steps; CUDA graphs are captured when a step repeats
+EXPERT_STEPS = 30  # of the attack on one expert: the mean of the paper's range
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How large a check. `compared`: images whose decisions are compared, after `ascent` steps of PGD."""
+class CheckSize:
+    """Sizes of a check. `compared`: number of images whose decisions are compared; `ascent`: steps of PGD for them."""
 
     width: int
     experts: int
@@ -63,56 +65,60 @@ class Scale:
     ascent: int
 
 
-FULL = Scale(width=64, experts=9, batch=128, compared=200, ascent=5)
-TINY = Scale(width=4, experts=2, batch=8, compared=30, ascent=3)
+FULL = CheckSize(width=64, experts=9, batch=128, compared=200, ascent=5)
+TINY = CheckSize(width=4, experts=2, batch=8, compared=30, ascent=3)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `ok` is None where a number is only told."""
+    """One row of the table. `passed` is None for a measurement without requirement."""
 
-    what: str
-    found: str
-    wanted: str = ""
-    ok: bool | None = None
+    name: str
+    measured: str
+    required: str = ""
+    passed: bool | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, show the table, return the exit code."""
+    """Runs the checks and prints the table. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu for the tiny form")
     os.environ[f"{machine.PREFIX}DEVICE"] = parser.parse_args(arguments).device
     machine.machine.cache_clear()
     try:
-        place = machine.device()
+        device = machine.device()
         machine.prepare_torch()
-        rows = check(FULL if place.type == "cuda" else TINY, place)
+        rows = run_checks(FULL if device.type == "cuda" else TINY, device)
     except UserError as error:
         console.warn(str(error))
         return 2
-    console.table(f"{place}: {dict(machine.describe())['device']}", *_shown(rows))
-    return int(any(row.ok is False for row in rows))
+    console.table(f"{device}: {dict(machine.describe())['device']}", *_table_cells(rows))
+    return int(any(row.passed is False for row in rows))
 
 
-def _shown(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def _table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     verdict = {True: "yes", False: "NO", None: ""}
-    return ["what", "found", "wanted", "ok"], [[row.what, row.found, row.wanted, verdict[row.ok]] for row in rows]
-
-
-def check(scale: Scale, place: torch.device) -> list[Row]:
-    """All rows."""
-    images, labels = pictures(scale.compared)
-    model = networks.mixture(images, width=scale.width, experts=scale.experts)
-    batch = (images[: scale.batch].to(place), labels[: scale.batch].to(place))
-    return [
-        *speed(model, *batch, place),
-        *resume(model, *batch),
-        *parity(fitted(model, images.to(place), labels.to(place), scale), images, labels, scale, place),
+    return ["check", "measured", "required", "ok"], [
+        [row.name, row.measured, row.required, verdict[row.passed]] for row in rows
     ]
 
 
-def pictures(count: int) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 32, 32) in [0, 1] and their labels (N,), as many as there are and `count` at most."""
+def run_checks(scale: CheckSize, device: torch.device) -> list[Row]:
+    """Returns the rows of all checks."""
+    images, labels = load_images(scale.compared)
+    model = networks.mixture(images, width=scale.width, experts=scale.experts)
+    batch = (images[: scale.batch].to(device), labels[: scale.batch].to(device))
+    return [
+        *speed_rows(model, *batch, device),
+        *resume_rows(model, *batch),
+        *parity_rows(
+            fit_until_robust(model, images.to(device), labels.to(device), scale), images, labels, scale, device
+        ),
+    ]
+
+
+def load_images(count: int) -> tuple[Tensor, Tensor]:
+    """Returns at most `count` images (N, 3, 32, 32) in [0, 1] and their labels (N,)."""
     if paths.DATASET.exists():
         data = dataset.load(paths.DATASET)
         if (data.facts.channels, data.facts.height, data.facts.width) == SHAPE and data.facts.classes == 10:
@@ -125,170 +131,187 @@ def pictures(count: int) -> tuple[Tensor, Tensor]:
 # ---- speed and memory
 
 
-def speed(model: MixtureOfExperts, images: Tensor, labels: Tensor, place: torch.device) -> list[Row]:
-    """Crafting with and without recorded steps, and joint steps with PGD-10 with and without checkpointing."""
-    own, count = copy.deepcopy(model).to(place), len(labels)
-    crafting = joint.STEPS * count * networks.gradient_flops(own, images[0])
+def speed_rows(model: MixtureOfExperts, images: Tensor, labels: Tensor, device: torch.device) -> list[Row]:
+    """Attacks with and without CUDA graphs, and joint training steps with and without activation checkpointing."""
+    copied, count = copy.deepcopy(model).to(device), len(labels)
+    attack_flops = joint.STEPS * count * networks.gradient_flops(copied, images[0])
     rows = [
-        *_recorded("mixture", own, images, labels, joint.STEPS),
-        *_recorded("expert", own.experts[0], images, labels, STEPS),
+        *_cuda_graph_rows("mixture", copied, images, labels, joint.STEPS),
+        *_cuda_graph_rows("expert", copied.experts[0], images, labels, EXPERT_STEPS),
     ]
     for checkpointing in (False, True):
-        run = joint.run_of(copy.deepcopy(model), images, labels, "bfloat16", checkpointing=checkpointing)
-        each = measure_flops(run.learner, images, labels)
-        seconds, peak = timed(partial(run.step, images, labels), place)
-        what = f"joint step{', checkpointing' if checkpointing else ''}"
-        rows.append(_rate(what, count, seconds, crafting + count * each.learning))
-        wanted = f"below {MEMORY / 1e9:.0f} GB"
-        rows.append(Row(f"peak memory, {what}", f"{peak / 1e9:.2f} GB", wanted, peak < MEMORY))
+        run = joint.make_trainer(copy.deepcopy(model), images, labels, "bfloat16", checkpointing=checkpointing)
+        flops = measure_flops(run.task, images, labels)
+        seconds, peak = time_steps(partial(run.step, images, labels), device)
+        name = f"joint step{', checkpointing' if checkpointing else ''}"
+        rows.append(_throughput_row(name, count, seconds, attack_flops + count * flops.learning))
+        required = f"below {MEMORY_LIMIT / 1e9:.0f} GB"
+        rows.append(Row(f"peak memory, {name}", f"{peak / 1e9:.2f} GB", required, peak < MEMORY_LIMIT))
     return rows
 
 
-def _recorded(what: str, model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> list[Row]:
-    """An attack with and without recorded steps."""
+def _cuda_graph_rows(name: str, model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> list[Row]:
+    """Returns the rows of an attack with and without CUDA graphs."""
     flops = steps * len(labels) * networks.gradient_flops(model, images[0])
-    drawn, rows, found = Drawn(_attack(steps), LInf(joint.EPSILON)), [], []
+    drawn, rows, results = BatchAttack(_attack(steps), LInf(joint.EPSILON)), [], []
     for setting in ("0", "1"):
-        with _variable("GRAPHS", setting):
+        with _environment_variable("GRAPHS", setting):
 
-            def work() -> None:
-                draws = BatchDraws(machine.generator("gpu_check"))
-                found.append(craft(model, images, labels, drawn, draws, "bfloat16"))
+            def attack() -> None:
+                draws = BatchStream(machine.generator("gpu_check"))
+                results.append(
+                    engine.attack_batch(
+                        model, images, labels, drawn.function, ball=drawn.ball, draws=draws, precision="bfloat16"
+                    )
+                )
 
-            seconds, _ = timed(work, images.device)
-        rows.append(_rate(f"{what}, PGD-{steps}, ADVMOE_GRAPHS={setting}", len(labels), seconds, flops))
-    differing = int((found[0] != found[-1]).sum())
-    return [*rows, Row(f"{what}: pixels that differ", str(differing), "0", differing == 0)]
+            seconds, _ = time_steps(attack, images.device)
+        rows.append(_throughput_row(f"{name}, PGD-{steps}, ADVMOE_GRAPHS={setting}", len(labels), seconds, flops))
+    differing = int((results[0] != results[-1]).sum())
+    return [*rows, Row(f"{name}: pixels that differ", str(differing), "0", differing == 0)]
 
 
 @contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """`ADVMOE_name` for a while."""
-    before = os.environ.get(f"{machine.PREFIX}{name}")
+def _environment_variable(name: str, value: str) -> Iterator[None]:
+    """Context manager that sets `ADVMOE_{name}`."""
+    previous = os.environ.get(f"{machine.PREFIX}{name}")
     os.environ[f"{machine.PREFIX}{name}"] = value
     machine.machine.cache_clear()
     try:
         yield
     finally:
-        if before is None:
+        if previous is None:
             del os.environ[f"{machine.PREFIX}{name}"]
         else:
-            os.environ[f"{machine.PREFIX}{name}"] = before
+            os.environ[f"{machine.PREFIX}{name}"] = previous
         machine.machine.cache_clear()
 
 
-def timed(work: Callable[[], object], place: torch.device) -> tuple[float, int]:
-    """Seconds of one call, and the most memory in bytes that it took."""
-    for _ in range(WARM):
-        work()
-    if place.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(place)
-        torch.cuda.synchronize(place)
+def time_steps(function: Callable[[], object], device: torch.device) -> tuple[float, int]:
+    """Returns the mean seconds of a call after warm-up, and the peak memory in bytes."""
+    for _ in range(WARMUP_STEPS):
+        function()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
     started = time.perf_counter()
-    for _ in range(TIMED):
-        work()
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
-    return (time.perf_counter() - started) / TIMED, resources.peak_memory()
+    for _ in range(TIMED_STEPS):
+        function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / TIMED_STEPS, resources.peak_memory()
 
 
-def _rate(what: str, count: int, seconds: float, flops: int) -> Row:
-    return Row(what, f"{count / seconds:.1f} images/s, {flops / seconds / 1e12:.3f} TFLOP/s")
+def _throughput_row(name: str, count: int, seconds: float, flops: int) -> Row:
+    return Row(name, f"{count / seconds:.1f} images/s, {flops / seconds / 1e12:.3f} TFLOP/s")
 
 
-# ---- the same as without a kill, and the same as on the CPU
+# ---- resume, and agreement with the CPU
 
 
-def resume(model: MixtureOfExperts, images: Tensor, labels: Tensor) -> list[Row]:
-    """Four steps at once, and two, through a file, and two."""
-    whole, again = (joint.run_of(copy.deepcopy(model), images, labels, "bfloat16") for _ in range(2))
-    _learn(whole, images, labels, 2)
+def resume_rows(model: MixtureOfExperts, images: Tensor, labels: Tensor) -> list[Row]:
+    """Compares four training steps with two, a checkpoint file, and two more."""
+    uninterrupted, resumed = (joint.make_trainer(copy.deepcopy(model), images, labels, "bfloat16") for _ in range(2))
+    _train(uninterrupted, images, labels, 2)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "state.safetensors"
-        storage.save_checkpoint(file, whole.state())
-        found = storage.load_checkpoint(file)
-    assert found is not None
-    again.restore(found)
-    for run in (whole, again):
-        _learn(run, images, labels, 2)
-    pairs = zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True)
-    differing = sum(not torch.equal(one, other) for one, other in pairs)
+        storage.save_checkpoint(file, uninterrupted.state.checkpoint())
+        checkpoint = storage.load_checkpoint(file)
+    assert checkpoint is not None
+    resumed.state.load(checkpoint)
+    for run in (uninterrupted, resumed):
+        _train(run, images, labels, 2)
+    states = (run.task.model.state_dict().values() for run in (uninterrupted, resumed))
+    differing = sum(not torch.equal(one, other) for one, other in zip(*states, strict=True))
     return [Row("resume: tensors that differ", str(differing), "0", differing == 0)]
 
 
-def _learn(run: Trainer, images: Tensor, labels: Tensor, steps: int) -> None:
+def _train(run: Trainer, images: Tensor, labels: Tensor, steps: int) -> None:
     for _ in range(steps):
         run.step(images, labels)
 
 
-def fitted(model: MixtureOfExperts, images: Tensor, labels: Tensor, scale: Scale) -> nn.Module:
-    """The network after so many steps on these images that some of them stand: all that fall alike show nothing."""
-    own = networks.settled(copy.deepcopy(model).to(images.device), images)
-    for _ in range(ROUNDS):
-        networks.fit(own, images, labels, joint.EPSILON)
-        if decisions(own, images, labels, scale, "float32").float().mean() >= STANDING:
+def fit_until_robust(model: MixtureOfExperts, images: Tensor, labels: Tensor, scale: CheckSize) -> nn.Module:
+    """Returns a copy trained adversarially until some images are robust, as the comparison of decisions requires."""
+    copied = networks.set_batchnorm_statistics(copy.deepcopy(model).to(images.device), images)
+    for _ in range(MAX_FIT_ROUNDS):
+        networks.fit_adversarially(copied, images, labels, joint.EPSILON)
+        if robust_decisions(copied, images, labels, scale, "float32").float().mean() >= MIN_ROBUST:
             break
-    return own
+    return copied
 
 
-def parity(model: nn.Module, images: Tensor, labels: Tensor, scale: Scale, place: torch.device) -> list[Row]:
-    """Logits in float32, and decisions under a short PGD: crafted in float32 on the CPU, in both types here."""
-    reference, there = copy.deepcopy(model).cpu(), (images.to(place), labels.to(place))
-    expected = decisions(reference, images, labels, scale, "float32")
+def parity_rows(model: nn.Module, images: Tensor, labels: Tensor, scale: CheckSize, device: torch.device) -> list[Row]:
+    """Compares float32 logits, and decisions under PGD: in float32 on the CPU, in both precisions on the device."""
+    reference, batch = copy.deepcopy(model).cpu(), (images.to(device), labels.to(device))
+    expected = robust_decisions(reference, images, labels, scale, "float32")
     share = float(expected.float().mean())
-    in_float32, in_bfloat16 = (decisions(model, *there, scale, each).cpu() for each in PRECISIONS)
+    in_float32, in_bfloat16 = (robust_decisions(model, *batch, scale, each).cpu() for each in PRECISIONS)
     return [
         _logits(
-            inference.predict(model, there[0], scale.batch).cpu(), inference.predict(reference, images, scale.batch)
+            inference.predict(model, batch[0], scale.batch).cpu(), inference.predict(reference, images, scale.batch)
         ),
-        Row("images that stand on the CPU", f"{share:.0%}", f"at least {STANDING:.0%}", share >= STANDING),
-        *_alike(in_float32, expected),
-        _not_weaker(in_bfloat16, expected),
+        Row("robust images on the CPU", f"{share:.0%}", f"at least {MIN_ROBUST:.0%}", share >= MIN_ROBUST),
+        *_agreement_rows(in_float32, expected),
+        _bfloat16_row(in_bfloat16, expected),
     ]
 
 
-def _logits(found: Tensor, expected: Tensor) -> Row:
-    difference = float((found - expected).abs().max() / expected.abs().max())
+def _logits(actual: Tensor, expected: Tensor) -> Row:
+    difference = float((actual - expected).abs().max() / expected.abs().max())
     return Row(
-        "logits beside the CPU's", f"{difference:.1e} of the largest", f"at most {LOGITS:g}", difference <= LOGITS
+        "logits compared with the CPU",
+        f"{difference:.1e} of the largest",
+        f"at most {LOGIT_TOLERANCE:g}",
+        difference <= LOGIT_TOLERANCE,
     )
 
 
-def _alike(found: Tensor, expected: Tensor) -> list[Row]:
-    agreement, (ours, theirs) = float((found == expected).float().mean()), _points(found, expected)
+def _agreement_rows(actual: Tensor, expected: Tensor) -> list[Row]:
+    agreement, (ours, theirs) = float((actual == expected).float().mean()), _accuracies(actual, expected)
     return [
-        Row("decisions under PGD", f"{agreement:.1%} alike", f"at least {AGREEMENT:.0%}", agreement >= AGREEMENT),
-        Row("robust accuracy", _beside(ours, theirs), f"within {POINTS} points", abs(ours - theirs) <= POINTS),
+        Row(
+            "decisions under PGD", f"{agreement:.1%} equal", f"at least {MIN_AGREEMENT:.0%}", agreement >= MIN_AGREEMENT
+        ),
+        Row(
+            "robust accuracy",
+            _format_accuracies(ours, theirs),
+            f"within {ACCURACY_TOLERANCE} points",
+            abs(ours - theirs) <= ACCURACY_TOLERANCE,
+        ),
     ]
 
 
-def _not_weaker(found: Tensor, expected: Tensor) -> Row:
-    """Where a few steps decide, another rounding lets other images fall; only a weaker attack would flatter.
+def _bfloat16_row(actual: Tensor, expected: Tensor) -> Row:
+    """Checks that the attack in bfloat16 is not weaker: rounding may change which images are broken, not how many.
 
-    Exact McNemar test on the images that one of them alone makes fall.
+    Exact McNemar test on the images whose decisions differ.
     """
-    more, less = (int(each.sum()) for each in (found & ~expected, expected & ~found))
-    p = mcnemar(more, less)
-    what, told = "robust accuracy, crafted in bfloat16", f"{_beside(*_points(found, expected))}; {more} : {less} images"
-    return Row(what, told, f"not more beyond chance (p {CHANCE:g})", more <= less or p >= CHANCE)
+    more, less = (int(each.sum()) for each in (actual & ~expected, expected & ~actual))
+    p = mcnemar_p_value(more, less)
+    measured = f"{_format_accuracies(*_accuracies(actual, expected))}; {more} : {less} images"
+    name = "robust accuracy, attacked in bfloat16"
+    return Row(name, measured, f"not significantly higher (p {P_THRESHOLD:g})", more <= less or p >= P_THRESHOLD)
 
 
-def _points(*standing: Tensor) -> tuple[float, ...]:
-    return tuple(100 * float(each.double().mean()) for each in standing)
+def _accuracies(*robust: Tensor) -> tuple[float, ...]:
+    return tuple(100 * float(each.double().mean()) for each in robust)
 
 
-def _beside(ours: float, theirs: float) -> str:
+def _format_accuracies(ours: float, theirs: float) -> str:
     return f"{ours:.1f}, CPU {theirs:.1f}"
 
 
-def decisions(model: nn.Module, images: Tensor, labels: Tensor, scale: Scale, precision: Precision) -> Tensor:
-    """Which images (N,) stand under PGD from the same random starts."""
-    everyone = torch.ones_like(labels, dtype=torch.bool)
-    attacked = engine.attack_dataset(
-        model, images, labels, everyone, partial(pgd, settings=_attack(scale.ascent)), ball=LInf(joint.EPSILON),
+def robust_decisions(
+    model: nn.Module, images: Tensor, labels: Tensor, scale: CheckSize, precision: Precision
+) -> Tensor:
+    """Returns which images (N,) are robust against PGD, always from the same random starts."""
+    all_images = torch.ones_like(labels, dtype=torch.bool)
+    adversarial = engine.attack_dataset(
+        model, images, labels, all_images, partial(pgd, settings=_attack(scale.ascent)), ball=LInf(joint.EPSILON),
         seed=joint.SEED, purpose="gpu_check", precision=precision, batch_size=scale.batch,
     )  # fmt: skip
-    return inference.predict(model, attacked, scale.batch).argmax(1) == labels
+    return inference.predict(model, adversarial, scale.batch).argmax(1) == labels
 
 
 def _attack(steps: int) -> Pgd:

@@ -1,7 +1,7 @@
-"""A step of joint adversarial training, twice: by the project's loop, and as anybody would write it in plain PyTorch.
+"""A step of joint adversarial training: by the project's trainer, and in plain PyTorch.
 
-Both craft with ten steps of PGD from the same random starts through the whole mixture in eval mode, then take the same
-step of SGD in train mode, so the losses must follow each other.
+Both attack with ten steps of PGD from the same random starts through the whole mixture in eval mode, then take the same
+step of SGD in train mode, so that the losses agree.
 
 Shapes: B batch, C channel, H/W pixels.
 """
@@ -20,9 +20,10 @@ from advmoe.models.mixture import MixtureOfExperts
 from advmoe.runtime.machine import generator
 from advmoe.training.batch_attacks import PgdBatches
 from advmoe.training.config import Optimizer, Schedule, Validation
-from advmoe.training.joint import Alarms, JointConfig, MixtureTask
+from advmoe.training.job import TrainingJob
+from advmoe.training.joint import AlarmThresholds, JointConfig, MixtureTask
 from advmoe.training.losses.dwf import Dwf
-from advmoe.training.trainer import Trainer, TrainingJob
+from advmoe.training.trainer import Trainer
 from benchmarks import networks
 
 NAME, SEED = "benchmark", 0
@@ -33,12 +34,12 @@ ADVERSARY = PgdBatches(kind="pgd", steps=(STEPS,), step_size=STEP_SIZE)
 def our_step(
     model: MixtureOfExperts, images_BCHW: Tensor, labels_B: Tensor, precision: Precision
 ) -> Callable[[], float]:
-    """A function that takes one step on this batch, from where the last one ended, and returns the loss."""
-    run = run_of(copy.deepcopy(model), images_BCHW, labels_B, precision)
-    return lambda: float(run.step(images_BCHW, labels_B))
+    """Returns a function that takes the next training step on this batch and returns the loss."""
+    trainer = make_trainer(copy.deepcopy(model), images_BCHW, labels_B, precision)
+    return lambda: float(trainer.step(images_BCHW, labels_B))
 
 
-def run_of(
+def make_trainer(
     model: MixtureOfExperts,
     images_BCHW: Tensor,
     labels_B: Tensor,
@@ -46,25 +47,25 @@ def run_of(
     *,
     checkpointing: bool = False,
 ) -> Trainer:
-    """The project's training loop around `model`, at its beginning; the batch is all that it has to learn from."""
-    recipe = _recipe(model, precision, len(labels_B)).model_copy(update={"checkpointing": checkpointing})
-    return Trainer(MixtureTask(model, recipe), _course(recipe, images_BCHW, labels_B))
+    """Returns a new trainer of `model` whose training set is this batch."""
+    recipe = _training_config(model, precision, len(labels_B)).model_copy(update={"checkpointing": checkpointing})
+    return Trainer(MixtureTask(model, recipe), _training_job(recipe, images_BCHW, labels_B))
 
 
 def plain_step(model: MixtureOfExperts, images_BCHW: Tensor, labels_B: Tensor) -> Callable[[], float]:
-    """The same in float32 and PyTorch's default memory format, with nothing of the project but the network."""
-    own = networks.as_documented(model)
-    assert isinstance(own, MixtureOfExperts)
-    optimizer = MixtureTask(own, _recipe(model, "float32", len(labels_B))).optimizer()
+    """Returns the same as `our_step` in float32, the default memory format and plain PyTorch."""
+    copied = networks.contiguous_copy(model)
+    assert isinstance(copied, MixtureOfExperts)
+    optimizer = MixtureTask(copied, _training_config(model, "float32", len(labels_B))).optimizer()
     noise = generator(SEED, NAME, "noise")
 
     def step() -> float:
-        attacked = plain_pgd(own.eval(), images_BCHW, labels_B, noise)
-        own.train()
+        attacked = plain_pgd(copied.eval(), images_BCHW, labels_B, noise)
+        copied.train()
         optimizer.zero_grad()
-        loss = functional.nll_loss(own(attacked), labels_B)
+        loss = functional.nll_loss(copied(attacked), labels_B)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(own.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(copied.parameters(), CLIP)
         optimizer.step()
         return float(loss.detach())
 
@@ -72,7 +73,7 @@ def plain_step(model: MixtureOfExperts, images_BCHW: Tensor, labels_B: Tensor) -
 
 
 def plain_pgd(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor, noise: torch.Generator) -> Tensor:
-    """Adversarial images (B, C, H, W) after all steps."""
+    """Returns the adversarial images (B, C, H, W) after all steps."""
     shift = EPSILON * (2 * torch.rand(images_BCHW.shape, generator=noise).to(images_BCHW.device) - 1)
     points = (images_BCHW + shift).clamp(0, 1)
     for _ in range(STEPS):
@@ -84,21 +85,21 @@ def plain_pgd(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor, noise: to
     return points
 
 
-def _course(recipe: JointConfig, images_BCHW: Tensor, labels_B: Tensor) -> TrainingJob:
+def _training_job(recipe: JointConfig, images_BCHW: Tensor, labels_B: Tensor) -> TrainingJob:
     split = Split((images_BCHW * 255).round().to(torch.uint8), labels_B, torch.arange(len(labels_B)))
     return TrainingJob(
         name=NAME,
         seed=SEED,
         dataset=Dataset({"train": split}, networks.facts(images_BCHW), ""),
-        recipe=recipe,
+        config=recipe,
         adversary=ADVERSARY,
         epsilon=EPSILON,
         select_by="pgd",
     )
 
 
-def _recipe(model: MixtureOfExperts, precision: Precision, batch_size: int) -> JointConfig:
-    """Constant rate, no augmentation, no averaging: nothing that a plain loop would not have."""
+def _training_config(model: MixtureOfExperts, precision: Precision, batch_size: int) -> JointConfig:
+    """Returns a config with constant learning rate, without augmentation and weight averaging, as in the plain loop."""
     return JointConfig(
         experts=tuple(f"expert-{number}" for number in range(len(model.experts))),
         gate=networks.GATE,
@@ -122,5 +123,5 @@ def _recipe(model: MixtureOfExperts, precision: Precision, batch_size: int) -> J
         sync_batchnorm=False,
         selection="last",
         validation=Validation(steps=1, step_size=1.0, gap=0.2, images=1),
-        alarms=Alarms(load=0.9, gradient=1e-6),
+        alarms=AlarmThresholds(load=0.9, gradient=1e-6),
     )

@@ -1,10 +1,9 @@
-"""Hard to kill? `python -m benchmarks.kills` kills every long stage with SIGKILL at random moments, again and again,
-and compares what it leaves in the end with what a run leaves that nobody disturbed: artifacts, metrics and plots, byte
-for byte.
+"""Resume after kills: `python -m benchmarks.kills` kills every long stage with SIGKILL at random times, repeatedly, and
+compares its artifacts, metrics and plots, byte for byte, with those of a run without interruption.
 
-The project is a small one in a folder of its own. A run that was killed goes on in the next; one that comes to its end
-is compared, and the next starts anew, until there were as many kills as asked for. Moments are counted from where work
-begins: most of such a short command is Python's imports, which are easily survived.
+It uses a small project in a temporary folder. The run after a kill resumes; the outputs of a completed run are compared
+and deleted, until the given number of kills is reached. Times are counted from the start of the work, as Python's
+imports take most of such a short command.
 """
 
 import argparse
@@ -66,127 +65,129 @@ extract:
       surrogates: [same]
       seeds: [0]
 """  # noqa: E501  (as params.yaml has them)
-TRAINED: list[tuple[str, ...]] = [("pretrain", "clean"), ("pretrain", "pgd-1")]
-SHORT = [("use", "smoke"), ("use", "kills")]  # every attack of an evaluation, as short as it can be
-# by name: the command, and the commands that make what it needs
+TRAIN_EXPERTS: list[tuple[str, ...]] = [("pretrain", "clean"), ("pretrain", "pgd-1")]
+SHORT_ATTACKS = [("use", "smoke"), ("use", "kills")]  # every attack of an evaluation, with few steps
+# by name: the command, and the commands that build its inputs
 STAGES: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
     "pretrain": (("pretrain", "pgd-1"), []),
-    "train": (("train",), TRAINED),
+    "train": (("train",), TRAIN_EXPERTS),
     "baseline": (("baseline", "adversarial"), []),
-    "evaluate": (("evaluate",), [*SHORT, *TRAINED, ("train",), ("baseline", "standard")]),
+    "evaluate": (("evaluate",), [*SHORT_ATTACKS, *TRAIN_EXPERTS, ("train",), ("baseline", "standard")]),
     "poison": (("poison", "unlearnable"), []),
     "extract": (("extract", "dfme"), [("pretrain", "pgd-1")]),
     "membership": (("membership",), [("baseline", "standard")]),
 }
-SIDECAR = ".run.json"  # how long it took, and when
+SIDECAR_SUFFIX = ".run.json"  # holds times, which differ
 
 
 def main() -> None:
-    """Kill as often as asked for; exit code 1 when a byte differs."""
+    """Kills each stage and compares its outputs. Exit code 1 if a byte differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of each stage")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--stage", choices=STAGES, action="append", help="only this one; may be repeated")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills per stage")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="only this stage; may be repeated")
     arguments = parser.parse_args()
-    moments = random.Random(arguments.seed)  # noqa: S311  (moments, no secrets)
-    differing = [name for stage in arguments.stage or STAGES for name in kill(stage, arguments.kills, moments)]
+    times = random.Random(arguments.seed)  # noqa: S311  (not for cryptography)
+    differing = [name for stage in arguments.stage or STAGES for name in kill_repeatedly(stage, arguments.kills, times)]
     parser.exit(int(bool(differing)))
 
 
-def kill(stage: str, times: int, moments: random.Random) -> list[str]:
-    """Kill one stage so many times; returns the names of files that came out otherwise, if any did."""
+def kill_repeatedly(stage: str, kills: int, times: random.Random) -> list[str]:
+    """Kills a stage `kills` times at times drawn from `times`. Returns the names of output files that differ."""
     with tempfile.TemporaryDirectory() as folder:
-        return Project(Path(folder), stage).kill(times, moments)
+        return Project(Path(folder), stage).kill(kills, times)
 
 
 class Project:
-    """A small project, ready for one stage."""
+    """A small project with the inputs of one stage, and the outputs of a run without interruption."""
 
     def __init__(self, folder: Path, stage: str) -> None:
         self.folder, self.state, self.stage = folder, folder / "state", stage
-        self.command, needs = STAGES[stage]
+        self.command, inputs = STAGES[stage]
         for name in ("params.yaml", "dvc.yaml"):
             shutil.copy(ROOT / name, folder)
         shutil.copytree(ROOT / "profiles", folder / "profiles")
         write_text(folder / "profiles" / "kills.yaml", PROFILE)
-        for command in (("use", "kills"), ("prepare",), *needs):
-            self._finish(command)
-        self.given = set(self._files())
-        training = self._begin()
+        for command in (("use", "kills"), ("prepare",), *inputs):
+            self._run(command)
+        self.input_files = set(self._files())
+        process = self._start_work()
         started = time.monotonic()
-        self._ended(training, self.command)
+        self._wait(process, self.command)
         self.seconds = time.monotonic() - started
-        self.expected = self._left()
-        console.say(f"{stage}, undisturbed: {self.seconds:.0f} s of work, {len(self.expected)} files")
+        self.expected = self._outputs()
+        console.info(f"{stage}, without interruption: {self.seconds:.0f} s of work, {len(self.expected)} files")
 
-    def kill(self, times: int, moments: random.Random) -> list[str]:
-        """Kill the stage so many times, and compare every run that comes to its end."""
-        kills, whole_runs, differing = 0, 0, set()
-        self._forget()
+    def kill(self, kills: int, times: random.Random) -> list[str]:
+        """Kills the stage `kills` times and compares every completed run. Returns the names of files that differ."""
+        killed, completed, differing = 0, 0, set()
+        self._remove_outputs()
         while True:
-            if kills < times and self._killed_after(moments.uniform(0, self.seconds / 3)):
-                kills += 1
+            if killed < kills and self._kill_after(times.uniform(0, self.seconds / 3)):
+                killed += 1
                 continue
-            if kills == times:
-                self._finish(self.command)
-            found, whole_runs = self._left(), whole_runs + 1
-            names = found.keys() | self.expected.keys()
-            differing |= {name for name in names if found.get(name) != self.expected.get(name)}
-            console.say(
-                f"{self.stage}: {kills} kills, {whole_runs} runs to the end, files that differ: {sorted(differing)}"
+            if killed == kills:
+                self._run(self.command)
+            outputs, completed = self._outputs(), completed + 1
+            names = outputs.keys() | self.expected.keys()
+            differing |= {name for name in names if outputs.get(name) != self.expected.get(name)}
+            console.info(
+                f"{self.stage}: {killed} kills, {completed} completed runs, files that differ: {sorted(differing)}"
             )
-            if kills == times:
+            if killed == kills:
                 return sorted(differing)
-            self._forget()
+            self._remove_outputs()
 
-    def _killed_after(self, seconds: float) -> bool:
-        """Whether the stage had to be killed, for it was not done by then."""
-        work = self._begin()
+    def _kill_after(self, seconds: float) -> bool:
+        """Runs the stage and kills it after `seconds`. Returns False if it completed before."""
+        process = self._start_work()
         try:
-            work.wait(seconds)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
-            work.kill()
-            work.wait()
+            process.kill()
+            process.wait()
             return True
-        self._ended(work, self.command)
+        self._wait(process, self.command)
         return False
 
-    def _begin(self) -> subprocess.Popen[bytes]:
-        """Start the command and wait until it has locked its folder, which is when it works."""
-        for lock in self.state.glob("*.lock"):  # of the run that was killed
+    def _start_work(self) -> subprocess.Popen[bytes]:
+        """Starts the command and waits until it has locked its folder, when the work begins."""
+        for lock in self.state.glob("*.lock"):  # of the killed run
             lock.unlink()
-        work = self._start(self.command)
-        while work.poll() is None and not list(self.state.glob("*.lock")):
+        process = self._start(self.command)
+        while process.poll() is None and not list(self.state.glob("*.lock")):
             time.sleep(0.01)
-        return work
+        return process
 
-    def _finish(self, command: Sequence[str]) -> None:
-        self._ended(self._start(command), command)
+    def _run(self, command: Sequence[str]) -> None:
+        self._wait(self._start(command), command)
 
-    def _ended(self, work: subprocess.Popen[bytes], command: Sequence[str]) -> None:
-        if work.wait():
+    def _wait(self, process: subprocess.Popen[bytes], command: Sequence[str]) -> None:
+        if process.wait():
             raise SystemExit(f"`advmoe {' '.join(command)}` failed")
 
     def _start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        own = {"PYTHONPATH": str(ROOT), "ADVMOE_STATE_DIR": str(self.state), "ADVMOE_STATE_SECONDS": "0.1"}
-        own |= {"ADVMOE_THREADS": "1", "OMP_NUM_THREADS": "1"}  # so small a network gains nothing by more
+        environment = {"PYTHONPATH": str(ROOT), "ADVMOE_STATE_DIR": str(self.state), "ADVMOE_STATE_SECONDS": "0.1"}
+        environment |= {"ADVMOE_THREADS": "1", "OMP_NUM_THREADS": "1"}  # more do not speed up such small networks
         arguments = [sys.executable, "-m", "advmoe", *command]
-        return subprocess.Popen(arguments, cwd=self.folder, env={**os.environ, **own}, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(
+            arguments, cwd=self.folder, env={**os.environ, **environment}, stdout=subprocess.DEVNULL
+        )
 
     def _files(self) -> list[Path]:
         roots = (self.folder / root for root in (paths.ARTIFACTS, paths.METRICS, paths.PLOTS))
         return [path for root in roots for path in root.rglob("*") if path.is_file()]
 
-    def _made(self) -> list[Path]:
-        return [path for path in self._files() if path not in self.given]
+    def _output_files(self) -> list[Path]:
+        return [path for path in self._files() if path not in self.input_files]
 
-    def _left(self) -> dict[str, bytes]:
-        """What the stage made."""
-        made = [path for path in self._made() if not path.name.endswith(SIDECAR)]
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in made}
+    def _outputs(self) -> dict[str, bytes]:
+        """Returns the content of the stage's outputs by path, without sidecar files."""
+        outputs = [path for path in self._output_files() if not path.name.endswith(SIDECAR_SUFFIX)]
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in outputs}
 
-    def _forget(self) -> None:
-        for path in self._made():
+    def _remove_outputs(self) -> None:
+        for path in self._output_files():
             path.unlink()
 
 

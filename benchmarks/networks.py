@@ -1,7 +1,7 @@
-"""Mixtures to take times of: the architecture of the pipeline, at any size.
+"""Networks for the benchmarks: mixtures with the architecture of the pipeline, at any size.
 
-What weights hold does not change what they cost, so most are random. Where robust accuracies stand beside the times, a
-mixture has been fitted to its images under attack for a few steps: a random network falls to noise in the last digit.
+The time does not depend on the weights, so most are random. Where robust accuracy is reported, too, a mixture is
+trained adversarially on its images for a few steps: a random network changes its decisions by rounding errors.
 
 Shapes: N images, C channel, H/W pixels.
 """
@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from advmoe.attacks import engine, registry
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.fgsm import Fgsm
-from advmoe.data.dataset import Facts
+from advmoe.data.dataset import DatasetInfo
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Backbone, GateSettings, Mixture, Plain
+from advmoe.models.classifiers import BackboneSettings, GateSettings, MixtureArchitecture, PlainArchitecture
 from advmoe.models.layers import ConvNorm
 from advmoe.models.mixture import MixtureOfExperts
 from advmoe.runtime import machine
@@ -30,11 +30,11 @@ from benchmarks import checkpoints
 EXPERTS = 9
 GATE = GateSettings(width=16, temperature=1.0)
 CLASS_NAMES = tuple("0123456789")
-FITTING = 12  # steps: enough to leave some images standing, and seconds
+FIT_STEPS = 12  # steps: enough for some robust images, within seconds
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchmarkTarget:
     """A network in eval mode, images (N, C, H, W) in [0, 1], labels (N,), and the L-inf radius to attack at."""
 
     name: str
@@ -43,30 +43,32 @@ class Subject:
     labels: Tensor
     epsilon: float
 
-    def first(self, count: int) -> "Subject":
-        """On the first `count` images only."""
-        return Subject(self.name, self.model, self.images[:count], self.labels[:count], self.epsilon)
+    def first(self, count: int) -> "BenchmarkTarget":
+        """Returns the same with the first `count` images only."""
+        return BenchmarkTarget(self.name, self.model, self.images[:count], self.labels[:count], self.epsilon)
 
 
-def checkpoint(name: str, count: int) -> Subject:
-    """A robust network of others, at the epsilon of its reference decisions."""
-    place = machine.device()
-    images, labels = (each.to(place) for each in checkpoints.images(name, count))
-    return Subject(name, checkpoints.model(name).to(place), images, labels, checkpoints.reference(name).epsilon)
+def checkpoint_target(name: str, count: int) -> BenchmarkTarget:
+    """Returns a published robust network, with the epsilon of its reference decisions."""
+    device = machine.device()
+    images, labels = (tensor.to(device) for tensor in checkpoints.load_images(name, count))
+    return BenchmarkTarget(
+        name, checkpoints.load_model(name).to(device), images, labels, checkpoints.load_reference(name).epsilon
+    )
 
 
-def mixture_subject(name: str, images_NCHW: Tensor, labels_N: Tensor, *, width: int, epsilon: float) -> Subject:
-    """A mixture that has learned these images under FGSM."""
-    model = settled(mixture(images_NCHW, width=width), images_NCHW)
-    fit(model, images_NCHW, labels_N, epsilon)
-    return Subject(name, model, images_NCHW, labels_N, epsilon)
+def mixture_target(name: str, images_NCHW: Tensor, labels_N: Tensor, *, width: int, epsilon: float) -> BenchmarkTarget:
+    """Returns a mixture that was trained on these images with FGSM."""
+    model = set_batchnorm_statistics(mixture(images_NCHW, width=width), images_NCHW)
+    fit_adversarially(model, images_NCHW, labels_N, epsilon)
+    return BenchmarkTarget(name, model, images_NCHW, labels_N, epsilon)
 
 
-def fit(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, epsilon: float) -> None:
-    """A few steps of SGD on all images at once, attacked anew for each."""
+def fit_adversarially(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, epsilon: float) -> None:
+    """Trains `model` in place: FIT_STEPS steps of SGD on all images at once, attacked by FGSM in each step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     craft = registry.bind(Fgsm(kind="fgsm"), {})
-    for step in range(FITTING):
+    for step in range(FIT_STEPS):
         attacked = engine.attack_without_early_stop(
             model, images_NCHW, labels_N, craft, ball=LInf(epsilon), seed=step, purpose="fit", precision="float32",
             batch_size=len(labels_N),
@@ -78,29 +80,31 @@ def fit(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, epsilon: float)
 
 
 def mixture(images_NCHW: Tensor, *, width: int, experts: int = EXPERTS) -> MixtureOfExperts:
-    """Nine experts (or so many) of ResNet-18 and a gate, for images of this shape, where they are."""
+    """Returns a mixture of ResNet-18 experts for images of this shape, on their device, in eval mode."""
     names = tuple(f"expert-{number}" for number in range(experts))
-    backbone = Backbone(kind="resnet18", width=width)
-    architecture = Mixture(kind="mixture", backbone=backbone, experts=names, gate=GATE, mixing="probabilities")
+    backbone = BackboneSettings(kind="resnet18", width=width)
+    architecture = MixtureArchitecture(
+        kind="mixture", backbone=backbone, experts=names, gate=GATE, mixing="probabilities"
+    )
     model = classifiers.build(architecture, facts(images_NCHW), "benchmark")
     assert isinstance(model, MixtureOfExperts)
     return model.to(images_NCHW.device).eval()
 
 
-def lone_expert(images_NCHW: Tensor, *, width: int) -> nn.Module:
-    """One expert without anything around it."""
-    backbone = Backbone(kind="resnet18", width=width)
-    model = classifiers.build(Plain(kind="plain", backbone=backbone), facts(images_NCHW), "benchmark")
+def single_expert(images_NCHW: Tensor, *, width: int) -> nn.Module:
+    """Returns one expert without a gate, in eval mode."""
+    backbone = BackboneSettings(kind="resnet18", width=width)
+    model = classifiers.build(PlainArchitecture(kind="plain", backbone=backbone), facts(images_NCHW), "benchmark")
     return model.to(images_NCHW.device).eval()
 
 
-def as_documented(model: nn.Module) -> nn.Module:
-    """A copy in eval mode and PyTorch's default memory format, as the examples of other libraries have it."""
+def contiguous_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy in eval mode and PyTorch's default memory format, as in the examples of other libraries."""
     return copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()
 
 
-def settled(model: nn.Module, images_NCHW: Tensor) -> nn.Module:
-    """The same network, its BatchNorms with the statistics of these images."""
+def set_batchnorm_statistics(model: nn.Module, images_NCHW: Tensor) -> nn.Module:
+    """Sets the BatchNorm statistics of `model` to those of these images; returns it in eval mode."""
     for layer in model.modules():
         if isinstance(layer, ConvNorm):
             layer.norm.momentum = 1.0
@@ -109,10 +113,10 @@ def settled(model: nn.Module, images_NCHW: Tensor) -> nn.Module:
     return model.eval()
 
 
-def facts(images_NCHW: Tensor) -> Facts:
-    """What a network must know of such images."""
+def facts(images_NCHW: Tensor) -> DatasetInfo:
+    """Returns the facts of a data set of such images, from which networks are built."""
     _, channels, height, width = images_NCHW.shape
-    return Facts(
+    return DatasetInfo(
         channels=1 if channels == 1 else 3,
         height=height,
         width=width,
@@ -123,30 +127,30 @@ def facts(images_NCHW: Tensor) -> Facts:
 
 
 def labelled_digits(count: int) -> tuple[Tensor, Tensor]:
-    """The first embedded digits, (N, 1, 8, 8) in [0, 1], and their labels (N,)."""
+    """Returns the first digits of scikit-learn, (N, 1, 8, 8) in [0, 1], and their labels (N,)."""
     images, labels = load_digits(return_X_y=True)
     pixels = (images[:count] / 16).astype(np.float32).reshape(-1, 1, 8, 8)
     return torch.from_numpy(pixels), torch.from_numpy(labels[:count].astype(np.int64))
 
 
-def digits(count: int) -> Tensor:
-    """The same without labels."""
+def digit_images(count: int) -> Tensor:
+    """Returns the first digits of scikit-learn, (N, 1, 8, 8) in [0, 1]."""
     return labelled_digits(count)[0]
 
 
-def labelled_photographs(count: int) -> tuple[Tensor, Tensor]:
-    """The first CIFAR-10 test images (N, 3, 32, 32) in [0, 1], and their labels (N,)."""
-    return checkpoints.images("resnet4b-cifar", count)
+def labelled_cifar10(count: int) -> tuple[Tensor, Tensor]:
+    """Returns the first CIFAR-10 test images (N, 3, 32, 32) in [0, 1], and their labels (N,)."""
+    return checkpoints.load_images("resnet4b-cifar", count)
 
 
-def photographs(count: int, side: int = 32) -> Tensor:
-    """The same without labels, (N, 3, side, side), made smaller where asked."""
-    images, _ = labelled_photographs(count)
+def cifar10_images(count: int, side: int = 32) -> Tensor:
+    """Returns the first CIFAR-10 test images in [0, 1], downsampled to (N, 3, side, side)."""
+    images, _ = labelled_cifar10(count)
     return images if side == 32 else functional.adaptive_avg_pool2d(images, side)
 
 
 def gradient_flops(model: nn.Module, image_CHW: Tensor) -> int:
-    """Floating-point operations of a forward pass and one back to the pixels of an image; a multiply-add is two."""
-    with engine.attack_mode(model, "float32") as cheap, FlopCounterMode(display=False) as counter, torch.enable_grad():
-        torch.autograd.backward(cheap(image_CHW[None].clone().requires_grad_(True)).sum())
+    """Returns the FLOPs of a forward and a backward pass to the pixels of one image; a multiply-add counts as two."""
+    with engine.attack_mode(model, "float32") as frozen, FlopCounterMode(display=False) as counter, torch.enable_grad():
+        torch.autograd.backward(frozen(image_CHW[None].clone().requires_grad_(True)).sum())
     return int(counter.get_total_flops())

@@ -1,7 +1,7 @@
-"""Do our poisoned sets hold what others' code would put there? `make bench` runs this in its virtual environment.
+"""Agreement of our poisoned sets with other implementations. `make bench` runs this in its virtual environment.
 
-- `badnets` against the backdoor attack of the adversarial-robustness-toolbox, pixel for pixel, on the embedded digits.
-- `label-flip` against label noise written in plain numpy, from the definitions and not from our code.
+- `badnets` against the backdoor attack of the adversarial-robustness-toolbox, per pixel, on scikit-learn's digits.
+- `label-flip` against an independent implementation of the definitions in numpy.
 """
 
 import argparse
@@ -17,45 +17,53 @@ from advmoe.core import console
 from advmoe.runtime.machine import generator
 from advmoe.threats.poisoning.badnets import BadNets, badnets
 from advmoe.threats.poisoning.label_flip import LabelFlip, PairFlip, RandomFlip, TargetedFlip, label_flip
-from advmoe.threats.poisoning.poisoned_set import Poisoned
+from advmoe.threats.poisoning.poisoned_set import PoisonedSet
 
 CLASSES, SIZE, TARGET = 10, 2, 0
-SOURCE, WANTED = 4, 9  # of the targeted flip
+FLIP_SOURCE, FLIP_TARGET = 4, 9  # classes of the targeted flip
 RATES = (0.01, 0.1, 0.5)
 
 
 def main() -> None:
-    """Print both tables; exit code 1 where something disagrees."""
+    """Prints both tables. Exit code 1 on disagreement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed
     images, labels = digits()
-    stamped = [stamps(images, labels, rate, seed) for rate in RATES]
-    flipped = [flips(images, labels, kind, rate, seed) for kind in FLIPS for rate in RATES]
+    badnets_rows = [badnets_row(images, labels, rate, seed) for rate in RATES]
+    flip_rows = [label_flip_row(images, labels, kind, rate, seed) for kind in FLIPS for rate in RATES]
     console.table(
         f"badnets against adversarial-robustness-toolbox, {len(labels)} digits, seed {seed}",
         ["rate", "poisoned", "expected", "pixels that differ", "labels that differ", "clean images touched"],
-        stamped,
+        badnets_rows,
     )
     console.table(
         f"label-flip against plain numpy, {len(labels)} digits, seed {seed}",
-        ["flip", "rate", "flipped", "expected", "labels against the definition", "ours, share of pairs", "numpy's"],
-        flipped,
+        [
+            "flip",
+            "rate",
+            "flipped",
+            "expected",
+            "labels that violate the definition",
+            "ours, share of pairs",
+            "numpy's",
+        ],
+        flip_rows,
     )
-    wrong = any(row[1] != row[2] or set(row[3:]) != {"0"} for row in stamped)
-    if wrong or any(row[2] != row[3] or row[4] != "0" for row in flipped):
-        parser.exit(1, "error: our poisoned sets and theirs disagree\n")
+    differs = any(row[1] != row[2] or set(row[3:]) != {"0"} for row in badnets_rows)
+    if differs or any(row[2] != row[3] or row[4] != "0" for row in flip_rows):
+        parser.exit(1, "error: the poisoned sets of the implementations differ\n")
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """All of them as uint8 (N, 1, 8, 8), and labels (N,)."""
+    """Returns all digits as uint8 (N, 1, 8, 8), and their labels (N,)."""
     images, labels = load_digits(return_X_y=True)
     levels = np.rint(images.reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
     return torch.from_numpy(levels), torch.from_numpy(labels.astype(np.int64))
 
 
-def corner(images_NHWC: np.ndarray) -> np.ndarray:
-    """Their single pixel, which lies on the diagonal, on every pixel of the square: the image is moved beneath it."""
+def stamp_corner(images_NHWC: np.ndarray) -> np.ndarray:
+    """Applies the toolbox's single-pixel trigger to every pixel of the square, by shifting the images beneath it."""
     for below in range(SIZE):
         for right in range(SIZE):
             moved = np.roll(images_NHWC, (below, right), axis=(1, 2))
@@ -63,23 +71,23 @@ def corner(images_NHWC: np.ndarray) -> np.ndarray:
     return images_NHWC
 
 
-def stamps(images: torch.Tensor, labels: torch.Tensor, rate: float, seed: int) -> list[str]:
-    """One row: ours, and theirs on the images that ours drew."""
+def badnets_row(images: torch.Tensor, labels: torch.Tensor, rate: float, seed: int) -> list[str]:
+    """Returns one row: our attack, and the toolbox's on the images that ours drew."""
     settings = BadNets(kind="badnets", size=SIZE, target=TARGET)
     ours = badnets(images, labels, generator("bench", seed), settings, rate=rate, classes=CLASSES)
     rows = ours.rows.numpy()
-    attack = PoisoningAttackBackdoor(corner)
+    attack = PoisoningAttackBackdoor(stamp_corner)
     chosen = images.numpy()[rows].transpose(0, 2, 3, 1)
-    theirs, lies = attack.poison(chosen, y=np.full(len(rows), TARGET))
+    theirs, false_labels = attack.poison(chosen, y=np.full(len(rows), TARGET))
     pixels = int((ours.images.numpy()[rows].transpose(0, 2, 3, 1) != theirs).sum())
     untouched = np.setdiff1d(np.arange(len(labels)), rows)
     touched = int((ours.images.numpy()[untouched] != images.numpy()[untouched]).any(axis=(1, 2, 3)).sum())
     touched += int((ours.labels.numpy()[untouched] != labels.numpy()[untouched]).sum())
-    wrong = int((ours.labels.numpy()[rows] != lies).sum()) + int((labels.numpy()[rows] == TARGET).sum())
+    wrong = int((ours.labels.numpy()[rows] != false_labels).sum()) + int((labels.numpy()[rows] == TARGET).sum())
     return [f"{rate:g}", str(len(rows)), str(round(rate * len(labels))), str(pixels), str(wrong), str(touched)]
 
 
-# ---- label noise, independently
+# ---- independent label noise
 
 
 def _random(labels: np.ndarray, rate: float, draw: np.random.Generator) -> np.ndarray:
@@ -97,20 +105,20 @@ def _pair(labels: np.ndarray, rate: float, draw: np.random.Generator) -> np.ndar
 
 
 def _targeted(labels: np.ndarray, rate: float, draw: np.random.Generator) -> np.ndarray:
-    flipped, of_source = labels.copy(), np.flatnonzero(labels == SOURCE)
-    flipped[draw.choice(of_source, round(rate * len(of_source)), replace=False)] = WANTED
+    flipped, of_source = labels.copy(), np.flatnonzero(labels == FLIP_SOURCE)
+    flipped[draw.choice(of_source, round(rate * len(of_source)), replace=False)] = FLIP_TARGET
     return flipped
 
 
 FLIPS: dict[str, tuple[LabelFlip, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]]] = {
     "random": (RandomFlip(kind="label-flip-random"), _random),
     "pair": (PairFlip(kind="label-flip-pair"), _pair),
-    "targeted": (TargetedFlip(kind="label-flip-targeted", source=SOURCE, target=WANTED), _targeted),
+    "targeted": (TargetedFlip(kind="label-flip-targeted", source=FLIP_SOURCE, target=FLIP_TARGET), _targeted),
 }
 
 
-def flips(images: torch.Tensor, labels: torch.Tensor, kind: str, rate: float, seed: int) -> list[str]:
-    """One row: how many labels each flips, and between how many pairs of classes."""
+def label_flip_row(images: torch.Tensor, labels: torch.Tensor, kind: str, rate: float, seed: int) -> list[str]:
+    """Returns one row: the numbers of labels flipped, and of pairs of classes between which labels were flipped."""
     settings, independent = FLIPS[kind]
     ours = label_flip(images, labels, generator("bench", seed), settings, rate=rate, classes=CLASSES)
     theirs = independent(labels.numpy(), rate, np.random.default_rng(seed))
@@ -120,17 +128,17 @@ def flips(images: torch.Tensor, labels: torch.Tensor, kind: str, rate: float, se
         len(set(zip(true[each != true], each[each != true], strict=True))) for each in (ours.labels.numpy(), theirs)
     ]
     possible = {"random": CLASSES * (CLASSES - 1), "pair": CLASSES, "targeted": 1}[kind]
-    shares = [f"{found} of {possible}" for found in pairs]
-    return [kind, f"{rate:g}", str(flipped[0]), str(flipped[1]), str(_against(kind, ours, true)), *shares]
+    shares = [f"{count} of {possible}" for count in pairs]
+    return [kind, f"{rate:g}", str(flipped[0]), str(flipped[1]), str(_count_violations(kind, ours, true)), *shares]
 
 
-def _against(kind: str, ours: Poisoned, true: np.ndarray) -> int:
-    """How many of our labels the definition forbids; images must be as they were, and rows say what was changed."""
+def _count_violations(kind: str, ours: PoisonedSet, true: np.ndarray) -> int:
+    """Returns the number of our labels that the definition forbids, and of labels changed outside `rows`."""
     now, rows = ours.labels.numpy(), ours.rows.numpy()
     allowed = {
         "random": now != true,
         "pair": now == (true + 1) % CLASSES,
-        "targeted": (now == WANTED) & (true == SOURCE),
+        "targeted": (now == FLIP_TARGET) & (true == FLIP_SOURCE),
     }[kind]
     changed = np.zeros(len(true), dtype=bool)
     changed[rows] = True

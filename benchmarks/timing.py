@@ -1,7 +1,7 @@
-"""Times of several cases taken in turn, so that a bad minute of the machine falls on all of them.
+"""Interleaved timing of several cases, so that load on the machine affects all of them.
 
-Wall-clock seconds are what a user waits for. CPU seconds, summed over threads, tell cases apart where others compute on
-the same cores; with several threads they also count waiting for each other, and with a GPU they tell nothing.
+Wall-clock seconds are what a user waits for. CPU seconds, summed over threads, are robust against other processes on
+the same cores; with several threads they include waiting for each other, and on a GPU they are meaningless.
 """
 
 import statistics
@@ -18,7 +18,7 @@ Clock = Literal["wall", "cpu"]
 
 @dataclass(frozen=True)
 class Seconds:
-    """What one execution took, by both clocks."""
+    """Wall-clock and CPU seconds of one execution."""
 
     wall: float
     cpu: float
@@ -26,23 +26,23 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Timed(Generic[T]):
-    """A case: what it returned last, and its times, one for each round."""
+    """The last result of a case, and its times, one per round."""
 
     result: T
     rounds: tuple[Seconds, ...]
 
     def by(self, clock: Clock) -> list[float]:
-        """Seconds of each round."""
+        """Returns the seconds of each round."""
         return [float(getattr(seconds, clock)) for seconds in self.rounds]
 
     def median(self, clock: Clock) -> float:
-        """Seconds of a middling round."""
+        """Returns the median of the seconds of the rounds."""
         return statistics.median(self.by(clock))
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long one case took as another: the median over rounds, the lowest and the highest."""
+    """The ratio of the times of two cases: median, minimum and maximum over rounds."""
 
     median: float
     low: float
@@ -52,40 +52,40 @@ class Ratio:
         return f"{self.median:.2f} [{self.low:.2f} to {self.high:.2f}]"
 
 
-def measured(work: Callable[[], T]) -> tuple[T, Seconds]:
-    """What `work` returns, and what it took."""
-    _finish()
+def time_call(function: Callable[[], T]) -> tuple[T, Seconds]:
+    """Returns the result of `function()` and its time."""
+    _synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
-    result = work()
-    _finish()
+    result = function()
+    _synchronize()
     return result, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def _finish() -> None:
-    """A GPU computes on while Python goes on."""
+def _synchronize() -> None:
+    """Waits for the GPU, which computes asynchronously."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def interleaved(cases: Mapping[str, Callable[[], T]], rounds: int, *, warm: bool = True) -> dict[str, Timed[T]]:
-    """Every case once a round, every other round in reverse; `warm`: each once before, off the clock.
+def time_interleaved(cases: Mapping[str, Callable[[], T]], rounds: int, *, warmup: bool = True) -> dict[str, Timed[T]]:
+    """Runs every case once per round, with the order reversed in every second round; `warmup`: once before, not timed.
 
-    Raises ValueError without a round.
+    Raises ValueError for less than one round.
     """
     if rounds < 1:
         raise ValueError(f"rounds: at least 1 is needed, not {rounds}")
-    for work in cases.values() if warm else ():
-        work()
+    for function in cases.values() if warmup else ():
+        function()
     results: dict[str, T] = {}
     times: dict[str, list[Seconds]] = {name: [] for name in cases}
     for number in range(rounds):
         for name in list(cases)[:: -1 if number % 2 else 1]:
-            results[name], seconds = measured(cases[name])
+            results[name], seconds = time_call(cases[name])
             times[name].append(seconds)
     return {name: Timed(results[name], tuple(times[name])) for name in cases}
 
 
 def ratio(slow: Timed[T], fast: Timed[T], clock: Clock) -> Ratio:
-    """Seconds of `slow` over those of `fast`, round by round."""
-    each = [over / under for over, under in zip(slow.by(clock), fast.by(clock), strict=True)]
-    return Ratio(statistics.median(each), min(each), max(each))
+    """Returns the ratio of the seconds of `slow` and `fast`, paired by round."""
+    ratios = [numerator / denominator for numerator, denominator in zip(slow.by(clock), fast.by(clock), strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))

@@ -1,10 +1,9 @@
-"""evaluate: how the mixture, its parts and the plain networks do on the test split, clean and attacked, and whether
-these numbers may be believed.
+"""evaluate: clean and robust accuracy of the mixture, its experts and the baselines on the test split, with checks.
 
 Reads `seed`, `epsilon`, `evaluate`, the data set, the mixture, the pre-trained experts and the baselines. Writes
-metrics/evaluate.json (the headline), metrics/verdict.json (the checks), metrics/evaluate/ (one file per model),
-metrics/decisions/ (who was right, image by image), plots/evaluate/ and, with the adversarial images,
-artifacts/evaluate/adversarial.safetensors.
+metrics/headline.json (DVC metrics), metrics/evaluate.json (all accuracies), metrics/verdict.json (the checks),
+metrics/evaluate/ (one file per model), metrics/decisions/ (correctness per image), plots/evaluate/ and
+artifacts/evaluate/adversarial.safetensors (the adversarial images).
 
 Shapes: N images, E experts.
 """
@@ -24,24 +23,25 @@ from advmoe.data.dataset import Dataset, Split
 from advmoe.evaluation import gate_report, plots, serialise, summary, verdict
 from advmoe.evaluation.checks.base import CheckContext
 from advmoe.evaluation.checks.consistency import content_hashes
-from advmoe.evaluation.config import EvaluateSection, fitting, robustness_curve
+from advmoe.evaluation.config import EvaluateSection, applicable_attacks, robustness_curve
 from advmoe.evaluation.harness import EvaluationConfig, EvaluationTarget, clear_resume_state, evaluate
+from advmoe.evaluation.headline import headline
 from advmoe.evaluation.minimal_perturbation import minimal_epsilons
 from advmoe.evaluation.summary import ModelResult
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Classifier, Mixture
+from advmoe.models.classifiers import Classifier, MixtureArchitecture
 from advmoe.models.mixture import MixtureOfExperts
-from advmoe.runtime import distributed
-from advmoe.runtime.machine import device, evaluation_seed
+from advmoe.runtime import distributed, machine
+from advmoe.runtime.machine import evaluation_seed
 from advmoe.runtime.parallel import parallel_map
 from advmoe.statistics import decisions
 from advmoe.statistics.decisions import WORST
-from advmoe.statistics.paired_tests import compare
+from advmoe.statistics.paired_tests import compare_paired
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model of the pipeline. `full`: it meets every attack and is judged; the others meet the experts' attacks."""
+class EvaluatedModel:
+    """A model of the pipeline. `full`: runs all attacks and the checks; otherwise only the attacks for experts."""
 
     name: str
     model: nn.Module
@@ -61,9 +61,9 @@ class Inputs:
     experts: dict[str, Classifier]
 
     @classmethod
-    @lru_cache(maxsize=1)  # a worker evaluates many models
+    @lru_cache(maxsize=1)  # a worker process evaluates several models
     def read(cls) -> "Inputs":
-        """Raises UserError for what is missing or does not belong together."""
+        """Loads the inputs. Raises UserError for missing files and models trained on other data."""
         settings = load_section("evaluate", EvaluateSection)
         data, mixture = dataset.load(paths.DATASET), classifiers.load(paths.MIXTURE)
         names = _architecture(mixture).experts
@@ -78,7 +78,7 @@ class Inputs:
         )
         for name, source in {summary.MIXTURE: mixture, **inputs.baselines, **inputs.experts}.items():
             if source.header.inputs.get("dataset") != data.sha256:
-                raise UserError(f"{name}: trained on other data than {paths.DATASET}; run `dvc repro`")
+                raise UserError(f"{name}: not trained on {paths.DATASET}; run `dvc repro`")
         return inputs
 
     @property
@@ -87,124 +87,129 @@ class Inputs:
         return self.data["test"].first(self.settings.limit)
 
     @property
-    def terms(self) -> EvaluationConfig:
-        """The terms to evaluate on."""
-        return self.settings.terms(LInf(self.epsilon), evaluation_seed(self.seed))
+    def config(self) -> EvaluationConfig:
+        """The config of the harness."""
+        return self.settings.evaluation_config(LInf(self.epsilon), evaluation_seed(self.seed))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts, in the gate's order."""
+        """Names of the experts, in the gate's order."""
         return _architecture(self.mixture).experts
 
-    def subjects(self) -> dict[str, Subject]:
-        """Every model to evaluate, the dearest first."""
+    def models(self) -> dict[str, EvaluatedModel]:
+        """Every model to evaluate, by name, the most expensive first."""
         joint = self.mixture.model
         assert isinstance(joint, MixtureOfExperts)
         pretrained = [expert.model for expert in self.experts.values()]
-        before = classifiers.build_mixture(_architecture(self.mixture), self.mixture.about.facts, pretrained, 0)
-        plain = self.baselines.items()
-        found = [
-            Subject(summary.MIXTURE, joint, full=True),
-            Subject(summary.UNIFORM, classifiers.uniform_mixture(joint)),
-            Subject(summary.BEFORE, before),
-            *(Subject(summary.BASELINE + name, baseline.model, full=True) for name, baseline in plain),
-            *(Subject(summary.PRETRAINED + name, expert.model) for name, expert in self.experts.items()),
-            *(Subject(summary.JOINT + name, expert) for name, expert in zip(self.names, joint.experts, strict=True)),
+        untrained = classifiers.build_mixture(_architecture(self.mixture), self.mixture.about.facts, pretrained, 0)
+        baselines = self.baselines.items()
+        models = [
+            EvaluatedModel(summary.MIXTURE, joint, full=True),
+            EvaluatedModel(summary.UNIFORM, classifiers.uniform_mixture(joint)),
+            EvaluatedModel(summary.BEFORE, untrained),
+            *(EvaluatedModel(summary.BASELINE + name, baseline.model, full=True) for name, baseline in baselines),
+            *(EvaluatedModel(summary.PRETRAINED + name, expert.model) for name, expert in self.experts.items()),
+            *(
+                EvaluatedModel(summary.JOINT + name, expert)
+                for name, expert in zip(self.names, joint.experts, strict=True)
+            ),
         ]
-        return {subject.name: subject for subject in found}
+        return {model.name: model for model in models}
 
 
 def run() -> None:
-    """Evaluate everything the pipeline trained. Several processes share the images; the first judges and writes."""
+    """Evaluates all models of the pipeline. Processes share the images; rank 0 runs the checks and writes."""
     started = time.monotonic()
     Inputs.read.cache_clear()
     inputs = Inputs.read()
-    names = list(inputs.subjects())
-    found = dict(zip(names, parallel_map(evaluate_one, names), strict=True))
+    names = list(inputs.models())
+    results = dict(zip(names, parallel_map(evaluate_one, names), strict=True))
     if not distributed.is_rank0():
         return
-    _compare(found, inputs.seed)
-    _write(found, inputs)
-    _write_examples(found, inputs, time.monotonic() - started)
-    for result in found.values():
-        clear_resume_state(result.target, result.attacks, inputs.terms)
-    console.say("`advmoe results` shows all results")
+    _compare(results, inputs.seed)
+    _write(results, inputs)
+    _write_examples(results, inputs, time.monotonic() - started)
+    for result in results.values():
+        clear_resume_state(result.target, result.attacks, inputs.config)
+    console.info("`advmoe results` shows all results")
 
 
-def _architecture(mixture: Classifier) -> Mixture:
-    assert isinstance(mixture.about.architecture, Mixture)
+def _architecture(mixture: Classifier) -> MixtureArchitecture:
+    assert isinstance(mixture.about.architecture, MixtureArchitecture)
     return mixture.about.architecture
 
 
 def evaluate_one(name: str) -> ModelResult:
-    """Evaluate one model of the pipeline; in a process of its own, where there are cores for that."""
-    inputs, place = Inputs.read(), device()
-    settings, split, subject = inputs.settings, inputs.split, inputs.subjects()[name]
-    sources = {summary.BASELINE + each: baseline.model.to(place) for each, baseline in inputs.baselines.items()}
+    """Evaluates one model of the pipeline. Runs in a worker process if there are enough cores."""
+    inputs, device = Inputs.read(), machine.device()
+    settings, split, evaluated = inputs.settings, inputs.split, inputs.models()[name]
+    sources = {summary.BASELINE + key: baseline.model.to(device) for key, baseline in inputs.baselines.items()}
     target = EvaluationTarget(
         name=name,
-        model=subject.model.to(place),
-        images=split.pixels().to(place),
-        labels=split.labels.to(place),
-        sources={each: model for each, model in sources.items() if each != name},
+        model=evaluated.model.to(device),
+        images=split.pixels().to(device),
+        labels=split.labels.to(device),
+        sources={key: model for key, model in sources.items() if key != name},
     )
-    wanted = settings.full() if subject.full else {each: settings.attacks[each] for each in settings.experts}
-    attacks = fitting(wanted, target.has_gate, target.sources)
-    result = ModelResult(target, attacks, evaluate(target, attacks, inputs.terms))
-    if subject.full:
-        _judge(result, inputs)
+    selected = settings.all_attacks() if evaluated.full else {key: settings.attacks[key] for key in settings.experts}
+    attacks = applicable_attacks(selected, target.has_gate, target.sources)
+    result = ModelResult(target, attacks, evaluate(target, attacks, inputs.config))
+    if evaluated.full:
+        _run_checks(result, inputs)
     class_names = inputs.data.facts.class_names
-    result.numbers = serialise.numbers(result.measured, attacks, inputs.terms, class_names, result.verdict)
-    console.say(f"{name}: " + ", ".join(f"{kind} {share}" for kind, share in result.measured.shares().items()))
+    result.metrics = serialise.model_metrics(result.evaluation, attacks, inputs.config, class_names, result.verdict)
+    console.info(f"{name}: " + ", ".join(f"{kind} {share}" for kind, share in result.evaluation.accuracies().items()))
     return result
 
 
-def _judge(result: ModelResult, inputs: Inputs) -> None:
-    settings, terms, target = inputs.settings, inputs.terms, result.target
-    training = frozenset(content_hashes(inputs.data["train"].images))
-    case = CheckContext(target, result.attacks, result.measured, terms, settings.checks, training)
+def _run_checks(result: ModelResult, inputs: Inputs) -> None:
+    settings, config, target = inputs.settings, inputs.config, result.target
+    training_hashes = frozenset(content_hashes(inputs.data["train"].images))
+    context = CheckContext(target, result.attacks, result.evaluation, config, settings.checks, training_hashes)
     if distributed.is_rank0():
-        result.verdict = verdict.judge(case)
-    result.curve = dict(robustness_curve(target, settings.grid, terms))
-    result.minimal = minimal_epsilons(target, settings.minimal, result.measured, terms)
+        result.verdict = verdict.run_checks(context)
+    result.robustness_curve = dict(robustness_curve(target, settings.grid, config))
+    result.minimal_epsilons = minimal_epsilons(target, settings.minimal, result.evaluation, config)
 
 
-def _compare(found: dict[str, ModelResult], seed: int) -> None:
-    """The mixture against every other model, on the same images.
+def _compare(results: dict[str, ModelResult], seed: int) -> None:
+    """Compares the mixture with every other model, paired by image.
 
-    Judged models are compared in the worst case of all that each met: to leave gate-aware attacks out against a plain
-    network would flatter the mixture. The others are compared over the attacks that both met.
+    Models with a verdict are compared in the worst case over all attacks run on each: leaving out gate-aware attacks
+    would favour the mixture. The others are compared over the attacks run on both.
     """
-    mixture = found[summary.MIXTURE]
-    for name, other in found.items():
+    mixture = results[summary.MIXTURE]
+    for name, other in results.items():
         if other is mixture:
             continue
-        met = [attack for attack in other.measured.outcomes if attack in mixture.measured.outcomes]
-        left = mixture.measured.correct[WORST] if other.verdict else mixture.measured.over(met)
-        mixture.against[name] = compare(left, other.measured.correct[WORST], seed).as_dict()
+        common = [attack for attack in other.evaluation.outcomes if attack in mixture.evaluation.outcomes]
+        correct = mixture.evaluation.correct[WORST] if other.verdict else mixture.evaluation.correct_under(common)
+        mixture.comparisons[name] = compare_paired(correct, other.evaluation.correct[WORST], seed).as_dict()
 
 
-def _write(found: dict[str, ModelResult], inputs: Inputs) -> None:
-    mixture = found[summary.MIXTURE]
-    weights = gate_report.weights(mixture.target, mixture.measured, inputs.names)
-    mixture.extra = {"gate": weights, "oracle_routing": gate_report.oracle_routing(mixture.target, mixture.measured)}
-    for name, result in found.items():
-        files.write_json(summary.report_path(name), summary.report(name, result, inputs.epsilon))
-        files.write_csv(decisions.path(name), serialise.decision_rows(result.measured, inputs.split))
-    files.write_json(paths.SUMMARY, summary.summary(found, inputs.epsilon))
-    judged = {name: result.verdict for name, result in found.items()}
-    files.write_json(paths.VERDICT, {name: judgement.as_dict() for name, judgement in judged.items() if judgement})
-    plots.write(found, weights, inputs.data.facts.class_names)
+def _write(results: dict[str, ModelResult], inputs: Inputs) -> None:
+    mixture = results[summary.MIXTURE]
+    weights = gate_report.gate_weights_by_attack(mixture.target, mixture.evaluation, inputs.names)
+    mixture.extra = {"gate": weights, "oracle_routing": gate_report.oracle_accuracy(mixture.target, mixture.evaluation)}
+    for name, result in results.items():
+        files.write_json(summary.report_path(name), summary.model_report(name, result, inputs.epsilon))
+        files.write_csv(decisions.path(name), serialise.decision_rows(result.evaluation, inputs.split))
+    summarised = summary.summarise(results, inputs.epsilon)
+    files.write_json(paths.SUMMARY, summarised)
+    files.write_json(paths.HEADLINE, headline(summarised))
+    verdicts = {name: result.verdict for name, result in results.items() if result.verdict}
+    files.write_json(paths.VERDICT, {name: verdict.as_dict() for name, verdict in verdicts.items()})
+    plots.write_plots(results, weights, inputs.data.facts.class_names)
 
 
-def _write_examples(found: dict[str, ModelResult], inputs: Inputs, seconds: float) -> None:
+def _write_examples(results: dict[str, ModelResult], inputs: Inputs, seconds: float) -> None:
     split = inputs.split
     tensors: dict[str, Tensor] = {"images": split.images, "labels": split.labels, "index": split.index}
     timings: dict[str, float] = {}
-    for name, result in found.items():
-        # the images of eighteen experts would fill the disk, and nobody asks for them
-        tensors |= serialise.decisions(name, result.measured, with_images=result.verdict is not None)
-        timings |= serialise.timings(name, result.measured)
+    for name, result in results.items():
+        # no images for models without a verdict: those of eighteen experts would fill the disk
+        tensors |= serialise.decision_tensors(name, result.evaluation, with_images=result.verdict is not None)
+        timings |= serialise.timings(name, result.evaluation)
     sources = {summary.MIXTURE: inputs.mixture, **inputs.baselines}
     artifacts.save(
         paths.ADVERSARIAL,
@@ -218,4 +223,4 @@ def _write_examples(found: dict[str, ModelResult], inputs: Inputs, seconds: floa
         seconds=seconds,
         timings=timings,
     )
-    console.say(f"adversarial images written to {paths.ADVERSARIAL}")
+    console.info(f"adversarial images written to {paths.ADVERSARIAL}")

@@ -10,22 +10,24 @@ from pathlib import Path
 from advmoe.core import console, files, paths
 from advmoe.core.settings import Seed, load_section
 from advmoe.data import dataset, images
-from advmoe.data.dataset import SPLITS, Facts
-from advmoe.data.registry import Prepare
+from advmoe.data.dataset import SPLITS, DatasetInfo
+from advmoe.data.registry import PrepareSettings
 
 
 def run() -> None:
     """Read the source, check it, split it, write it."""
     started = time.monotonic()
-    seed, settings = load_section("seed", Seed), load_section("prepare", Prepare)
+    seed, settings = load_section("seed", Seed), load_section("prepare", PrepareSettings)
     _warn_of_unwatched_files(settings)
-    source = images.check(settings.source.read(), f"prepare.source ({settings.source.kind})")
-    drawn = dataset.build(source, settings.splits, seed)
+    source = images.check_source(settings.source.read(), f"prepare.source ({settings.source.kind})")
+    drawn = dataset.draw_splits(source, settings.splits, seed)
     train = drawn["train"][0].images
-    mean, std = dataset.statistics(train)
+    mean, std = dataset.channel_statistics(train)
     _, channels, height, width = train.shape
-    facts = Facts(channels=channels, height=height, width=width, class_names=source.class_names, mean=mean, std=std)
-    leaked = dataset.leaked(drawn)
+    facts = DatasetInfo(
+        channels=channels, height=height, width=width, class_names=source.class_names, mean=mean, std=std
+    )
+    leaked = dataset.count_train_test_duplicates(drawn)
     if leaked:
         console.warn(f"{leaked} test image(s) also occur in the training split, pixel for pixel")
     numbers = {f"{name}_images": len(drawn[name][1]) for name in SPLITS}
@@ -39,10 +41,10 @@ def run() -> None:
         ["split", "images", "smallest class", "largest class"],
         [_row(name, drawn[name][0].labels.tolist()) for name in SPLITS],
     )
-    console.say(f"content hash {sha256[:16]}, written to {paths.DATASET}")
+    console.info(f"content hash {sha256[:16]}, written to {paths.DATASET}")
 
 
-def _warn_of_unwatched_files(settings: Prepare) -> None:
+def _warn_of_unwatched_files(settings: PrepareSettings) -> None:
     for path in dict(settings.source).values():
         if isinstance(path, Path) and not path.resolve().is_relative_to(paths.DATA.resolve()):
             console.warn(

@@ -7,14 +7,14 @@ set. Writes artifacts/pretrain/NAME.safetensors, metrics/pretrain/NAME.json and 
 from advmoe.core import paths
 from advmoe.core.settings import Epsilon, Seed, load_section
 from advmoe.data import dataset
-from advmoe.models.classifiers import Backbone
-from advmoe.training.single import NetworkSpec, SingleConfig, train_and_record
+from advmoe.models.classifiers import BackboneSettings
+from advmoe.training.single import NetworkSpec, SingleConfig, SingleRun, train_and_save
 
 
 def run(name: str) -> None:
     """Train the expert called `name` in params.yaml."""
-    seed, backbone = load_section("seed", Seed), load_section("model", Backbone)
+    seed, backbone = load_section("seed", Seed), load_section("model", BackboneSettings)
     student, recipe = load_section(f"experts.{name}", NetworkSpec), load_section("pretrain", SingleConfig)
     epsilon = load_section("epsilon", Epsilon) if student.meets_threat_model else None
     data = dataset.load(paths.DATASET)
-    train_and_record("pretrain", name, name, student, backbone, data, recipe, seed=seed, epsilon=epsilon)
+    train_and_save("pretrain", name, SingleRun(name, student, backbone, data, recipe, seed, epsilon))

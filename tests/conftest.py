@@ -1,4 +1,4 @@
-"""What every test needs: one thread, a clean environment, and, on demand, a small project of its own."""
+"""Fixtures: one thread and a clean environment for every test, and small projects on demand."""
 
 import contextlib
 import os
@@ -18,12 +18,12 @@ from advmoe.core import paths
 from advmoe.core.files import write_text
 from advmoe.data import dataset
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Backbone, GateSettings, Mixture
+from advmoe.models.classifiers import BackboneSettings, GateSettings, MixtureArchitecture
 from advmoe.runtime import machine
 
 ROOT = Path(__file__).parent.parent
 EXPERTS = ("clean", "pgd-1")
-SMALL: dict[str, Any] = {  # what makes a run of seconds out of params.yaml, whatever profile was laid over it
+SMALL: dict[str, Any] = {  # overrides of params.yaml with which a run takes seconds, for any profile
     "seed": 0,
     "epsilon": 0.1,
     "model.width": 2,
@@ -57,7 +57,7 @@ SMALL: dict[str, Any] = {  # what makes a run of seconds out of params.yaml, wha
     },
 }
 
-LEARNING: dict[str, Any] = {  # a surrogate's recipe of a moment
+LEARNING: dict[str, Any] = {  # a short training config of surrogates
     "epochs": 1,
     "batch_size": 16,
     "micro_batch": None,
@@ -68,7 +68,7 @@ LEARNING: dict[str, Any] = {  # a surrogate's recipe of a moment
     "augmentation": {"crop": 0, "flip": False},
     "precision": "float32",
 }
-EXTRACT: dict[str, Any] = {  # what extraction studies share, as little of it as there can be
+EXTRACT: dict[str, Any] = {  # a minimal `extract` section
     "images": None,
     "noise": 1,
     "robust": {"kind": "pgd", "steps": 1, "step_size": 1.0, "restarts": 1, "loss": "ce", "targets": 0},
@@ -82,7 +82,7 @@ Edit = Callable[[dict[str, Any]], None]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes first: beside the many others, and not alone in the end."""
+    """Runs files that take minutes first, in parallel with all others."""
     slow = {item.path for item in items if item.get_closest_marker("pipeline")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -91,21 +91,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread_and_a_clean_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """No ADVMOE_* variable of the caller, nothing left behind by a test that set threads or determinism."""
+    """Removes ADVMOE_* variables of the caller; resets threads and determinism after each test."""
     for name in [name for name in os.environ if name.startswith(machine.PREFIX)]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv("ADVMOE_STATE_DIR", str(tmp_path_factory.mktemp("state")))  # what others left is not taken over
+    monkeypatch.setenv("ADVMOE_STATE_DIR", str(tmp_path_factory.mktemp("state")))  # no checkpoints of other tests
     machine.machine.cache_clear()
     torch.set_num_threads(1)
     yield
     machine.machine.cache_clear()
-    if torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: seconds, so only where needed
+    if torch.are_deterministic_algorithms_enabled():  # the call imports the compiler, which takes seconds
         torch.use_deterministic_algorithms(False)
 
 
 def edit_params(changes: dict[str, Any]) -> None:
-    """Set dotted keys in ./params.yaml."""
+    """Sets dotted keys in ./params.yaml."""
     yaml = YAML()
     yaml.width = 4096
     file = Path("params.yaml")
@@ -127,7 +127,7 @@ def edit() -> Edit:
 
 
 def copy_inputs(folder: Path) -> None:
-    """The project's own params.yaml, dvc.yaml and profiles, and the one input that other seeds give."""
+    """Copies the project's params.yaml, dvc.yaml, profiles and metrics/aggregate.json."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "profiles", folder / "profiles")
@@ -137,7 +137,7 @@ def copy_inputs(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def built_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small project with the real digits prepared and an untrained mixture: built once, copied by `project`."""
+    """A small project with prepared digits and an untrained mixture: built once, copied by `project`."""
     from stages import prepare
 
     folder = tmp_path_factory.mktemp("built")
@@ -150,17 +150,17 @@ def built_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_tiny_mixture(path: Path, seed: int = 0) -> None:
-    """A mixture of two experts of two channels on the prepared data; untrained, but its BatchNorms have seen images."""
+    """Saves an untrained mixture of two experts of width 2 for the prepared data, with BatchNorm statistics."""
     data = dataset.load(paths.DATASET)
-    architecture = Mixture(
+    architecture = MixtureArchitecture(
         kind="mixture",
-        backbone=Backbone(kind="resnet18", width=2),
+        backbone=BackboneSettings(kind="resnet18", width=2),
         experts=EXPERTS,
         gate=GateSettings(width=2, temperature=1.0),
         mixing="probabilities",
     )
     model = classifiers.build(architecture, data.facts, seed, "tiny")
-    with torch.no_grad():  # running statistics other than 0 and 1, so that a round trip has something to lose
+    with torch.no_grad():  # running statistics other than 0 and 1
         model.train()(data["train"].pixels()[:64])
     model.eval()
     inputs, metrics = {"dataset": data.sha256}, {"cost": {"total_training_flops": 3_000_000_000 + seed}}
@@ -180,7 +180,7 @@ def project(built_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def inputs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """params.yaml, dvc.yaml and profiles as they are in this checkout, nothing built; the test runs inside."""
+    """The inputs of this checkout without any outputs; the test runs inside."""
     copy_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -188,7 +188,7 @@ def inputs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def params_file(tmp_path: Path) -> Callable[[str], Path]:
-    """Write a params.yaml of the given text; its path."""
+    """`params_file(text)` writes a params.yaml and returns its path."""
 
     def write(text: str) -> Path:
         write_text(tmp_path / "params.yaml", text)
@@ -199,7 +199,7 @@ def params_file(tmp_path: Path) -> Callable[[str], Path]:
 
 @dataclass(frozen=True)
 class Ran:
-    """How a command ended and what it said."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -211,7 +211,7 @@ Advmoe = Callable[..., Ran]
 
 @pytest.fixture
 def advmoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Advmoe:
-    """`advmoe("use", "cifar10")`: the real entry point, in this process, on one thread."""
+    """`advmoe("use", "cifar10")` runs the entry point in this process, on one thread."""
     monkeypatch.setenv("ADVMOE_THREADS", "1")
 
     def call(*arguments: str | Path) -> Ran:
@@ -227,7 +227,7 @@ def advmoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def sentence(ran: Ran) -> str:
-    """The one sentence of a refusal."""
+    """Returns the error message of a command, checking exit code 2 and a single line of output."""
     assert ran.code == 2, ran
     assert "Traceback" not in ran.out + ran.err
     lines = ran.err.splitlines()

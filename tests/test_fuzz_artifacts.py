@@ -1,6 +1,6 @@
-"""Artifacts, weights and kept state, damaged and forged at random: loaded and usable, or refused in one sentence.
+"""Randomly damaged and forged artifacts, weights and checkpoints: loaded and usable, or refused with a UserError.
 
-Damage does not know the checksum. A forger does: his file is whole, and says what he likes.
+Checksums do not match in damaged files; forged files have other content with valid checksums.
 """
 
 import io
@@ -53,7 +53,7 @@ FACTORY = "from torch import nn\n\ndef factory():\n    return nn.Sequential(nn.F
 
 @dataclass(frozen=True, repr=False)
 class Forged:
-    """A file with a true checksum, and what was done to it."""
+    """A file with a valid checksum, and the list of changes."""
 
     content: bytes
     how: tuple[str, ...]
@@ -64,7 +64,7 @@ class Forged:
 
 @dataclass(repr=False)
 class Samples:
-    """One file of each kind, made once."""
+    """One artifact of each kind."""
 
     folder: Path
     content: dict[str, bytes] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Samples:
         return self.content[kind]
 
     def parts(self, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Header and tensors."""
+        """Returns header and tensors."""
         path = self.folder / "parts.safetensors"
         path.write_bytes(self.content[kind])
         found = artifacts.load(path)
@@ -95,7 +95,7 @@ def samples(built_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Sa
     }
     changed = {"images": images, "labels": labels, "rows": torch.tensor([1, 2]), "true_labels": labels[1:3]}
     changed |= {"opacity": torch.rand(1, 8, 8), "pattern": images[0]}
-    about = poisoned_set.About(
+    about = poisoned_set.PoisonedSetInfo(
         attack="badnets", rate=0.1, of="all", available=6, goal=poisoned_set.Goal(), added=0, trial=0
     )
     facts = data.facts.model_dump(mode="json")
@@ -116,18 +116,18 @@ PARTS = ("images", "labels", "index")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("place")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("artifacts")
 
 
 @pytest.fixture(autouse=True)
-def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
 
 
 @st.composite
 def altered(draw: Draw, whole: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Tensors with one of them gone, renamed, or of another type, shape or content."""
+    """Draws `whole` with one tensor removed, renamed, or of another type, shape or content."""
     tensors = dict(whole)
     name = draw(st.sampled_from(sorted(tensors)))
     tensor = tensors[name]
@@ -156,7 +156,7 @@ def altered(draw: Draw, whole: dict[str, Tensor]) -> tuple[dict[str, Tensor], st
 
 @st.composite
 def forged(draw: Draw, samples: Samples, kind: str) -> Forged:
-    """A sample with changed tensors, changed `about`, or both, and checksums that are right all the same."""
+    """Draws a sample with changed tensors, changed `about`, or both, and valid checksums."""
     header, tensors = samples.parts(kind)
     how: list[str] = []
     if draw(st.booleans()):
@@ -170,17 +170,17 @@ def forged(draw: Draw, samples: Samples, kind: str) -> Forged:
 
 
 def signed(header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
-    """A safetensors file whose header vouches for whatever is in it."""
+    """Returns a safetensors file with valid checksums of its content."""
     header["sha256"] = artifacts.hash_tensors(tensors)
     try:
-        header["header_sha256"] = Header.model_validate(header).own_hash()
-    except (ValueError, RecursionError):  # what cannot be signed is tried unsigned
+        header["header_sha256"] = Header.model_validate(header).compute_hash()
+    except (ValueError, RecursionError):  # cannot be signed
         header["header_sha256"] = ""
     return to_safetensors(tensors, metadata={METADATA_KEY: json.dumps(header)})
 
 
 def use_dataset(path: Path) -> None:
-    """What every stage does with a data set."""
+    """Uses a data set as the stages do."""
     found: Dataset = dataset.load(path)
     for name in dataset.SPLITS:
         pixels = found[name].pixels()
@@ -188,14 +188,14 @@ def use_dataset(path: Path) -> None:
         logits = torch.zeros(len(pixels), found.facts.classes)
         assert torch.nn.functional.cross_entropy(logits, found[name].labels, reduction="sum").isfinite()
         assert found[name].first(2).index.dtype == torch.int64
-    classifiers.build(classifiers.Plain(kind="plain", backbone=TINY), found.facts, 0)
+    classifiers.build(classifiers.PlainArchitecture(kind="plain", backbone=TINY), found.facts, 0)
 
 
-TINY = classifiers.Backbone(kind="cnn", width=2)
+TINY = classifiers.BackboneSettings(kind="cnn", width=2)
 
 
 def use_classifier(path: Path) -> None:
-    """What `predict` and `evaluate` do with a classifier."""
+    """Uses a classifier as `predict` and `evaluate` do."""
     found = classifiers.load(path)
     facts = found.about.facts
     logits = inference.predict(found.model, torch.rand(2, facts.channels, facts.height, facts.width), 2)
@@ -203,7 +203,7 @@ def use_classifier(path: Path) -> None:
 
 
 def use_transfer_set(path: Path) -> None:
-    found = transfer_set.load(path).within(3)
+    found = transfer_set.load(path).within_budget(3)
     assert len(found.images) == len(found.answers) == len(found.queries)
 
 
@@ -268,7 +268,7 @@ def test_commands_refuse_as_the_library_does(advmoe: Advmoe, samples: Samples, d
         assert files_of(Path()) == before
 
 
-# ---- weights of strangers --------------------------------------------------------------------------------------------
+# ---- external weights ------------------------------------------------------------------------------------------------
 
 WEIGHTS = {"1.weight": torch.randn(3, 64, generator=torch.Generator().manual_seed(1)), "1.bias": torch.zeros(3)}
 
@@ -315,18 +315,18 @@ def test_pickled_code_never_runs(form: Callable[[object], bytes], content: objec
 
 
 def rewritten(tensors: dict[str, Tensor]) -> SearchStrategy[bytes]:
-    """A whole file of altered tensors."""
+    """Draws a valid file with altered tensors."""
     return altered(tensors).map(lambda found: to_safetensors(found[0]))
 
 
-# ---- kept state ------------------------------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 @fuzz(60)
 @given(data=st.data())
-def test_any_damage_to_answers_that_were_paid(data: st.DataObject) -> None:
+def test_any_damage_to_the_query_cache(data: st.DataObject) -> None:
     tensors = {"digests": torch.arange(64, dtype=torch.uint8).reshape(2, 32), "answers": torch.full((2, 10), 0.1)}
-    folder = Path("paid")
+    folder = Path("queries")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "a.safetensors").write_bytes(data.draw(damaged(to_safetensors(tensors)) | rewritten(tensors)))
@@ -341,7 +341,7 @@ def test_any_damage_to_answers_that_were_paid(data: st.DataObject) -> None:
 
 @fuzz(60)
 @given(data=st.data())
-def test_any_damage_to_unfinished_work(data: st.DataObject) -> None:
+def test_any_damage_to_a_checkpoint(data: st.DataObject) -> None:
     path = Path("state.safetensors")
     assert storage.save_checkpoint(
         path, Checkpoint({"rows": torch.arange(2), "images": FEW}, {"forward": 1, "seconds": 0.5})
@@ -379,7 +379,7 @@ def test_any_damage_to_an_export(exported: dict[str, bytes], data: st.DataObject
     refusal(lambda: hub.read(folder))
 
 
-# ---- what was found --------------------------------------------------------------------------------------------------
+# ---- single cases ----------------------------------------------------------------------------------------------------
 
 
 def altered_classifier(samples: Samples, about: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
@@ -397,7 +397,7 @@ def altered_classifier(samples: Samples, about: dict[str, Any], tensors: dict[st
 @pytest.mark.parametrize(
     "about",
     [
-        {"architecture.backbone.width": 10**9},  # would take all memory before a tensor is compared
+        {"architecture.backbone.width": 10**9},  # would exhaust memory before tensors are compared
         {"architecture.gate.width": 10**9},
         {"architecture.experts": ["a"] * 20_000},
         {"architecture.experts": []},
@@ -423,11 +423,11 @@ def test_weights_of_another_type_are_refused(samples: Samples, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(samples: Samples, number: float) -> None:
+def test_weights_that_are_not_finite_are_refused(samples: Samples, number: float) -> None:
     _, whole = samples.parts(classifiers.KIND)
     name = next(iter(whole))
     sentence = altered_classifier(samples, {}, {name: torch.full_like(whole[name], number)})
-    assert sentence == f"a.safetensors: tensor '{name}' holds numbers that are not finite"
+    assert sentence == f"a.safetensors: tensor '{name}' contains values that are not finite"
 
 
 @pytest.mark.parametrize("said", ["NaN", "1e999", "[" * 100_000, '"\\ud800"', "9" * 5000], ids=str.__len__)
@@ -446,7 +446,7 @@ def test_labels_without_a_class_are_refused(samples: Samples, name: str, value: 
 
 
 @pytest.mark.parametrize(("kind", "name"), [(transfer_set.KIND, "answers"), (poisoned_set.KIND, "rows")])
-def test_tensors_that_do_not_belong_together_are_refused(samples: Samples, kind: str, name: str) -> None:
+def test_tensors_of_inconsistent_shapes_are_refused(samples: Samples, kind: str, name: str) -> None:
     header, tensors = samples.parts(kind)
     Path("a.safetensors").write_bytes(signed(header, tensors | {name: tensors[name].flatten().repeat(9)}))
     assert refusal(lambda: USES[kind](Path("a.safetensors"))) is not None
@@ -459,7 +459,7 @@ def test_an_opacity_of_another_type_is_refused(samples: Samples, dtype: torch.dt
     assert refusal(lambda: USES[poisoned_set.KIND](Path("a.safetensors"))) is not None
 
 
-def test_half_a_character_in_a_header_is_refused_by_who_would_print_it(advmoe: Advmoe, samples: Samples) -> None:
+def test_a_lone_surrogate_in_a_header_is_refused(advmoe: Advmoe, samples: Samples) -> None:
     header, tensors = samples.parts(classifiers.KIND)
     header["about"]["architecture"]["\ud800"] = 1
     Path("a.safetensors").write_bytes(signed(header, tensors))
@@ -468,7 +468,7 @@ def test_half_a_character_in_a_header_is_refused_by_who_would_print_it(advmoe: A
     assert "header is not valid JSON" in sentence
 
 
-def test_a_row_that_was_changed_twice_is_refused(samples: Samples) -> None:
+def test_a_repeated_row_is_refused(samples: Samples) -> None:
     header, tensors = samples.parts(poisoned_set.KIND)
     Path("a.safetensors").write_bytes(signed(header, tensors | {"rows": torch.tensor([2, 2])}))
     assert refusal(lambda: use_poisoned_set(Path("a.safetensors"))) is not None

@@ -7,14 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from advmoe.attacks import engine
+from advmoe.attacks.ball import RandomStream
+from advmoe.attacks.engine import PassCount
 from advmoe.data.batches import Augmentation
-from advmoe.data.dataset import Dataset, Facts, Split
+from advmoe.data.dataset import Dataset, DatasetInfo, Split
 from advmoe.models.classifiers import GateSettings
+from advmoe.training.batch_attacks import BatchAttack
 from advmoe.training.config import Optimizer, Schedule, Validation
-from advmoe.training.joint import Alarms
+from advmoe.training.joint import AlarmThresholds
 
-FACTS = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,))
+FACTS = DatasetInfo(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,))
 EPSILON = 0.05
 CONSTANT = Schedule(warmup=0.0, decay="constant")  # a short run is then the beginning of a longer one
 RECIPE: dict[str, Any] = {
@@ -41,7 +46,7 @@ JOINT: dict[str, Any] = {  # what a mixture's recipe has beside; its adversary i
     "recipe": "dwf",
     "load_balance": 0.01,
     "checkpointing": False,
-    "alarms": Alarms(load=0.9, gradient=1e-6),
+    "alarms": AlarmThresholds(load=0.9, gradient=1e-6),
 }
 
 Stream = Callable[..., torch.Generator]
@@ -61,4 +66,25 @@ def patterned_set(stream: Stream, train: int = 48, validation: int = 18) -> Data
         {"train": patterned(stream, train, "train"), "validation": patterned(stream, validation, "validation")},
         FACTS,
         "0" * 64,
+    )
+
+
+def craft(
+    model: nn.Module,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    attack: BatchAttack,
+    draws: RandomStream,
+    passes: PassCount | None = None,
+) -> Tensor:
+    """A batch (B, C, H, W) under a drawn attack, as training runs it, in float32."""
+    return engine.attack_batch(
+        model,
+        images_BCHW,
+        labels_B,
+        attack.function,
+        ball=attack.ball,
+        draws=draws,
+        precision="float32",
+        passes=passes,
     )

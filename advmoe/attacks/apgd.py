@@ -1,10 +1,10 @@
-"""APGD: projected gradient ascent that sets its own step size (Croce & Hein 2020, arXiv 2003.01690).
+"""APGD: projected gradient ascent with an adaptive step size (Croce & Hein 2020, arXiv 2003.01690).
 
-Algorithm 1 of the paper; where paper and authors' code differ in a detail, the code is followed, because the published
-numbers come from it: a step size halves at *at most* rho rises, and the first point after a return to the best one is
-compared with the point that was left. Both norms share one ascent: the ball supplies projection and steepest direction.
+Algorithm 1 of the paper. Where paper and authors' code differ, the code is followed, because the published numbers come
+from it: a step size is halved at a share of *at most* rho increases, and the first point after a return to the best one
+is compared with the point before the return. The ball provides projection and steepest direction of each norm.
 
-Shapes: B batch, b images still open, C channel, H/W pixels, K classes.
+Shapes: B batch, b images still under attack, C channel, H/W pixels, K classes.
 """
 
 from collections.abc import Callable
@@ -14,22 +14,30 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from advmoe.attacks.ball import TINY, Ball, Draws
-from advmoe.attacks.interface import IsAdversarial, Model, confirmed, cross_entropy, lead, margin, pixel_gradient
-from advmoe.attacks.pgd import likeliest
+from advmoe.attacks.ball import TINY, Ball, RandomStream
+from advmoe.attacks.interface import (
+    IsAdversarial,
+    Model,
+    confirm_adversarial,
+    cross_entropy,
+    margin,
+    pixel_gradient,
+    target_margin,
+)
+from advmoe.attacks.pgd import top_wrong_classes
 from advmoe.core.settings import PositiveInt, Settings
 
 FIRST_STEP = 2.0  # in units of epsilon: the ball's diameter
-ONWARD = 0.75  # share of the new step; the rest is momentum, the previous move once more
-RHO = 0.75  # with no larger share of rising steps than this since the last checkpoint, a step size is too large
-FIRST_GAP, LEAST_GAP, SHRINK = 22, 6, 3  # distance of checkpoints, in percent of the steps
+STEP_WEIGHT = 0.75  # weight of the new step (the paper's alpha); the rest is momentum, the previous change
+RHO = 0.75  # the step size is halved if at most this share of steps since the last checkpoint raised the loss
+FIRST_GAP, MIN_GAP, GAP_DECREMENT = 22, 6, 3  # intervals between checkpoints, in percent of the steps
 
-# (logits (b, K), rows (b,) of the batch they belong to) -> what to climb (b,)
+# (logits (b, K), rows (b,) of the batch they belong to) -> loss to maximise (b,)
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 class ApgdCe(Settings):
-    """`steps` sets the checkpoints too, which are shares of it; there is no step size to choose."""
+    """`steps` also determines the checkpoints, which are shares of it; the step size is adaptive."""
 
     kind: Literal["apgd-ce"]
     steps: PositiveInt
@@ -37,9 +45,7 @@ class ApgdCe(Settings):
 
 
 class ApgdT(Settings):
-    """`targets`: so many of the likeliest wrong classes are aimed at, one after another, each with all restarts; more
-    than there are wrong classes are cut.
-    """
+    """`targets`: number of most likely wrong classes to target in turn, each with all restarts; at most classes - 1."""
 
     kind: Literal["apgd-t"]
     steps: PositiveInt
@@ -54,15 +60,15 @@ def apgd_ce(
     *,
     ball: Ball,
     settings: ApgdCe,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """Climbs the cross-entropy of the true class.
+    """Maximises the cross-entropy of the true class.
 
-    An image leaves at its first point that the model gets wrong and `fooled`, if there is one, confirms; if there is
-    no such point, its point of the highest loss is returned.
+    An image leaves at its first point that the model misclassifies and `is_adversarial`, if given, confirms; without
+    such a point, the point of the highest loss is returned.
     """
-    search = _Search(model, images_BCHW, labels_B, ball, fooled, settings.steps)
+    search = _ApgdSearch(model, images_BCHW, labels_B, ball, is_adversarial, settings.steps)
     for _ in range(settings.restarts):
         search.ascend(lambda logits, rows: cross_entropy(logits, labels_B[rows]), draws)
     return search.result
@@ -75,23 +81,23 @@ def apgd_t(
     *,
     ball: Ball,
     settings: ApgdT,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """Climbs the targeted DLR towards one wrong class after another; ends as `apgd_ce` does.
+    """Maximises the targeted DLR loss for one wrong class after another; returns points as `apgd_ce` does.
 
-    With fewer than four classes there is no targeted DLR, and the plain logit difference to the target takes its place.
+    With fewer than four classes the targeted DLR is undefined, and the logit difference to the target is used.
     """
-    search = _Search(model, images_BCHW, labels_B, ball, fooled, settings.steps)
-    for targets_B in likeliest(model, images_BCHW, labels_B, settings.targets):
+    search = _ApgdSearch(model, images_BCHW, labels_B, ball, is_adversarial, settings.steps)
+    for targets_B in top_wrong_classes(model, images_BCHW, labels_B, settings.targets):
         for _ in range(settings.restarts):
-            search.ascend(_towards(labels_B, targets_B), draws)
+            search.ascend(_targeted_objective(labels_B, targets_B), draws)
     return search.result
 
 
-def _towards(labels_B: Tensor, targets_B: Tensor) -> Objective:
+def _targeted_objective(labels_B: Tensor, targets_B: Tensor) -> Objective:
     def objective(logits: Tensor, rows: Tensor) -> Tensor:
-        loss = targeted_dlr if logits.shape[1] >= 4 else lead
+        loss = targeted_dlr if logits.shape[1] >= 4 else target_margin
         return loss(logits, labels_B[rows], targets_B[rows])
 
     return objective
@@ -100,8 +106,8 @@ def _towards(labels_B: Tensor, targets_B: Tensor) -> Objective:
 def dlr(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
     """Difference of logits ratio (B,), max over i != y of z_i - z_y, over z_(1) - z_(3) (section 4.2 of the paper).
 
-    Above 0 where the image is misclassified, and blind to the scale of the logits. Needs three classes. Where the true
-    class ranks third it is 1 whatever the logits: no gradient there, and no sign of a broken model.
+    Above 0 where the image is misclassified; invariant to the scale of the logits. Needs three classes. Where the true
+    class ranks third it is constantly 1: the gradient is 0 there, which does not indicate gradient masking.
     """
     ranked = logits_BK.topk(3, dim=1).values
     return margin(logits_BK, labels_B) / (ranked[:, 0] - ranked[:, 2]).clamp_min(TINY)
@@ -110,28 +116,28 @@ def dlr(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
 def targeted_dlr(logits_BK: Tensor, labels_B: Tensor, targets_B: Tensor) -> Tensor:
     """Targeted DLR (B,), z_t - z_y over z_(1) - (z_(3) + z_(4)) / 2: never constant (section 4.2 of the paper).
 
-    Above 0 where the target beats the true class. Needs four classes. Finite also where the four best logits tie, which
-    bfloat16 makes common.
+    Above 0 where the target logit exceeds the true one. Needs four classes. Finite also where the four best logits tie,
+    which is common in bfloat16.
     """
     ranked = logits_BK.topk(4, dim=1).values
     spread = ranked[:, 0] - (ranked[:, 2] + ranked[:, 3]) / 2
-    return lead(logits_BK, labels_B, targets_B) / spread.clamp_min(TINY)
+    return target_margin(logits_BK, labels_B, targets_B) / spread.clamp_min(TINY)
 
 
-def checkpoints(steps: int) -> dict[int, int]:
-    """After which steps the step sizes are reviewed, each with the number of steps since the review before."""
-    gap, least, shrink = (max(percent * steps // 100, 1) for percent in (FIRST_GAP, LEAST_GAP, SHRINK))
-    found, done = {}, gap
+def step_size_checkpoints(steps: int) -> dict[int, int]:
+    """Returns the steps after which step sizes are adapted, each with the number of steps since the previous one."""
+    gap, least, shrink = (max(percent * steps // 100, 1) for percent in (FIRST_GAP, MIN_GAP, GAP_DECREMENT))
+    checkpoints, done = {}, gap
     while done <= steps:
-        found[done] = gap
+        checkpoints[done] = gap
         gap = max(gap - shrink, least)
         done += gap
-    return found
+    return checkpoints
 
 
 @dataclass
-class _Climb:
-    """One ascent under way. Every field has a row for each image still open, so that one index drops the fallen."""
+class _ApgdState:
+    """State of one ascent. Every field has one row per image still under attack."""
 
     rows: Tensor  # of the batch
     images: Tensor
@@ -144,13 +150,13 @@ class _Climb:
     best_gradient: Tensor
     best_loss: Tensor
     step_size: Tensor  # in units of epsilon
-    rises: Tensor  # steps since the last checkpoint that raised the loss
-    best_at_check: Tensor
-    halved: Tensor  # at the last checkpoint
+    increases: Tensor  # steps since the last checkpoint that raised the loss
+    best_loss_at_checkpoint: Tensor
+    halved: Tensor  # whether the last checkpoint halved the step size
 
     @classmethod
-    def begin(cls, rows: Tensor, images: Tensor, labels: Tensor, points: Tensor) -> "_Climb":
-        """At `points` that have yet to be looked at: the first look is no rise (above +inf) but is the best (-inf)."""
+    def begin(cls, rows: Tensor, images: Tensor, labels: Tensor, points: Tensor) -> "_ApgdState":
+        """Starts at `points`. The first evaluation is not counted as an increase (loss +inf) but as the best (-inf)."""
         infinity = points.new_full(rows.shape, torch.inf)
         return cls(
             rows=rows,
@@ -164,99 +170,103 @@ class _Climb:
             best_gradient=points,
             best_loss=-infinity,
             step_size=torch.full_like(infinity, FIRST_STEP),
-            rises=torch.zeros_like(rows),
-            best_at_check=-infinity,
+            increases=torch.zeros_like(rows),
+            best_loss_at_checkpoint=-infinity,
             halved=torch.zeros_like(rows, dtype=torch.bool),
         )
 
-    def keep(self, standing: Tensor) -> "_Climb":
-        return _Climb(**{name: part[standing] for name, part in vars(self).items()})
+    def select(self, mask: Tensor) -> "_ApgdState":
+        return _ApgdState(**{name: part[mask] for name, part in vars(self).items()})
 
-    def move(self, ball: Ball, onward: float) -> None:
-        """One step along the gradient, a little of it replaced by the previous move."""
-        reach = _wide(self.step_size) * ball.epsilon
-        aim = ball.project(self.points + reach * ball.steepest(self.gradient), self.images)
-        moved = self.points + onward * (aim - self.points) + (1 - onward) * (self.points - self.previous)
+    def step(self, ball: Ball, step_weight: float) -> None:
+        """One gradient step with momentum: `step_weight` of the new step, the rest of the previous change."""
+        length = _broadcast(self.step_size) * ball.epsilon
+        target = ball.project(self.points + length * ball.steepest(self.gradient), self.images)
+        moved = self.points + step_weight * (target - self.points) + (1 - step_weight) * (self.points - self.previous)
         self.previous, self.points = self.points, ball.project(moved, self.images)
 
-    def look(self, model: Model, objective: Objective) -> Tensor:
-        """Loss and gradient where the points are now; which of them the model gets wrong (b,)."""
+    def evaluate(self, model: Model, objective: Objective) -> Tensor:
+        """Updates loss and gradient at the current points; returns which points the model misclassifies (b,)."""
         self.gradient, logits = pixel_gradient(model, self.points, lambda output: objective(output, self.rows))
         loss = objective(logits, self.rows)
-        self.rises += loss > self.loss
+        self.increases += loss > self.loss
         better = loss > self.best_loss
         self.loss, self.best_loss = loss, torch.where(better, loss, self.best_loss)
-        self.best_points = torch.where(_wide(better), self.points, self.best_points)
-        self.best_gradient = torch.where(_wide(better), self.gradient, self.best_gradient)
+        self.best_points = torch.where(_broadcast(better), self.points, self.best_points)
+        self.best_gradient = torch.where(_broadcast(better), self.gradient, self.best_gradient)
         return logits.argmax(dim=1) != self.labels
 
-    def review(self, gap: int) -> None:
-        """At a checkpoint: halve the steps of the images that made too little of them, and send those to their best."""
-        stuck = ~self.halved & (self.best_loss <= self.best_at_check)
-        halve = (self.rises <= RHO * gap) | stuck
+    def adapt_step_size(self, gap: int) -> None:
+        """At a checkpoint: halves step sizes that led to too little progress, and returns to the best points there."""
+        stuck = ~self.halved & (self.best_loss <= self.best_loss_at_checkpoint)
+        halve = (self.increases <= RHO * gap) | stuck
         self.step_size = torch.where(halve, self.step_size / 2, self.step_size)
-        self.points = torch.where(_wide(halve), self.best_points, self.points)
-        self.gradient = torch.where(_wide(halve), self.best_gradient, self.gradient)
-        self.halved, self.best_at_check, self.rises = halve, self.best_loss, torch.zeros_like(self.rises)
+        self.points = torch.where(_broadcast(halve), self.best_points, self.points)
+        self.gradient = torch.where(_broadcast(halve), self.best_gradient, self.gradient)
+        self.halved, self.best_loss_at_checkpoint, self.increases = (
+            halve,
+            self.best_loss,
+            torch.zeros_like(self.increases),
+        )
 
 
 @dataclass
-class _Search:
-    """A batch under attack: the best that is known of each image, and which are open; each ascent takes on those."""
+class _ApgdSearch:
+    """The best point of each image of a batch, and which images are still under attack; each ascent runs on those."""
 
     model: Model
     images: Tensor
     labels: Tensor
     ball: Ball
-    fooled: IsAdversarial | None
+    is_adversarial: IsAdversarial | None
     steps: int
     result: Tensor = field(init=False)
     best_loss: Tensor = field(init=False)  # (B,) over all ascents so far
-    open: Tensor = field(init=False)  # rows (b,)
+    active: Tensor = field(init=False)  # rows (b,) of the images still under attack
 
     def __post_init__(self) -> None:
         self.result = self.images.clone()
         self.best_loss = self.images.new_full(self.labels.shape, -torch.inf)
-        self.open = torch.arange(len(self.images), device=self.images.device)
+        self.active = torch.arange(len(self.images), device=self.images.device)
 
-    def ascend(self, objective: Objective, draws: Draws) -> None:
-        """All steps of one ascent from a random start, for the images still open."""
-        if not len(self.open):
+    def ascend(self, objective: Objective, draws: RandomStream) -> None:
+        """Runs all steps of one ascent from a random start, for the images still under attack."""
+        if not len(self.active):
             return
-        climb = self._begin(draws.pick(self.open))
-        climb = self._retire(climb, climb.look(self.model, objective))
-        reviews = checkpoints(self.steps)
+        state = self._begin(draws.pick(self.active))
+        state = self._drop_adversarial(state, state.evaluate(self.model, objective))
+        intervals = step_size_checkpoints(self.steps)
         for step in range(1, self.steps + 1):
-            if not len(climb.rows):
+            if not len(state.rows):
                 break
-            climb.move(self.ball, ONWARD if step > 1 else 1.0)
-            climb = self._retire(climb, climb.look(self.model, objective))
-            if step in reviews:
-                climb.review(reviews[step])
-        self._end(climb)
+            state.step(self.ball, STEP_WEIGHT if step > 1 else 1.0)
+            state = self._drop_adversarial(state, state.evaluate(self.model, objective))
+            if step in intervals:
+                state.adapt_step_size(intervals[step])
+        self._finish(state)
 
-    def _begin(self, draws: Draws) -> _Climb:
-        images = self.images[self.open]
-        return _Climb.begin(self.open, images, self.labels[self.open], start(self.ball, images, draws))
+    def _begin(self, draws: RandomStream) -> _ApgdState:
+        images = self.images[self.active]
+        return _ApgdState.begin(self.active, images, self.labels[self.active], random_start(self.ball, images, draws))
 
-    def _retire(self, climb: _Climb, wrong: Tensor) -> _Climb:
-        """Without the images that are verified to be adversarial where they are now."""
-        fallen = confirmed(wrong, climb.points, climb.labels, self.fooled)
-        if not fallen.any():
-            return climb
-        self.result[climb.rows[fallen]] = climb.points[fallen]
-        return climb.keep(~fallen)
+    def _drop_adversarial(self, state: _ApgdState, wrong: Tensor) -> _ApgdState:
+        """Stores the points that are confirmed to be adversarial and removes their images from the state."""
+        adversarial = confirm_adversarial(wrong, state.points, state.labels, self.is_adversarial)
+        if not adversarial.any():
+            return state
+        self.result[state.rows[adversarial]] = state.points[adversarial]
+        return state.select(~adversarial)
 
-    def _end(self, climb: _Climb) -> None:
-        """The images of `climb` stay open; their best points count if no earlier ascent got higher."""
-        better = climb.best_loss > self.best_loss[climb.rows]
-        rows = climb.rows[better]
-        self.result[rows], self.best_loss[rows] = climb.best_points[better], climb.best_loss[better]
-        self.open = climb.rows
+    def _finish(self, state: _ApgdState) -> None:
+        """Stores the best points where they improve on earlier ascents; the images stay under attack."""
+        better = state.best_loss > self.best_loss[state.rows]
+        rows = state.rows[better]
+        self.result[rows], self.best_loss[rows] = state.best_points[better], state.best_loss[better]
+        self.active = state.rows
 
 
-def start(ball: Ball, images_BCHW: Tensor, draws: Draws) -> Tensor:
-    """A random point on the surface of the ball, cut to the box: noise scaled to norm epsilon, as the authors start."""
+def random_start(ball: Ball, images_BCHW: Tensor, draws: RandomStream) -> Tensor:
+    """Returns a random start as in the authors' code: noise scaled to norm epsilon, projected into the box."""
     if ball.norm == "linf":
         noise = draws.uniform(images_BCHW)
         direction = noise / noise.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(TINY)
@@ -265,5 +275,5 @@ def start(ball: Ball, images_BCHW: Tensor, draws: Draws) -> Tensor:
     return ball.project(images_BCHW + ball.epsilon * direction, images_BCHW)
 
 
-def _wide(numbers_B: Tensor) -> Tensor:
+def _broadcast(numbers_B: Tensor) -> Tensor:
     return numbers_B.view(-1, 1, 1, 1)

@@ -1,31 +1,35 @@
-"""What attacks without gradients share: guesses are scored, the best of each image is kept, success is confirmed.
+"""Shared by attacks without gradients: tracks the best point of each image and which images are still under attack.
 
-Shapes: B batch, b images still open, C channel, H/W pixels, K classes.
+Shapes: B batch, b images still under attack, C channel, H/W pixels, K classes.
 """
 
 import torch
 from torch import Tensor
 
-from advmoe.attacks.interface import IsAdversarial, Model, confirmed, margin
+from advmoe.attacks.interface import IsAdversarial, Model, confirm_adversarial, margin
 
 
 class BestPoints:
-    """The point of highest margin known of each image of a batch, and the numbers (b,) of the images still open."""
+    """The point of highest margin of each image of a batch, and the indices `active` (b,) of images still attacked."""
 
-    def __init__(self, model: Model, images_BCHW: Tensor, labels_B: Tensor, fooled: IsAdversarial | None) -> None:
-        self.model, self.labels, self.fooled = model, labels_B, fooled
+    def __init__(
+        self, model: Model, images_BCHW: Tensor, labels_B: Tensor, is_adversarial: IsAdversarial | None
+    ) -> None:
+        self.model, self.labels, self.is_adversarial = model, labels_B, is_adversarial
         self.points = images_BCHW.clone()
         self.losses = torch.full((len(images_BCHW),), -torch.inf, device=images_BCHW.device)
-        self.open = torch.arange(len(images_BCHW), device=images_BCHW.device)
+        self.active = torch.arange(len(images_BCHW), device=images_BCHW.device)
 
-    def offer(self, guesses_bCHW: Tensor) -> None:
-        """Spend one query on each open image: a better guess is kept, and closes its image where it is confirmed."""
-        rows, labels = self.open, self.labels[self.open]
-        logits = self.model(guesses_bCHW)
+    def query(self, points_bCHW: Tensor) -> None:
+        """Queries the model once per active image: keeps points of higher margin, removes adversarial images."""
+        rows, labels = self.active, self.labels[self.active]
+        logits = self.model(points_bCHW)
         losses = margin(logits, labels).to(self.losses)
         better = losses > self.losses[rows]
-        self.points[rows[better]] = guesses_bCHW[better]
+        self.points[rows[better]] = points_bCHW[better]
         self.losses[rows[better]] = losses[better]
-        # a guess that is wrong but no better than one denied before is not worth the question
-        fallen = confirmed(better & (logits.argmax(dim=1) != labels), guesses_bCHW, labels, self.fooled)
-        self.open = rows[~fallen]
+        # points that are misclassified but no better than one rejected before are not checked again
+        adversarial = confirm_adversarial(
+            better & (logits.argmax(dim=1) != labels), points_bCHW, labels, self.is_adversarial
+        )
+        self.active = rows[~adversarial]

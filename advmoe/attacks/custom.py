@@ -1,15 +1,17 @@
-"""A user's own attack, from a file the user names: `path/to/file.py:function`.
+"""Attacks defined by the user in a Python file, named `path/to/file.py:function`.
 
-The function has the form of every attack without settings:
-`function(model, images_BCHW, labels_B, *, ball, draws, fooled) -> images_BCHW`. What it returns is projected into the
-ball and judged like anybody's.
+The function has the form of every attack, without settings:
+`function(model, images_BCHW, labels_B, *, ball, draws, is_adversarial) -> images_BCHW`. The returned images are
+projected into the ball and classified again, as for every attack.
 """
 
-from typing import Literal
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
 
 from torch import Tensor
 
-from advmoe.attacks.ball import Ball, Draws
+from advmoe.attacks.ball import Ball, RandomStream
 from advmoe.attacks.interface import IsAdversarial, Model
 from advmoe.core import user_code
 from advmoe.core.errors import UserError
@@ -17,7 +19,7 @@ from advmoe.core.settings import Settings
 
 
 class Custom(Settings):
-    """`function`: path/to/file.py:function."""
+    """`function`: `path/to/file.py:function`."""
 
     kind: Literal["own"]
     function: str
@@ -30,17 +32,27 @@ def custom(
     *,
     ball: Ball,
     settings: Custom,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """Whatever the function returns. Raises UserError when it raises, or returns something of another shape or NaN."""
+    """Returns the images that the user's function returns.
+
+    Raises UserError if the function raises, or returns images of another shape or with values that are not finite.
+    """
     function = user_code.load_function(settings.function)
-    found = user_code.call(
-        settings.function, function, model, images_BCHW, labels_B, ball=ball, draws=draws, fooled=fooled
-    )
-    if not isinstance(found, Tensor) or found.shape != images_BCHW.shape:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    keywords = {"ball": ball, "draws": draws, _check_keyword(function): is_adversarial}
+    points = user_code.call(settings.function, function, model, images_BCHW, labels_B, **keywords)
+    if not isinstance(points, Tensor) or points.shape != images_BCHW.shape:
+        shape = tuple(points.shape) if isinstance(points, Tensor) else type(points).__name__
         raise UserError(f"{settings.function}: must return images of shape {tuple(images_BCHW.shape)}, not {shape}")
-    if not found.isfinite().all():
+    if not points.isfinite().all():
         raise UserError(f"{settings.function}: returned NaN or infinite pixels")
-    return found.to(images_BCHW)
+    return points.to(images_BCHW)
+
+
+def _check_keyword(function: Callable[..., Any]) -> str:
+    """The function's name for `is_adversarial`: functions written for earlier versions call it `fooled`."""
+    try:
+        return "fooled" if "fooled" in inspect.signature(function).parameters else "is_adversarial"
+    except (TypeError, ValueError):  # a callable without a signature
+        return "is_adversarial"

@@ -1,11 +1,12 @@
-"""FAB, targeted: walks along the decision boundary for the closest adversarial point; needs no epsilon.
+"""FAB, targeted: finds the closest adversarial point along the decision boundary; needs no epsilon.
 
-Croce & Hein 2020, arXiv 1907.02044: linearise the boundary to another class, project on it inside the box, lean towards
-the image, step back when across. One target class at a time, as in AutoAttack (arXiv 2003.01690), but with one forward
-and one backward pass a step where the authors' code has two and one: the gradient is taken before stepping back, not
-after, which came as close or closer on most images of the models tried, for half of the forward passes.
+Croce & Hein 2020, arXiv 1907.02044: linearises the boundary to another class, projects onto it inside the box with a
+bias towards the image, and steps back after crossing it. One target class at a time, as in AutoAttack (arXiv
+2003.01690), but with one forward and one backward pass per step instead of two and one: the gradient is taken before
+stepping back, not after, which was as close or closer on most images of the models tried.
 
-Shapes: B batch, b images still open, C channel, H/W pixels, D pixels of an image in one row, K classes, T targets.
+Shapes: B batch, b images still under attack, C channel, H/W pixels, D values of a flattened image, K classes, T target
+classes.
 """
 
 from dataclasses import dataclass, field
@@ -15,28 +16,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from advmoe.attacks.ball import TINY, Ball, Draws, Norm, length
-from advmoe.attacks.interface import IsAdversarial, Model, confirmed, lead, margin, pixel_gradient
+from advmoe.attacks.ball import TINY, Ball, Norm, RandomStream, perturbation_norm
+from advmoe.attacks.interface import IsAdversarial, Model, confirm_adversarial, margin, pixel_gradient, target_margin
 from advmoe.core.settings import PIXEL_LEVELS, PositiveInt, Settings
 
 # the method's constants: arXiv 1907.02044 and the authors' code in AutoAttack
-ALPHA_MAX = 0.1  # the most that a step leans towards the image's own projection
-ETA = 1.05  # overshoot, so that a step ends across the boundary and not on it
-BETA = 0.9  # what is left of the way from the image after stepping back
-SEARCH_STEPS = 3  # of the final search between the image and its closest point
-# ours: the least a step gains, as a share of the image's way and of a pixel level; in bfloat16 walks would end on ties
-NUDGE = 0.01
-HAIR = 0.01  # ours: the share of what is left that a search step goes too far; on the boundary itself rounding decides
-START: dict[Norm, float] = {"linf": 0.3, "l2": 1.0}  # widest random start is half of it: the authors' default epsilons
+ALPHA_MAX = 0.1  # largest weight of the step from the original image
+OVERSHOOT = 1.05  # eta: extrapolation, so that a step crosses the boundary
+BACKWARD_STEP = 0.9  # beta: share of the distance from the image after stepping back
+SEARCH_STEPS = 3  # of the final search between the image and its closest adversarial point
+# ours: least progress of a step, as a share of the image's gap and of a pixel level; avoids ties in bfloat16
+MIN_STEP = 0.01
+SEARCH_OVERSHOOT = 0.01  # ours: a search step goes this share of the rest beyond the boundary, where rounding decides
+# random starts are at most half of this away from the image: the authors' default epsilons
+START_DISTANCE: dict[Norm, float] = {"linf": 0.3, "l2": 1.0}
 
 
 class FabT(Settings):
-    """Steps and restarts are spent on each target anew: targets * restarts * steps gradients in all."""
+    """Steps and restarts apply to each target class: targets * restarts * steps gradients in total."""
 
     kind: Literal["fab-t"]
     steps: PositiveInt
-    targets: PositiveInt  # the highest other logits; fewer where there are fewer other classes
-    restarts: PositiveInt  # the first starts at the image itself
+    targets: PositiveInt  # other classes with the highest logits; at most classes - 1
+    restarts: PositiveInt  # the first starts at the original image
 
 
 def fab_t(
@@ -46,82 +48,93 @@ def fab_t(
     *,
     ball: Ball,
     settings: FabT,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """The closest adversarial point of each image, projected into the ball: unchanged, and so fooled, if it lay inside.
+    """Returns the closest adversarial point of each image, projected into the ball.
 
-    With `fooled`, an image leaves at its first confirmed point inside the ball, however close others might be.
+    With `is_adversarial`, an image leaves at its first confirmed point inside the ball.
     """
-    enough = 0.0 if fooled is None else ball.epsilon
-    points_BCHW, _ = closest(
-        model, images_BCHW, labels_B, norm=ball.norm, settings=settings, draws=draws, fooled=fooled, enough=enough
+    stop_distance = 0.0 if is_adversarial is None else ball.epsilon
+    points_BCHW, _ = closest_adversarial(
+        model,
+        images_BCHW,
+        labels_B,
+        norm=ball.norm,
+        settings=settings,
+        draws=draws,
+        is_adversarial=is_adversarial,
+        stop_distance=stop_distance,
     )
     return ball.project(points_BCHW, images_BCHW)
 
 
-def closest(
+def closest_adversarial(
     model: Model,
     images_BCHW: Tensor,
     labels_B: Tensor,
     *,
     norm: Norm,
     settings: FabT,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
-    enough: float = 0.0,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
+    stop_distance: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The closest adversarial point found for each image (B, C, H, W), and its distance (B,).
+    """Returns the closest adversarial point found for each image (B, C, H, W), and its distance (B,).
 
-    An image that is wrong already is at distance 0. Where nothing was found the distance is inf and the point that of
-    the largest margin. `fooled` confirms points as in every attack; an image is done at a distance of `enough`.
+    The distance is 0 for an image that is misclassified already. If no adversarial point is found, the distance is inf
+    and the point is that of the largest margin. `is_adversarial` confirms points as in every attack. The search for an
+    image ends at a distance of at most `stop_distance`.
     """
-    search = _Search(model, images_BCHW, labels_B, norm, fooled, enough)
-    for targets_B in _targets(search.look(), labels_B, settings.targets):
+    search = _FabSearch(model, images_BCHW, labels_B, norm, is_adversarial, stop_distance)
+    for targets_B in _targets(search.evaluate_images(), labels_B, settings.targets):
         for restart in range(settings.restarts):
-            rows = search.open()
+            rows = search.active()
             if len(rows):
                 start = search.start(rows, draws.pick(rows)) if restart else images_BCHW[rows]
                 _walk(search, rows, targets_B[rows], start, settings.steps)
-    search.tighten()
+    search.refine()
     return search.points, search.distances
 
 
-def to_plane(points_BD: Tensor, normals_BD: Tensor, gaps_B: Tensor, norm: Norm) -> Tensor:
-    """The shortest change (B, D) with `normals . change = gaps` that keeps the points in the box [0, 1].
+def project_onto_plane(points_BD: Tensor, normals_BD: Tensor, gaps_B: Tensor, norm: Norm) -> Tensor:
+    """Returns the smallest change (B, D) with `normals . change = gaps` that keeps the points in the box [0, 1].
 
-    Where the box has no such change, the one that comes closest to the gap: every pixel at its wall.
+    If the box contains no such change, returns the one closest to the gap: every pixel at its bound.
 
-    Each pixel moves at its own pace (1 in L-inf, |normal| in L2) until its wall: change = min(time * pace, room). What
-    is gained grows with time, concave and piecewise linear, so Newton's method from 0 never passes the exact time and,
-    with ever more pixels at their walls, reaches it.
+    The solution has the form change = min(time * rate, room) with a rate per pixel (1 in L-inf, |normal| in L2) and its
+    distance `room` to the bound. `normals . change` is concave and piecewise linear in time, so Newton's method from 0
+    never overshoots the exact time and reaches it in finitely many steps.
     """
-    scale_B1 = normals_BD.abs().amax(1, keepdim=True).clamp_min(TINY)  # else squares of small gradients underflow
-    uphill_BD = normals_BD / scale_B1 * gaps_B[:, None].sign()
-    wanted_B1, weight_BD = gaps_B[:, None].abs() / scale_B1, uphill_BD.abs()
-    room_BD = torch.where(uphill_BD > 0, 1 - points_BD, points_BD)
-    pace_BD = torch.ones_like(weight_BD) if norm == "linf" else weight_BD
-    whole_BD, speed_BD = weight_BD * room_BD, weight_BD * pace_BD  # a pixel's gain in all, and in a unit of time
+    scale_B1 = normals_BD.abs().amax(1, keepdim=True).clamp_min(TINY)  # avoids underflow of squares of small gradients
+    direction_BD = normals_BD / scale_B1 * gaps_B[:, None].sign()
+    wanted_B1, weight_BD = gaps_B[:, None].abs() / scale_B1, direction_BD.abs()
+    room_BD = torch.where(direction_BD > 0, 1 - points_BD, points_BD)
+    rate_BD = torch.ones_like(weight_BD) if norm == "linf" else weight_BD
+    full_gain_BD, gain_rate_BD = (
+        weight_BD * room_BD,
+        weight_BD * rate_BD,
+    )  # gain of a pixel at its bound, and per unit of time
     time_B1, earlier_B1 = torch.zeros_like(wanted_B1), torch.full_like(wanted_B1, -1)
     while (time_B1 > earlier_B1).any():
-        walled_BD = time_B1 * pace_BD >= room_BD
-        missing_B1 = wanted_B1 - (whole_BD * walled_BD).sum(1, keepdim=True)
-        rate_B1 = (speed_BD * ~walled_BD).sum(1, keepdim=True)
-        goal_B1 = torch.where(rate_B1 > 0, missing_B1 / rate_B1.clamp_min(TINY), time_B1)
-        earlier_B1, time_B1 = time_B1, goal_B1.maximum(time_B1)
-    return uphill_BD.sign() * torch.minimum(time_B1 * pace_BD, room_BD)
+        bounded_BD = time_B1 * rate_BD >= room_BD
+        missing_B1 = wanted_B1 - (full_gain_BD * bounded_BD).sum(1, keepdim=True)
+        slope_B1 = (gain_rate_BD * ~bounded_BD).sum(1, keepdim=True)
+        next_B1 = torch.where(slope_B1 > 0, missing_B1 / slope_B1.clamp_min(TINY), time_B1)
+        earlier_B1, time_B1 = time_B1, next_B1.maximum(time_B1)
+    return direction_BD.sign() * torch.minimum(time_B1 * rate_BD, room_BD)
 
 
 @dataclass
-class _Search:
-    """The images of one batch, and what is known of each: its closest adversarial point so far."""
+class _FabSearch:
+    """The images of one batch, and the closest adversarial point of each so far."""
 
     model: Model
     images: Tensor
     labels: Tensor
     norm: Norm
-    fooled: IsAdversarial | None
-    enough: float
+    is_adversarial: IsAdversarial | None
+    stop_distance: float
     points: Tensor = field(init=False)
     distances: Tensor = field(init=False)
     margins: Tensor = field(init=False)
@@ -131,50 +144,50 @@ class _Search:
         self.distances = torch.full_like(self.images[:, 0, 0, 0], torch.inf)
         self.margins = -self.distances
 
-    def open(self) -> Tensor:
-        """The images that are not done (b,)."""
-        return (self.distances > self.enough).nonzero().squeeze(1)
+    def active(self) -> Tensor:
+        """Returns the indices (b,) of the images still under attack."""
+        return (self.distances > self.stop_distance).nonzero().squeeze(1)
 
-    def look(self) -> Tensor:
-        """Judge the images themselves; their logits (B, K)."""
+    def evaluate_images(self) -> Tensor:
+        """Evaluates the original images; returns their logits (B, K)."""
         logits_BK = self.logits(self.images)
-        self.judge(torch.arange(len(self.images), device=self.images.device), self.images, logits_BK)
+        self.update(torch.arange(len(self.images), device=self.images.device), self.images, logits_BK)
         return logits_BK
 
     @torch.no_grad()
     def logits(self, points: Tensor) -> Tensor:
         return self.model(points)
 
-    def judge(self, rows: Tensor, points: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Which points are adversarial, and which only look so (b,); remembers those that are the closest yet.
+    def update(self, rows: Tensor, points: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores closer points; returns which are adversarial and which `is_adversarial` rejects, (b,) bool each.
 
-        `fooled` costs a forward pass, so it is asked only about points that would be the closest.
+        `is_adversarial` costs a forward pass, so it checks only points that would be the closest.
         """
         labels = self.labels[rows]
-        distances, margins = length(points - self.images[rows], self.norm), margin(logits, labels)
+        distances, margins = perturbation_norm(points - self.images[rows], self.norm), margin(logits, labels)
         wrong = logits.argmax(1) != labels
         closer = wrong & (distances < self.distances[rows])
-        fallen = confirmed(closer, points, labels, self.fooled)
-        denied, closer = closer & ~fallen, fallen
-        likelier = ~closer & self.distances[rows].isinf() & (margins > self.margins[rows])
-        self.margins[rows[likelier]] = margins[likelier]
+        is_confirmed = confirm_adversarial(closer, points, labels, self.is_adversarial)
+        rejected, closer = closer & ~is_confirmed, is_confirmed
+        larger_margin = ~closer & self.distances[rows].isinf() & (margins > self.margins[rows])
+        self.margins[rows[larger_margin]] = margins[larger_margin]
         self.distances[rows[closer]] = distances[closer]
-        self.points[rows[closer | likelier]] = points[closer | likelier]
-        return wrong & ~denied, denied
+        self.points[rows[closer | larger_margin]] = points[closer | larger_margin]
+        return wrong & ~rejected, rejected
 
-    def start(self, rows: Tensor, draws: Draws) -> Tensor:
-        """A random point in the box, half as far away as the closest one known."""
+    def start(self, rows: Tensor, draws: RandomStream) -> Tensor:
+        """Returns random points in the box, at half the distance of the closest adversarial point."""
         images = self.images[rows]
         noise = draws.uniform(images) if self.norm == "linf" else draws.normal(images)
-        radius = self.distances[rows].clamp_max(START[self.norm]) / 2
-        return (images + _wide(radius / length(noise, self.norm).clamp_min(TINY)) * noise).clamp(0, 1)
+        radius = self.distances[rows].clamp_max(START_DISTANCE[self.norm]) / 2
+        return (images + _broadcast(radius / perturbation_norm(noise, self.norm).clamp_min(TINY)) * noise).clamp(0, 1)
 
-    def tighten(self) -> None:
-        """The paper's final search, for points not close enough yet, on the line from the image to its closest point.
+    def refine(self) -> None:
+        """The paper's final search on the line from the image to its closest point, for points above the stop distance.
 
-        Each step tries where the margin would cross 0 if it were linear in between, and moves one end there.
+        Each step evaluates the point where the margin, interpolated linearly, crosses 0, and moves one end there.
         """
-        rows = self.open()
+        rows = self.active()
         rows = rows[self.distances[rows].isfinite()]
         near, far = self.images[rows], self.points[rows]
         for _ in range(SEARCH_STEPS):
@@ -183,54 +196,54 @@ class _Search:
             labels = self.labels[rows]
             below, above = (margin(self.logits(end), labels) for end in (near, far))
             share = (-below / (above - below).clamp_min(TINY)).clamp(0, 1)
-            points = near + _wide(share + HAIR * (1 - share)) * (far - near)
-            crossed, _ = self.judge(rows, points, self.logits(points))
-            near, far = torch.where(_wide(crossed), near, points), torch.where(_wide(crossed), points, far)
-            keep = self.distances[rows] > self.enough
+            points = near + _broadcast(share + SEARCH_OVERSHOOT * (1 - share)) * (far - near)
+            crossed, _ = self.update(rows, points, self.logits(points))
+            near, far = torch.where(_broadcast(crossed), near, points), torch.where(_broadcast(crossed), points, far)
+            keep = self.distances[rows] > self.stop_distance
             rows, near, far = rows[keep], near[keep], far[keep]
 
 
-def _walk(search: _Search, rows: Tensor, targets: Tensor, points: Tensor, steps: int) -> None:
-    """`steps` steps towards the boundary between label and target class and along it, for the images `rows` (b,)."""
+def _walk(search: _FabSearch, rows: Tensor, targets: Tensor, points: Tensor, steps: int) -> None:
+    """Runs `steps` steps towards and along the boundary between label and target class, for the images `rows` (b,)."""
     for _ in range(steps):
-        gain = partial(lead, labels_B=search.labels[rows], targets_B=targets)
+        gain = partial(target_margin, labels_B=search.labels[rows], targets_B=targets)
         gradient, logits = pixel_gradient(search.model, points, gain)
-        crossed, denied = search.judge(rows, points, logits)
-        # a point that only looks adversarial aims as far beyond the model's boundary as it is beyond it now
-        value = torch.where(denied, -gain(logits).abs(), gain(logits))
+        crossed, rejected = search.update(rows, points, logits)
+        # a rejected point moves as far beyond the model's boundary again as it is beyond it now
+        value = torch.where(rejected, -gain(logits).abs(), gain(logits))
         points = _step(search.images[rows], points, crossed, value, gradient, search.norm)
-        keep = search.distances[rows] > search.enough
+        keep = search.distances[rows] > search.stop_distance
         rows, targets, points = rows[keep], targets[keep], points[keep]
         if not len(rows):
             return
-    search.judge(rows, points, search.logits(points))
+    search.update(rows, points, search.logits(points))
 
 
 def _step(images: Tensor, points: Tensor, crossed: Tensor, value: Tensor, gradient: Tensor, norm: Norm) -> Tensor:
-    """The next points: back from the boundary if across, then onto it, linearised at `points`, leaning to the image."""
-    origins = torch.where(_wide(crossed), images + BETA * (points - images), points)
+    """Returns the next points: steps back if across the boundary, then projects onto it, with a bias to the image."""
+    origins = torch.where(_broadcast(crossed), images + BACKWARD_STEP * (points - images), points)
 
     def gap(start: Tensor) -> Tensor:
         return -value - (gradient * (start - points)).flatten(1).sum(1)
 
     def change(start: Tensor, gaps: Tensor) -> Tensor:
-        return to_plane(start.flatten(1), gradient.flatten(1), gaps, norm).view_as(start)
+        return project_onto_plane(start.flatten(1), gradient.flatten(1), gaps, norm).view_as(start)
 
     ahead, whole = gap(origins), gap(images)
-    least = NUDGE * torch.maximum(whole.abs(), gradient.flatten(1).abs().sum(1) / PIXEL_LEVELS)
+    least = MIN_STEP * torch.maximum(whole.abs(), gradient.flatten(1).abs().sum(1) / PIXEL_LEVELS)
     direct = change(origins, torch.where(~crossed & (ahead.abs() < least), least, ahead))
     biased = change(images, whole)
-    direct_B, biased_B = length(direct, norm), length(biased, norm)
-    lean = _wide((direct_B / (direct_B + biased_B).clamp_min(TINY)).clamp_max(ALPHA_MAX))
-    return ((1 - lean) * (origins + ETA * direct) + lean * (images + ETA * biased)).clamp(0, 1)
+    direct_B, biased_B = perturbation_norm(direct, norm), perturbation_norm(biased, norm)
+    lean = _broadcast((direct_B / (direct_B + biased_B).clamp_min(TINY)).clamp_max(ALPHA_MAX))
+    return ((1 - lean) * (origins + OVERSHOOT * direct) + lean * (images + OVERSHOOT * biased)).clamp(0, 1)
 
 
 def _targets(logits_BK: Tensor, labels_B: Tensor, targets: int) -> Tensor:
-    """The other classes by falling logit (T, B)."""
+    """Returns the other classes by decreasing logit (T, B)."""
     others_BK = logits_BK.scatter(1, labels_B[:, None], -torch.inf)
     order_BK = others_BK.argsort(dim=1, descending=True, stable=True)
     return order_BK[:, : min(targets, logits_BK.shape[1] - 1)].T
 
 
-def _wide(numbers_B: Tensor) -> Tensor:
+def _broadcast(numbers_B: Tensor) -> Tensor:
     return numbers_B.view(-1, 1, 1, 1)

@@ -7,13 +7,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from advmoe.attacks.ball import Ball, Draws
+from advmoe.attacks.ball import Ball, RandomStream
 from advmoe.attacks.interface import IsAdversarial, Model, input_gradient
 from advmoe.core.settings import Settings
 
 
 class Fgsm(Settings):
-    """FGSM has no numbers of its own: epsilon is the ball's."""
+    """FGSM has no settings of its own; epsilon is that of the ball."""
 
     kind: Literal["fgsm"]
 
@@ -25,10 +25,10 @@ def fgsm(
     *,
     ball: Ball,
     settings: Fgsm,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """The image plus epsilon * steepest(grad CE), inside the ball and [0, 1]; in L2 the step is the normed gradient."""
-    del settings, draws, fooled  # one deterministic step, and nothing to leave early
+    """Returns image + epsilon * steepest(grad CE), inside the ball and [0, 1]; in L2 along the normalised gradient."""
+    del settings, draws, is_adversarial  # one deterministic step
     gradient, _ = input_gradient(model, images_BCHW, labels_B, "ce")
     return ball.project(images_BCHW + ball.epsilon * ball.steepest(gradient), images_BCHW).detach()

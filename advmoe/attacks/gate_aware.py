@@ -1,13 +1,13 @@
-"""Attacks that know of the gate: a mixture has more to attack than its output.
+"""Gate-aware attacks on mixtures of experts, and transfer attacks.
 
-(a) end to end is any ordinary attack on the mixture. Here are the others:
-(b) `gate-frozen`: climb the mixture with the gate weights it gives to the clean image, as if the gate could not move;
-(c) `misrouting`: climb CE + lambda * gate loss, which pays for gate weight on experts that are wrong about the image;
-(d) `experts`: craft on each expert alone, judge on the mixture;
-(e) `transfer`: craft on another network trained on the same data, judge on the model.
-All climb as PGD does, and every point that may count is judged by the model under attack, not by what is climbed.
+(a) end to end: any ordinary attack on the mixture. This module has the others:
+(b) `gate-frozen`: maximises the mixture's loss with the gate weights fixed to those of the clean image;
+(c) `misrouting`: maximises CE + lambda * gate loss, which rewards gate weight on experts that misclassify the image;
+(d) `experts`: attacks each expert alone, success is checked on the mixture;
+(e) `transfer`: attacks another network trained on the same data, success is checked on the model.
+All run the ascent of PGD; success is always checked on the model under attack, not on the objective.
 
-Shapes: B batch, b images still open, C channel, H/W pixels, E experts, K classes.
+Shapes: B batch, b images still under attack, C channel, H/W pixels, E experts, K classes.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.interface import IsAdversarial, Model, confirmed, cross_entropy
+from advmoe.attacks.ball import Ball, RandomStream
+from advmoe.attacks.interface import IsAdversarial, Model, confirm_adversarial, cross_entropy
 from advmoe.attacks.pgd import untargeted
 from advmoe.attacks.pgd_loop import GradientAscent, Objective
 from advmoe.core.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Settings
@@ -27,27 +27,27 @@ from advmoe.models.mixture import Mixing, MixtureOutput, mix
 
 
 class GatedModel(Protocol):
-    """A mixture in the form these attacks want."""
+    """A mixture of experts, as these attacks call it."""
 
     @property
     def mixing(self) -> Mixing:
-        """How the votes are weighed."""
+        """How the experts' outputs are combined."""
         ...
 
     def __call__(self, images_BCHW: Tensor, /) -> Tensor:
-        """Logits (B, K)."""
+        """Returns the logits (B, K)."""
         ...
 
-    def parts(self, images_BCHW: Tensor, /) -> MixtureOutput:
-        """The forward pass with its intermediate results."""
+    def forward_parts(self, images_BCHW: Tensor, /) -> MixtureOutput:
+        """Returns the output with its intermediate results."""
         ...
 
-    def votes(self) -> list[Model]:
-        """Each expert as a model of its own."""
+    def expert_models(self) -> list[Model]:
+        """Returns each expert as a model."""
         ...
 
 
-class _Ascent(Settings):
+class _AscentSettings(Settings):
     """`step_size` is relative to epsilon."""
 
     steps: PositiveInt
@@ -55,27 +55,27 @@ class _Ascent(Settings):
     restarts: PositiveInt
 
 
-class GateFrozen(_Ascent):
-    """Cross-entropy of the mixture under the clean image's gate weights."""
+class GateFrozen(_AscentSettings):
+    """Settings of `gate_frozen`."""
 
     kind: Literal["gate-frozen"]
 
 
-class Misrouting(_Ascent):
-    """`lambdas`: weights of the gate loss, each with all restarts; 0 is the plain attack."""
+class Misrouting(_AscentSettings):
+    """`lambdas`: weights of the gate loss, each with all restarts; 0 is PGD on the mixture."""
 
     kind: Literal["misrouting"]
     lambdas: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
 
 
-class Experts(_Ascent):
-    """Each expert alone, one after another."""
+class Experts(_AscentSettings):
+    """Settings of `experts`."""
 
     kind: Literal["experts"]
 
 
-class Transfer(_Ascent):
-    """`sources`: names of the networks to craft on; the harness says which there are."""
+class Transfer(_AscentSettings):
+    """`sources`: names of the networks to attack; the caller of `bind` provides them."""
 
     kind: Literal["transfer"]
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -88,22 +88,22 @@ def gate_frozen(
     *,
     ball: Ball,
     settings: GateFrozen,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """Where the ascent with a gate that cannot move ends; the mixture that judges it has a gate that can."""
+    """Maximises the mixture's cross-entropy with the gate weights of the clean image; returns the last points."""
     with torch.no_grad():
-        log_gate_BE = model.parts(images_BCHW).log_gate_BE
+        log_gate_BE = model.forward_parts(images_BCHW).log_gate_BE
 
     def objective(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         def loss(parts: MixtureOutput) -> Tensor:
             return cross_entropy(mix(log_gate_BE[rows], parts.logits_BEK, model.mixing), labels_B[rows])
 
-        return _climb_parts(model, points, labels_B[rows], loss)
+        return _parts_gradient(model, points, labels_B[rows], loss)
 
-    climb = GradientAscent(images_BCHW, labels_B, ball, fooled)
-    _restarts(climb, objective, settings, draws)
-    return climb.result
+    ascent = GradientAscent(images_BCHW, labels_B, ball, is_adversarial)
+    _run_restarts(ascent, objective, settings, draws)
+    return ascent.result
 
 
 def misrouting(
@@ -113,19 +113,20 @@ def misrouting(
     *,
     ball: Ball,
     settings: Misrouting,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """Where the ascents on CE + lambda * gate loss end, one lambda after another."""
-    climb = GradientAscent(images_BCHW, labels_B, ball, fooled)
+    """Maximises CE + lambda * gate loss for one lambda after another; returns the last points."""
+    ascent = GradientAscent(images_BCHW, labels_B, ball, is_adversarial)
     for weight in settings.lambdas:
-        _restarts(climb, _misroute(model, labels_B, weight), settings, draws)
-    return climb.result
+        _run_restarts(ascent, _misrouting_objective(model, labels_B, weight), settings, draws)
+    return ascent.result
 
 
 def gate_loss(parts: MixtureOutput, labels_B: Tensor) -> Tensor:
-    """sum_e g_e * CE_e (B,): high where the gate trusts experts that are wrong. Only the gate is to be moved by it:
-    the experts' losses are taken as they are.
+    """Returns sum_e g_e * CE_e (B,): high where the gate gives weight to experts that are wrong.
+
+    The experts' losses are detached: the gradient flows through the gate only.
     """
     experts = parts.logits_BEK.shape[1]
     labels_BE = labels_B[:, None].expand(-1, experts)
@@ -133,25 +134,25 @@ def gate_loss(parts: MixtureOutput, labels_B: Tensor) -> Tensor:
     return (parts.log_gate_BE.exp() * losses_BE).sum(dim=1)
 
 
-def _misroute(model: GatedModel, labels_B: Tensor, weight: float) -> Objective:
+def _misrouting_objective(model: GatedModel, labels_B: Tensor, weight: float) -> Objective:
     def objective(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         labels = labels_B[rows]
 
         def loss(parts: MixtureOutput) -> Tensor:
             return cross_entropy(parts.log_probs_BK, labels) + weight * gate_loss(parts, labels)
 
-        return _climb_parts(model, points, labels, loss)
+        return _parts_gradient(model, points, labels, loss)
 
     return objective
 
 
-def _climb_parts(
+def _parts_gradient(
     model: GatedModel, points: Tensor, labels: Tensor, loss: Callable[[MixtureOutput], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of a loss (b,) of the mixture's parts, and which points the mixture as a whole gets wrong."""
+    """The input gradient of a loss (b,) of the mixture's output, and which points the mixture misclassifies."""
     with torch.enable_grad():
         pixels = points.detach().requires_grad_(True)
-        parts = model.parts(pixels)
+        parts = model.forward_parts(pixels)
         (gradient,) = torch.autograd.grad(loss(parts).sum(), pixels)
     return gradient, parts.log_probs_BK.detach().argmax(dim=1) != labels
 
@@ -163,11 +164,13 @@ def experts(
     *,
     ball: Ball,
     settings: Experts,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """Where the ascents on the experts' own losses end."""
-    return _borrowed(model, model.votes(), images_BCHW, labels_B, ball, settings, draws, fooled)
+    """Maximises the cross-entropy of each expert in turn; returns the last points."""
+    return _attack_surrogates(
+        model, model.expert_models(), images_BCHW, labels_B, ball, settings, draws, is_adversarial
+    )
 
 
 def transfer(
@@ -177,43 +180,45 @@ def transfer(
     *,
     ball: Ball,
     settings: Transfer,
-    draws: Draws,
+    draws: RandomStream,
     sources: Mapping[str, Model],
-    fooled: IsAdversarial | None = None,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """Where the ascents on other networks end; `sources` holds at least those that the settings name."""
+    """Maximises the cross-entropy of other networks in turn; `sources` holds at least those that the settings name."""
     surrogates = [sources[name] for name in settings.sources]
-    return _borrowed(model, surrogates, images_BCHW, labels_B, ball, settings, draws, fooled)
+    return _attack_surrogates(model, surrogates, images_BCHW, labels_B, ball, settings, draws, is_adversarial)
 
 
-def _borrowed(
+def _attack_surrogates(
     model: Model,
     surrogates: list[Model],
     images: Tensor,
     labels: Tensor,
     ball: Ball,
     settings: Experts | Transfer,
-    draws: Draws,
-    fooled: IsAdversarial | None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None,
 ) -> Tensor:
-    """Climb each surrogate. Points it gets wrong are shown to the model, and only what fools that to the caller."""
-    climb = GradientAscent(images, labels, ball, None if fooled is None else _first_asking(model, fooled))
+    """Attacks each surrogate. Points that it misclassifies are checked on the model first, then by `is_adversarial`."""
+    ascent = GradientAscent(
+        images, labels, ball, None if is_adversarial is None else _check_model_first(model, is_adversarial)
+    )
     for surrogate in surrogates:
-        _restarts(climb, untargeted(surrogate, labels, "ce"), settings, draws)
-    return climb.result
+        _run_restarts(ascent, untargeted(surrogate, labels, "ce"), settings, draws)
+    return ascent.result
 
 
-def _first_asking(model: Model, fooled: IsAdversarial) -> IsAdversarial:
-    """`fooled`, asked only about what the model itself gets wrong: its float32 passes are the dear ones."""
+def _check_model_first(model: Model, is_adversarial: IsAdversarial) -> IsAdversarial:
+    """`is_adversarial`, called only for points that the model itself misclassifies: its float32 passes are costly."""
 
-    def asked(points: Tensor, labels: Tensor) -> Tensor:
+    def check(points: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
             wrong = model(points).argmax(dim=1) != labels
-        return confirmed(wrong, points, labels, fooled)
+        return confirm_adversarial(wrong, points, labels, is_adversarial)
 
-    return asked
+    return check
 
 
-def _restarts(climb: GradientAscent, objective: Objective, settings: _Ascent, draws: Draws) -> None:
+def _run_restarts(ascent: GradientAscent, objective: Objective, settings: _AscentSettings, draws: RandomStream) -> None:
     for _ in range(settings.restarts):
-        climb.ascend(objective, settings.steps, settings.step_size, draws)
+        ascent.run(objective, settings.steps, settings.step_size, draws)

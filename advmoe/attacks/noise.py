@@ -1,4 +1,4 @@
-"""Random points of the ball: not an attack but a floor that every attack must be above.
+"""Random points of the ball: a lower bound for the success rate of every attack.
 
 Shapes: B batch, C channel, H/W pixels.
 """
@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from advmoe.attacks.ball import Ball, Draws
+from advmoe.attacks.ball import Ball, RandomStream
 from advmoe.attacks.black_box import BestPoints
 from advmoe.attacks.interface import IsAdversarial, Model
 from advmoe.core.settings import PositiveInt, Settings
 
 
 class Noise(Settings):
-    """`draws` is how many points are tried, one query each."""
+    """`draws`: number of random points, one query each."""
 
     kind: Literal["noise"]
     draws: PositiveInt
@@ -29,13 +29,13 @@ def noise(
     *,
     ball: Ball,
     settings: Noise,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """The first random point that fools the model, else the one of highest margin; inside the ball and [0, 1]."""
-    best = BestPoints(model, images_BCHW, labels_B, fooled)
+    """Returns the first adversarial random point, else the one of highest margin; inside the ball and [0, 1]."""
+    best = BestPoints(model, images_BCHW, labels_B, is_adversarial)
     for _ in range(settings.draws):
-        if not len(best.open):
+        if not len(best.active):
             break
-        best.offer(ball.start(images_BCHW[best.open], draws.pick(best.open)))
+        best.query(ball.start(images_BCHW[best.active], draws.pick(best.active)))
     return best.points

@@ -1,6 +1,6 @@
-"""Projected gradient ascent, the core of PGD and of the gate-aware attacks, which differ in what they climb.
+"""Projected gradient ascent: the loop shared by PGD and the gate-aware attacks, which differ in their objective.
 
-Shapes: B batch, b images still open, C channel, H/W pixels.
+Shapes: B batch, b images still under attack, C channel, H/W pixels.
 """
 
 from collections.abc import Callable
@@ -8,42 +8,42 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.interface import IsAdversarial, confirmed
+from advmoe.attacks.ball import Ball, RandomStream
+from advmoe.attacks.interface import IsAdversarial, confirm_adversarial
 
-# (points (b, C, H, W), rows (b,) of the batch they belong to) -> gradient to follow, and which points look adversarial
+# (points (b, C, H, W), rows (b,) of the batch they belong to) -> gradient to follow, and which points are candidates
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class GradientAscent:
-    """The images of one batch and the best that is known of each; every ascent takes on those that still stand."""
+    """The images of one batch and their results; every ascent runs on the images still under attack (`active`)."""
 
-    def __init__(self, images_BCHW: Tensor, labels_B: Tensor, ball: Ball, fooled: IsAdversarial | None) -> None:
-        self.images, self.labels, self.ball, self.fooled = images_BCHW, labels_B, ball, fooled
+    def __init__(self, images_BCHW: Tensor, labels_B: Tensor, ball: Ball, is_adversarial: IsAdversarial | None) -> None:
+        self.images, self.labels, self.ball, self.is_adversarial = images_BCHW, labels_B, ball, is_adversarial
         self.result = images_BCHW.clone()
-        self.open = torch.arange(len(images_BCHW), device=images_BCHW.device)
+        self.active = torch.arange(len(images_BCHW), device=images_BCHW.device)
 
-    def ascend(self, objective: Objective, steps: int, step_size: float, draws: Draws) -> None:
-        """`steps` steps of `step_size` * epsilon from a random start, for the images still open.
+    def run(self, objective: Objective, steps: int, step_size: float, draws: RandomStream) -> None:
+        """Runs `steps` steps of `step_size` * epsilon from a random start, for the images still under attack.
 
-        With a `fooled`, an image closes at the first point that looks adversarial and is confirmed; at the end it is
-        asked about all that are left.
+        With `is_adversarial`, an image leaves at the first candidate that it confirms; at the end it checks all
+        remaining points.
         """
-        ball, rows = self.ball, self.open
+        ball, rows = self.ball, self.active
         if not len(rows):
             return
         points = ball.start(self.images[rows], draws.pick(rows))
         for _ in range(steps):
-            gradient, suspect = objective(points, rows)
-            if self.fooled is not None:
-                fallen = confirmed(suspect, points, self.labels[rows], self.fooled)
-                self.result[rows[fallen]] = points[fallen]
-                points, rows, gradient = points[~fallen], rows[~fallen], gradient[~fallen]
+            gradient, candidates = objective(points, rows)
+            if self.is_adversarial is not None:
+                adversarial = confirm_adversarial(candidates, points, self.labels[rows], self.is_adversarial)
+                self.result[rows[adversarial]] = points[adversarial]
+                points, rows, gradient = points[~adversarial], rows[~adversarial], gradient[~adversarial]
                 if not len(rows):
                     break
             points = ball.project(points + step_size * ball.epsilon * ball.steepest(gradient), self.images[rows])
         self.result[rows] = points
-        if self.fooled is not None:
-            all_left = torch.ones_like(rows, dtype=torch.bool)
-            rows = rows[~confirmed(all_left, points, self.labels[rows], self.fooled)]
-        self.open = rows
+        if self.is_adversarial is not None:
+            everything = torch.ones_like(rows, dtype=torch.bool)
+            rows = rows[~confirm_adversarial(everything, points, self.labels[rows], self.is_adversarial)]
+        self.active = rows

@@ -1,17 +1,17 @@
-"""RayS: the nearest decision boundary along rays of signs, from decisions alone (Chen & Gu 2020, arXiv 2006.12792).
+"""RayS: finds the nearest decision boundary along sign vectors, from labels alone (Chen & Gu 2020, arXiv 2006.12792).
 
-A direction is better than the best known if the model is wrong at the best known radius along it (one query, the fast
-check of algorithm 2); only then its own radius is found, by bisection. New directions flip the signs of a block of
-pixels, and blocks are halved from sweep to sweep (algorithm 3). Three things differ from the paper. There is an epsilon
-to reach, so a better direction is asked at epsilon next, which ends the attack or cuts the bisection short. Images do
-not wait for each other: in every step each open image makes the one query its own search needs. And as long as no ray
-of an image has met the boundary, every second flip, by chance, is kept: flips of one fixed direction all look alike.
+A direction is better than the best one if the model is wrong at the best radius along it (one query, the fast check of
+algorithm 2); only then bisection finds its own radius. New directions flip the signs of a block of pixels, and blocks
+are halved from sweep to sweep (algorithm 3). Three differences from the paper: (1) A better direction is queried at
+epsilon next, which ends the attack or shortens the bisection. (2) The searches of a batch are independent: in every
+step each active image makes the one query that its own search needs. (3) Until a ray of an image meets the boundary,
+each flip is kept with probability 1/2; otherwise all flips would start from the same direction.
 
-In L-inf the rays lead to the corners of the cube, where the optimum of a smooth model tends to be. In L2 they are the
-same rays with their length measured in L2: the attack is weaker there, because the optimum rarely has equal sizes in
-all pixels, and because what the box cuts off a ray is not spent elsewhere.
+In L-inf the rays lead to the corners of the cube, where the optimum of a smooth model tends to be. In L2 the rays are
+the same with their length measured in L2: the attack is weaker there, because the optimum rarely has equal magnitude in
+all pixels, and because the length that the box cuts off is not redistributed.
 
-Shapes: B batch, b images still open, C channel, H/W pixels, D pixels of an image in one row, K classes.
+Shapes: B batch, b images still under attack, C channel, H/W pixels, D pixels of an image in one row, K classes.
 """
 
 from collections.abc import Iterator
@@ -21,34 +21,36 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from advmoe.attacks.ball import Ball, Draws
-from advmoe.attacks.interface import IsAdversarial, Model, confirmed
+from advmoe.attacks.ball import Ball, RandomStream
+from advmoe.attacks.interface import IsAdversarial, Model, confirm_adversarial
 from advmoe.core.settings import PositiveInt, Settings
 
-CHECK, NEAR, BISECT = range(3)  # what the next query asks: better than the best? inside epsilon? where exactly?
+CHECK, AT_EPSILON, BISECT = range(
+    3
+)  # purpose of the next query: better than the best? adversarial at epsilon? bisect the radius
 TOLERANCE = 1e-3  # of epsilon; the authors' 1e-3 in L2 length is 6e-4 of epsilon at CIFAR-10 and 8/255
 
 
 class RayS(Settings):
-    """`queries` is the budget of each image; the paper has 10000."""
+    """`queries`: query budget per image; 10000 in the paper."""
 
     kind: Literal["rays"]
     queries: PositiveInt
 
 
-class Search(NamedTuple):
-    """Where the search of each open image stands."""
+class SearchState(NamedTuple):
+    """State of the search of each image under attack."""
 
-    signs_bCHW: Tensor  # the best direction known
-    radius_b: Tensor  # how far it reaches to the boundary, in the ball's norm; infinite until one is met
-    low_b: Tensor  # the tried direction's bracket: right (or never asked) here ...
-    high_b: Tensor  # ... and wrong here, once the check is passed
+    signs_bCHW: Tensor  # the best direction
+    radius_b: Tensor  # its distance to the boundary in the ball's norm; infinite until one is found
+    low_b: Tensor  # bracket of the candidate direction: not misclassified (or not queried) here ...
+    high_b: Tensor  # ... and misclassified here, after CHECK
     phase_b: Tensor  # CHECK, NEAR or BISECT
-    block_b: Tensor  # number of the block whose signs are flipped in the tried direction
+    block_b: Tensor  # index of the block whose signs are flipped in the candidate direction
 
-    def pick(self, rows: Tensor) -> "Search":
-        """The search of some of the images."""
-        return Search(*(part[rows] for part in self))
+    def pick(self, rows: Tensor) -> "SearchState":
+        """Returns the state of the images `rows`."""
+        return SearchState(*(part[rows] for part in self))
 
 
 @torch.no_grad()
@@ -59,81 +61,90 @@ def rays(
     *,
     ball: Ball,
     settings: RayS,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """The first point inside the ball that fools the model, else the end of the best ray found; inside [0, 1]."""
+    """Returns the first adversarial point in the ball, else the point at epsilon on the best ray; inside [0, 1]."""
     images, labels = images_BCHW, labels_B
-    open_ = torch.arange(len(images), device=images.device)
-    search, result = begin(images), images.clone()
+    active = torch.arange(len(images), device=images.device)
+    search, result = initial_state(images), images.clone()
     coins = draws.uniform(images.new_empty(len(images), settings.queries)) < 0
-    blocks = torch.tensor(list(islice(sweeps(images[0].numel()), settings.queries)), device=images.device)
+    blocks = torch.tensor(list(islice(sign_blocks(images[0].numel()), settings.queries)), device=images.device)
     for _ in range(settings.queries):
-        if not len(open_):
+        if not len(active):
             break
-        tried = flipped(search, blocks)
-        asked = next_radius(search, ball)
-        points = along(images, tried, asked, ball)
+        candidates = flip_block(search, blocks)
+        radius_queried = next_radius(search, ball)
+        points = ray_points(images, candidates, radius_queried, ball)
         wrong = model(points).argmax(dim=1) != labels
-        fallen = confirmed(wrong & (asked <= ball.epsilon), points, labels, fooled)
-        search = advanced(search, tried, asked, wrong, coins[open_, search.block_b], TOLERANCE * ball.epsilon)
-        if fallen.any():
-            result[open_[fallen]] = points[fallen]
-            search, images, labels, open_ = search.pick(~fallen), images[~fallen], labels[~fallen], open_[~fallen]
-    result[open_] = along(images, search.signs_bCHW, torch.full_like(search.radius_b, ball.epsilon), ball)
+        adversarial = confirm_adversarial(wrong & (radius_queried <= ball.epsilon), points, labels, is_adversarial)
+        search = update_state(
+            search, candidates, radius_queried, wrong, coins[active, search.block_b], TOLERANCE * ball.epsilon
+        )
+        if adversarial.any():
+            result[active[adversarial]] = points[adversarial]
+            search, images, labels, active = (
+                search.pick(~adversarial),
+                images[~adversarial],
+                labels[~adversarial],
+                active[~adversarial],
+            )
+    result[active] = ray_points(images, search.signs_bCHW, torch.full_like(search.radius_b, ball.epsilon), ball)
     return result
 
 
-def begin(images_BCHW: Tensor) -> Search:
-    """Towards white, and nothing known."""
+def initial_state(images_BCHW: Tensor) -> SearchState:
+    """Returns the initial state: direction +1 in every pixel, no boundary found."""
     radius = images_BCHW.new_full((len(images_BCHW),), torch.inf)
     counter = torch.zeros(len(images_BCHW), dtype=torch.long, device=images_BCHW.device)
-    return Search(torch.ones_like(images_BCHW), radius, torch.zeros_like(radius), radius, counter, counter)
+    return SearchState(torch.ones_like(images_BCHW), radius, torch.zeros_like(radius), radius, counter, counter)
 
 
-def sweeps(pixels: int) -> Iterator[tuple[int, int]]:
-    """First pixel and the one after the last of each block: none, all, halves, ..., single ones over and over."""
+def sign_blocks(pixels: int) -> Iterator[tuple[int, int]]:
+    """Yields first and last + 1 pixel of each block: none, all, halves, ..., single pixels repeatedly."""
     levels = range((pixels - 1).bit_length() + 1)
     cuts = ([pixels * cut // 2**level for cut in range(2**level + 1)] for level in levels)
     finer = [[block for block in pairwise(level) if block[0] < block[1]] for level in cuts]
     return chain([(0, 0)], *finer, cycle(finer[-1]))
 
 
-def flipped(search: Search, blocks: Tensor) -> Tensor:
-    """The directions being tried: the best known with one block of signs turned, (b, C, H, W)."""
+def flip_block(search: SearchState, blocks: Tensor) -> Tensor:
+    """Returns the candidate directions: the best ones with one block of signs flipped, (b, C, H, W)."""
     signs_bD = search.signs_bCHW.flatten(1)
     start, stop = blocks[search.block_b].unsqueeze(2).unbind(1)
     pixels = torch.arange(signs_bD.shape[1], device=signs_bD.device)
     return torch.where((pixels >= start) & (pixels < stop), -signs_bD, signs_bD).view_as(search.signs_bCHW)
 
 
-def next_radius(search: Search, ball: Ball) -> Tensor:
-    """How far along the tried direction the next query lies, (b,)."""
-    # a step of 1 in every pixel leaves the box everywhere
+def next_radius(search: SearchState, ball: Ball) -> Tensor:
+    """Returns the radius of the next query along the candidate direction, (b,)."""
+    # a change of 1 in every pixel leaves the box everywhere
     longest = float(1 / ball.steepest(torch.ones_like(search.signs_bCHW[:1])).amax())
     middle = (search.low_b + search.high_b) / 2
-    further = torch.where(search.phase_b == NEAR, torch.full_like(middle, ball.epsilon), middle)
+    further = torch.where(search.phase_b == AT_EPSILON, torch.full_like(middle, ball.epsilon), middle)
     return torch.where(search.phase_b == CHECK, search.radius_b.clamp_max(longest), further)
 
 
-def along(images: Tensor, signs: Tensor, radius_b: Tensor, ball: Ball) -> Tensor:
-    """The points at `radius_b` along the rays, inside the box; inside the ball, too, where the radius allows."""
+def ray_points(images: Tensor, signs: Tensor, radius_b: Tensor, ball: Ball) -> Tensor:
+    """Returns the points at `radius_b` along the rays, in the box; in the ball, too, up to a radius of epsilon."""
     radius = radius_b[:, None, None, None]
     points = (images + radius * ball.steepest(signs)).clamp(0, 1)
     return torch.where(radius <= ball.epsilon, ball.project(points, images), points)
 
 
-def advanced(search: Search, tried: Tensor, asked: Tensor, wrong: Tensor, coin: Tensor, tolerance: float) -> Search:
-    """The search after the answers: the bracket narrowed, a settled direction judged, the next block taken up."""
+def update_state(
+    search: SearchState, candidates: Tensor, radius_queried: Tensor, wrong: Tensor, coin: Tensor, tolerance: float
+) -> SearchState:
+    """Returns the state after the queries: narrows brackets, accepts or rejects settled directions, advances blocks."""
     signs, radius, low, high, phase, block = search
-    # what is wrong inside epsilon was denied: its boundary is still worth knowing, and lies below
-    low = torch.where(~wrong & (asked < high), asked, low)
-    high = torch.where(wrong, torch.minimum(high, asked), high)
+    # a misclassified point inside epsilon was rejected by `is_adversarial`; the boundary still lies below it
+    low = torch.where(~wrong & (radius_queried < high), radius_queried, low)
+    high = torch.where(wrong, torch.minimum(high, radius_queried), high)
     settled = torch.where(phase == CHECK, ~wrong, high - low <= tolerance)
-    taken = settled & ((high < radius) | (radius.isinf() & coin))
+    accepted = settled & ((high < radius) | (radius.isinf() & coin))
     radius = torch.where(settled, torch.minimum(high, radius), radius)
-    return Search(
-        torch.where(taken[:, None, None, None], tried, signs),
+    return SearchState(
+        torch.where(accepted[:, None, None, None], candidates, signs),
         radius,
         torch.where(settled, 0, low),
         torch.where(settled, radius, high),

@@ -1,4 +1,7 @@
-"""All attacks by name. A new one is a file beside this, a line in the union and a row in the table."""
+"""The registry of attacks: settings, functions, access to the model, costs and sources.
+
+To add an attack: write a module in `advmoe/attacks`, and add it to `AttackSettings` and `REGISTRY`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,20 +31,20 @@ from advmoe.attacks.pgd import Pgd, pgd
 from advmoe.attacks.rays import RayS, rays
 from advmoe.attacks.square import Square, square
 
-AnyAttack = (
+AttackSettings = (
     Fgsm | Pgd | ApgdCe | ApgdT | FabT | Square | RayS | Noise | GateFrozen | Misrouting | Experts | Transfer | Custom
 )
-Attack = Annotated[AnyAttack, Field(discriminator="kind")]
+Attack = Annotated[AttackSettings, Field(discriminator="kind")]
 Access = Literal["white", "score", "decision", "none", "transfer", "own"]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What a reader of a result must know of an attack.
+class AttackEntry:
+    """An attack function and its properties.
 
-    `passes`: settings -> forward and backward passes for an image that survives, at most, in one sentence or number;
-    `needs_gate`: only a mixture has what it attacks; `full_precision`: it compares small differences between logits,
-    for which bfloat16 is too coarse.
+    `access`: what the attack uses of the model. `passes`: settings -> most forward and backward passes per image;
+    `source`: the publication. `needs_gate`: applies to mixtures only. `full_precision`: compares small differences
+    between logits, for which bfloat16 is too coarse.
     """
 
     function: Callable[..., Tensor]
@@ -52,49 +55,55 @@ class Entry:
     full_precision: bool = False
 
 
-def _climbs(times: int, settings: Any, first: int = 0) -> tuple[int, int]:
-    """So many ascents, each with a look at its last point; `first`: looks at the clean image before them."""
+def _ascent_passes(times: int, settings: Any, first: int = 0) -> tuple[int, int]:
+    """Passes of PGD-like ascents, each with a final forward pass; `first`: passes on the clean image before them."""
     ascents = times * settings.restarts
     return first + ascents * (settings.steps + 1), ascents * settings.steps
 
 
-def _apgd(times: int, settings: Any, first: int = 0) -> tuple[int, int]:
-    """The same, but the last point's gradient is taken too."""
-    forward, _ = _climbs(times, settings)
+def _apgd_passes(times: int, settings: Any, first: int = 0) -> tuple[int, int]:
+    """The same for APGD, which also computes the gradient at the last point."""
+    forward, _ = _ascent_passes(times, settings)
     return first + forward, forward
 
 
-ENTRIES: dict[type[Any], Entry] = {
-    Fgsm: Entry(fgsm, "white", lambda _: (1, 1), "Goodfellow et al. 2015"),
-    Pgd: Entry(
+REGISTRY: dict[type[Any], AttackEntry] = {
+    Fgsm: AttackEntry(fgsm, "white", lambda _: (1, 1), "Goodfellow et al. 2015"),
+    Pgd: AttackEntry(
         pgd,
         "white",
-        lambda s: _climbs(max(1, s.targets), s, min(1, s.targets)),
+        lambda s: _ascent_passes(max(1, s.targets), s, min(1, s.targets)),
         "Madry et al. 2018; Carlini & Wagner 2017",
     ),
-    ApgdCe: Entry(apgd_ce, "white", lambda s: _apgd(1, s), "Croce & Hein 2020b"),
-    ApgdT: Entry(apgd_t, "white", lambda s: _apgd(s.targets, s, 1), "Croce & Hein 2020b"),
-    FabT: Entry(fab_t, "white", lambda s: _climbs(s.targets, s, 1), "Croce & Hein 2020a", full_precision=True),
-    Square: Entry(square, "score", lambda s: (s.queries, 0), "Andriushchenko et al. 2020", full_precision=True),
-    RayS: Entry(rays, "decision", lambda s: (s.queries, 0), "Chen & Gu 2020"),
-    Noise: Entry(noise, "none", lambda s: (s.draws, 0), "-"),
-    GateFrozen: Entry(gate_frozen, "white", lambda s: _climbs(1, s, 1), "advmoe", needs_gate=True),
-    Misrouting: Entry(misrouting, "white", lambda s: _climbs(len(s.lambdas), s), "advmoe", needs_gate=True),
-    Experts: Entry(experts, "white", lambda s: _climbs(1, s), "advmoe; costs are those of one whole mixture", True),
-    Transfer: Entry(transfer, "transfer", lambda s: _climbs(len(s.sources), s), "Papernot et al. 2016"),
-    Custom: Entry(custom, "own", lambda _: (0, 0), "yours"),
+    ApgdCe: AttackEntry(apgd_ce, "white", lambda s: _apgd_passes(1, s), "Croce & Hein 2020b"),
+    ApgdT: AttackEntry(apgd_t, "white", lambda s: _apgd_passes(s.targets, s, 1), "Croce & Hein 2020b"),
+    FabT: AttackEntry(
+        fab_t, "white", lambda s: _ascent_passes(s.targets, s, 1), "Croce & Hein 2020a", full_precision=True
+    ),
+    Square: AttackEntry(square, "score", lambda s: (s.queries, 0), "Andriushchenko et al. 2020", full_precision=True),
+    RayS: AttackEntry(rays, "decision", lambda s: (s.queries, 0), "Chen & Gu 2020"),
+    Noise: AttackEntry(noise, "none", lambda s: (s.draws, 0), "-"),
+    GateFrozen: AttackEntry(gate_frozen, "white", lambda s: _ascent_passes(1, s, 1), "advmoe", needs_gate=True),
+    Misrouting: AttackEntry(
+        misrouting, "white", lambda s: _ascent_passes(len(s.lambdas), s), "advmoe", needs_gate=True
+    ),
+    Experts: AttackEntry(
+        experts, "white", lambda s: _ascent_passes(1, s), "advmoe; costs are those of one whole mixture", True
+    ),
+    Transfer: AttackEntry(transfer, "transfer", lambda s: _ascent_passes(len(s.sources), s), "Papernot et al. 2016"),
+    Custom: AttackEntry(custom, "own", lambda _: (0, 0), "yours"),
 }
-KINDS: tuple[str, ...] = tuple(get_args(settings.model_fields["kind"].annotation)[0] for settings in ENTRIES)
+KINDS: tuple[str, ...] = tuple(get_args(settings.model_fields["kind"].annotation)[0] for settings in REGISTRY)
 
 
-def bind(settings: AnyAttack, sources: Mapping[str, Model]) -> AttackFn:
-    """The attack that `settings` name, as a function; `sources` are what a transfer may craft on."""
-    function = ENTRIES[type(settings)].function
+def bind(settings: AttackSettings, sources: Mapping[str, Model]) -> AttackFn:
+    """Returns the attack function with `settings` bound; `sources` are the networks a transfer attack may use."""
+    function = REGISTRY[type(settings)].function
     if isinstance(settings, Transfer):
         return partial(function, settings=settings, sources=sources)
     return partial(function, settings=settings)
 
 
-def sources_of(settings: AnyAttack) -> tuple[str, ...]:
-    """The other networks that an attack crafts on."""
+def transfer_sources(settings: AttackSettings) -> tuple[str, ...]:
+    """Returns the names of the other networks that an attack needs."""
     return settings.sources if isinstance(settings, Transfer) else ()

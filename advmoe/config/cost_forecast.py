@@ -26,18 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks import registry
-from advmoe.attacks.registry import AnyAttack
+from advmoe.attacks.registry import AttackSettings
 from advmoe.config.schema import Params
 from advmoe.core import console, paths
 from advmoe.core.errors import UserError
 from advmoe.data import dataset
-from advmoe.data.dataset import Dataset, Facts, Split
-from advmoe.data.registry import Prepare
+from advmoe.data.dataset import Dataset, DatasetInfo, Split
+from advmoe.data.registry import PrepareSettings
 from advmoe.data.sources.digits import Digits
 from advmoe.data.sources.downloads import Download
-from advmoe.evaluation.config import fitting
+from advmoe.evaluation.config import applicable_attacks
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Backbone, Plain
+from advmoe.models.classifiers import BackboneSettings, PlainArchitecture
 from advmoe.models.mixture import MixtureOfExperts
 from advmoe.runtime.machine import device, generator
 from advmoe.training.baselines import specs
@@ -45,9 +45,10 @@ from advmoe.training.baselines.specs import DistilledNetwork, SingleNetwork
 from advmoe.training.batch_attacks import Adversary, PgdBatches, expected_passes
 from advmoe.training.config import ValidatedTrainingConfig
 from advmoe.training.flops import SAMPLE_SIZE, FlopsPerImage, HasLoss, measure_flops
+from advmoe.training.job import TrainingJob, TrainingTask
 from advmoe.training.joint import JointConfig, MixtureTask
-from advmoe.training.single import NetworkSpec, PlainLearner, baseline_recipe, task_for
-from advmoe.training.trainer import Trainer, TrainingJob, TrainingTask
+from advmoe.training.single import NetworkSpec, PlainTask, baseline_config, task_for
+from advmoe.training.trainer import Trainer
 
 Known = tuple[int, int | None, Literal[1, 3], int, int]
 KNOWN: dict[
@@ -73,10 +74,10 @@ class Sizes:
     train: int
     validation: int
     test: int
-    facts: Facts
+    facts: DatasetInfo
 
 
-def sizes(prepare: Prepare) -> Sizes:
+def sizes(prepare: PrepareSettings) -> Sizes:
     """From what is known of the source; of others from what `prepare` left.
 
     Raises UserError where that is not there, and for splits that leave nothing to train on.
@@ -89,8 +90,8 @@ def sizes(prepare: Prepare) -> Sizes:
         train = min(train, (source.per_class or train) * classes)
         test = test and min(test, (source.test_per_class or test) * classes)
     held_out = splits.pool + splits.validation + (0 if test else splits.test or 0)
-    dataset.leave_some(held_out, train)
-    facts = Facts(
+    dataset.check_training_images_remain(held_out, train)
+    facts = DatasetInfo(
         channels=channels,
         height=side,
         width=side,
@@ -141,8 +142,8 @@ class Forecast:
 
     def __init__(self, params: Params, clock: Callable[[], float] = time.perf_counter) -> None:
         self.params, self.sizes, self.clock = params, sizes(params.prepare), clock
-        self.networks: dict[tuple[Backbone, type], Network] = {}
-        self.expert = self.single(params.model, lambda model: PlainLearner(model, params.pretrain))
+        self.networks: dict[tuple[BackboneSettings, type], Network] = {}
+        self.expert = self.single(params.model, lambda model: PlainTask(model, params.pretrain))
         self.mixture = self._mixture()
 
     def jobs(self) -> list[Job]:
@@ -159,22 +160,22 @@ class Forecast:
         }
         return [*experts.values(), train, *found.values(), self._evaluation(found)]
 
-    def single(self, backbone: Backbone, learner: Callable[[nn.Module], TrainingTask]) -> Network:
+    def single(self, backbone: BackboneSettings, learner: Callable[[nn.Module], TrainingTask]) -> Network:
         """A plain network that learns in this way; counted once for each backbone and kind of learner."""
 
         def fresh() -> TrainingTask:
-            return learner(classifiers.build(Plain(kind="plain", backbone=backbone), self.sizes.facts, 0))
+            return learner(classifiers.build(PlainArchitecture(kind="plain", backbone=backbone), self.sizes.facts, 0))
 
         one = fresh()
         key = (backbone, type(one))
         if key not in self.networks:
-            console.say(f"counting {backbone.kind}, width {backbone.width}")
+            console.info(f"counting {backbone.kind}, width {backbone.width}")
             self.networks[key] = Network(self._count(one), partial(self._speed, fresh, self.params.pretrain))
         return self.networks[key]
 
     def _learner_of(self, student: NetworkSpec, model: nn.Module) -> TrainingTask:
         if isinstance(student, DistilledNetwork):
-            return student.learner(self._untrained(self.params.train), model, self.params.pretrain)
+            return student.task(self._untrained(self.params.train), model, self.params.pretrain)
         return task_for(student, model, self.params.pretrain)
 
     def _mixture(self) -> Network:
@@ -212,13 +213,15 @@ class Forecast:
         images = torch.rand(count, facts.channels, facts.height, facts.width, generator=stream)
         return images.to(device()), torch.arange(count, device=device()) % facts.classes
 
-    def _trained(self, stage: str, student: NetworkSpec, backbone: Backbone, recipe: ValidatedTrainingConfig) -> Job:
+    def _trained(
+        self, stage: str, student: NetworkSpec, backbone: BackboneSettings, recipe: ValidatedTrainingConfig
+    ) -> Job:
         network = self.single(backbone, partial(self._learner_of, student))
         return self._job(stage, network, recipe, student.adversary)
 
     def _job(self, stage: str, network: Network, recipe: ValidatedTrainingConfig, adversary: Adversary) -> Job:
         each, watched = network.each, recipe.validation
-        training = recipe.epochs * self.sizes.train * specs.per_image(each, adversary, recipe.gradients)
+        training = recipe.epochs * self.sizes.train * specs.flops_per_training_image(each, adversary, recipe.gradients)
         looks = (1 + watched.steps) * (each.forward + each.pixels) + 4 * each.forward
         beside = recipe.epochs * min(watched.images, self.sizes.validation) * looks
         return Job(stage, expected_passes(adversary), training, beside, network)
@@ -226,12 +229,12 @@ class Forecast:
     def _comparator(self, stage: str, comparator: specs.Baseline, train: Job, whole: float) -> Job:
         if not isinstance(comparator, SingleNetwork | DistilledNetwork):
             return Job(stage, train.passes, train.training, train.beside, train.network)
-        backbone = specs.plain(comparator, self.params.model).backbone
+        backbone = specs.plain_architecture(comparator, self.params.model).backbone
         match = comparator.match if isinstance(comparator, SingleNetwork) else "nothing"
         if match == "parameters":
             mixture = specs.paper_mixture(self.params.model, self.params.train)
             backbone = specs.match_parameters(comparator.backbone, mixture, self.sizes.facts)
-        recipe = baseline_recipe(self.params.pretrain, self.params.train.epochs)
+        recipe = baseline_config(self.params.pretrain, self.params.train.epochs)
         job = self._trained(stage, comparator, backbone, recipe)
         return job if match != "passes" else Job(stage, job.passes, whole, 0.0, job.network)
 
@@ -239,26 +242,28 @@ class Forecast:
 
     def _evaluation(self, baselines: dict[str, Job]) -> Job:
         settings = self.params.evaluate
-        full = self._met(self.mixture, settings.full(), True) + sum(
-            self._met(baselines[name].network, settings.full(), False) for name in settings.baselines
+        full = self._met(self.mixture, settings.all_attacks(), True) + sum(
+            self._met(baselines[name].network, settings.all_attacks(), False) for name in settings.baselines
         )
         some = {name: settings.attacks[name] for name in settings.experts}
         ensembles = 2 * self._met(self.mixture, some, True, judged=False)  # the average, and before joint training
         experts = 2 * len(self.params.train.experts) * self._met(self.expert, some, False, judged=False)
         return Job("evaluate, at most", 0.0, 0.0, full + ensembles + experts, self.mixture)
 
-    def _met(self, network: Network, attacks: dict[str, AnyAttack], has_gate: bool, *, judged: bool = True) -> float:
+    def _met(
+        self, network: Network, attacks: dict[str, AttackSettings], has_gate: bool, *, judged: bool = True
+    ) -> float:
         """Operations of the attacks on one model; those that are judged are attacked over the grid, too."""
         settings, each = self.params.evaluate, network.each
         images = min(settings.limit or self.sizes.test, self.sizes.test)
         sources = [f"baseline/{name}" for name in settings.baselines]
         counts = [
             (min(images, settings.limits.get(name, images)), attack)
-            for name, attack in fitting(attacks, has_gate, sources).items()
+            for name, attack in applicable_attacks(attacks, has_gate, sources).items()
         ]
         if judged:
             counts += [(images, settings.grid.attack)] * len(settings.grid.epsilons) + [(images, settings.minimal)]
-        passes = [(count, *registry.ENTRIES[type(attack)].passes(attack)) for count, attack in counts]
+        passes = [(count, *registry.REGISTRY[type(attack)].passes(attack)) for count, attack in counts]
         return float(sum(count * (there * each.forward + back * each.pixels) for count, there, back in passes))
 
     # ---- how fast this machine is
@@ -270,7 +275,7 @@ class Forecast:
         count, before = min(FIRST_BATCH, recipe.batch_size), 0.0
         while True:
             learner, (images, labels) = fresh(), self._noise(count)
-            work = count * specs.per_image(self._count(learner), PROBE, recipe.gradients)
+            work = count * specs.flops_per_training_image(self._count(learner), PROBE, recipe.gradients)
             run = Trainer(learner, self._course(recipe.model_copy(update={"batch_size": count}), images, labels))
             seconds = timed(partial(run.step, images, labels), self.clock)
             if count == recipe.batch_size or (seconds >= LONG_ENOUGH and work / seconds < GAIN * before):
@@ -323,6 +328,6 @@ def show(params: Params, flops: float | None) -> None:
     """Print what is to be expected."""
     table = rows(Forecast(params).jobs(), flops)
     console.table("what params.yaml costs", COLUMNS, table)
-    console.say(
+    console.info(
         "passes: attack steps an image meets in an epoch; poison, extract and membership train more, not counted"
     )

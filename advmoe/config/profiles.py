@@ -1,7 +1,8 @@
-"""Profiles: small YAML overlays that `advmoe use NAME` lays over params.yaml, comments kept."""
+"""Profiles: small YAML overlays that `advmoe use NAME` lays over params.yaml; comments are kept."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,56 +12,105 @@ from ruamel.yaml.error import YAMLError
 
 from advmoe.config.schema import Params
 from advmoe.core import files, paths
-from advmoe.core.errors import STUMBLES, UserError
+from advmoe.core.errors import MALFORMED_INPUT_ERRORS, UserError
 from advmoe.core.settings import PARAMS_FILE, read_yaml, validate
 
 NULL_TAG = "tag:yaml.org,2002:null"
-BASE = "digits"  # what every profile is an overlay of
-# lists by name that a profile gives as a whole, or those of another would stay behind
-WHOLE = {"baseline", "poison.attacks", "extract.attacks", "membership.victims", "report.claims"}
+BASE = "digits"  # the default, which every other profile changes
+EXTENDS = "extends"  # first key of a profile: the profiles that it changes
+# mappings by name that a profile replaces as a whole, so that no entry of another profile stays; a profile that extends
+# others changes single entries
+WHOLE = frozenset({"baseline", "poison.attacks", "extract.attacks", "membership.victims", "report.claims"})
 LINE_WIDTH = 4096  # never fold a line: a comment belongs to its key
 
 
+@dataclass(frozen=True)
+class Change:
+    """A key of params.yaml, with dots, and its values before and after; None where there is none."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_short(self.before)} -> {_short(self.after)}"
+
+
 def known() -> list[str]:
-    """Names of the profiles in the project."""
+    """Returns the names of the profiles in the project."""
     return sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
 
 
-def use(*names: str) -> list[str]:
-    """Lay the default profile and then these over params.yaml; returns the keys that differ afterwards, with dots.
+def use(*names: str, write: bool = True) -> list[Change]:
+    """Lays the default profile and then `names` over params.yaml and returns what differs afterwards.
 
-    The default comes first, or what another profile changed would stay behind. The result is validated before anything
-    is written. Raises UserError for an unknown or invalid profile.
+    The default comes first, because another profile may have changed any key; each profile comes after those that it
+    extends. The result is validated before anything is written; with `write=False` nothing is. Raises UserError for an
+    unknown or invalid profile.
     """
-    layers = [paths.PROFILES / f"{name}.yaml" for name in (BASE, *names)]
-    for name, path in zip(names, layers[1:], strict=True):
-        if name not in known():
-            raise UserError(f"{path}: no such profile; known are {files.names(known())}")
+    chosen = _in_order(names)
     before = read_yaml(PARAMS_FILE)
     yaml = _round_trip()
     params = _load(yaml, PARAMS_FILE)
-    for layer in layers:
-        read_yaml(layer)  # for the clear sentence when it is no mapping
-        _lay(params, _load(yaml, layer))
+    for name in chosen:
+        overlay = _load(yaml, _path(name))
+        extends = overlay.pop(EXTENDS, None)
+        _lay(params, overlay, frozenset() if extends else WHOLE)
     text = io.StringIO()
     yaml.dump(params, text)
     after = YAML(typ="safe").load(text.getvalue())
     try:
-        validate(after, Params, " + ".join(map(str, layers[1:])))
+        _validate(after, " + ".join(str(_path(name)) for name in names))
     except UserError:
-        validate(before, Params, str(PARAMS_FILE))  # a mistake that was there before is not the profile's
+        _validate(before, str(PARAMS_FILE))  # a mistake that was there before is not the profile's
         raise
-    files.write_text(PARAMS_FILE, text.getvalue())
-    return list(_differences(before, after))
+    if write:
+        files.write_text(PARAMS_FILE, text.getvalue())
+    return list(_changes(before, after))
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in after.items():
-        old = before.get(key)
-        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind") == old.get("kind"):
-            yield from _differences(old, value, f"{prefix}{key}.")
-        elif key not in before or old != value:
-            yield f"{prefix}{key}"
+def _validate(params: dict[str, Any], where: str) -> None:
+    validate(params, Params, where)
+
+
+def _path(name: str) -> Path:
+    return paths.PROFILES / f"{name}.yaml"
+
+
+def _in_order(names: Sequence[str]) -> list[str]:
+    """The default, then `names`, each after the profiles that it extends. Raises UserError for unknown names."""
+    order: list[str] = []
+
+    def add(name: str, chain: tuple[str, ...]) -> None:
+        if name in chain:
+            raise UserError(f"{_path(name)}: extends itself ({' -> '.join((*chain, name))})")
+        if name not in known():
+            raise UserError(f"{_path(name)}: no such profile; known are {files.join_names(known())}")
+        extends = read_yaml(_path(name)).get(EXTENDS, [])
+        if not isinstance(extends, list) or not all(isinstance(each, str) for each in extends):
+            raise UserError(f"{_path(name)}: '{EXTENDS}' must be a list of profiles, for example [cifar10]")
+        for each in extends:
+            add(each, (*chain, name))
+        if chain == () or name not in order:
+            order.append(name)
+
+    for name in (BASE, *names):
+        add(name, ())
+    return order
+
+
+def _short(value: Any) -> str:
+    text = "-" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[Change]:
+    for key in {**before, **after}:
+        old, new, path = before.get(key), after.get(key), f"{prefix}{key}"
+        if isinstance(new, dict) and isinstance(old, dict) and new.get("kind") == old.get("kind"):
+            yield from _changes(old, new, f"{path}.")
+        elif (key in before) != (key in after) or old != new:
+            yield Change(path, old, new)
 
 
 def _round_trip() -> YAML:
@@ -74,20 +124,23 @@ def _round_trip() -> YAML:
 def _load(yaml: YAML, path: Path) -> CommentedMap:
     try:
         content = yaml.load(path.read_text())
-    except (YAMLError, *STUMBLES) as error:  # what the safe reader forgave: a duplicate key, a tag out of place
+    except (
+        YAMLError,
+        *MALFORMED_INPUT_ERRORS,
+    ) as error:  # what the safe reader forgave: a duplicate key, a tag out of place
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, CommentedMap):
         raise UserError(f"{path}: must be a plain mapping of sections")
     return content
 
 
-def _lay(base: CommentedMap, overlay: CommentedMap, prefix: str = "") -> None:
+def _lay(base: CommentedMap, overlay: CommentedMap, whole: frozenset[str], prefix: str = "") -> None:
     """Overlay `base` in place. A mapping of another `kind` is another thing and is replaced as a whole."""
     for key, value in overlay.items():
         old, path = base.get(key), f"{prefix}{key}"
-        merge = isinstance(value, CommentedMap) and isinstance(old, CommentedMap) and path not in WHOLE
+        merge = isinstance(value, CommentedMap) and isinstance(old, CommentedMap) and path not in whole
         if merge and _same_thing(value, old):
-            _lay(old, value, f"{path}.")
+            _lay(old, value, whole, f"{path}.")
         elif old != value or key not in base:
             base[key] = value
         _take_comment(base, overlay, key)

@@ -1,24 +1,26 @@
 """params.yaml as a whole. Only the command line imports this: a stage that did would depend on every other one."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Annotated
 
 from pydantic import Field, StringConstraints, model_validator
 
+from advmoe.core.references import resolve_adversaries
 from advmoe.core.settings import PARAMS_FILE, Epsilon, Seed, Settings, read_yaml, validate
-from advmoe.data.registry import Prepare
+from advmoe.data.registry import PrepareSettings
 from advmoe.evaluation import summary
 from advmoe.evaluation.config import EvaluateSection
-from advmoe.models.classifiers import Backbone
+from advmoe.models.classifiers import BackboneSettings
 from advmoe.reporting.config import ReportSection
 from advmoe.statistics.decisions import CLEAN, WORST
 from advmoe.threats.extraction.config import ExtractSection
-from advmoe.threats.extraction.victims import EXPERT
+from advmoe.threats.extraction.victims import EXPERT_PREFIX
 from advmoe.threats.membership.config import MembershipSection
 from advmoe.threats.poisoning.config import PoisonSection
-from advmoe.threats.poisoning.registry import proxies
-from advmoe.threats.victim_training import JOINT_ONLY, MIXTURE, retrainable
+from advmoe.threats.poisoning.registry import proxy_baselines
+from advmoe.threats.victim_training import JOINT_ONLY, MIXTURE, retrainable_baselines
 from advmoe.training.baselines.specs import Baseline, DistilledNetwork
+from advmoe.training.batch_attacks import Adversary
 from advmoe.training.joint import JointConfig
 from advmoe.training.single import NetworkSpec, SingleConfig
 
@@ -33,9 +35,10 @@ class Params(Settings):
     seed: Seed
     epsilon: Epsilon
     launcher: Annotated[str, StringConstraints(min_length=1)]
-    model: Backbone
-    prepare: Prepare
+    model: BackboneSettings
+    prepare: PrepareSettings
     pretrain: SingleConfig
+    adversaries: dict[Name, Adversary]
     experts: Annotated[dict[Name, NetworkSpec], Field(min_length=1)]
     train: JointConfig
     baseline: Annotated[dict[Name, Baseline], Field(min_length=1)]
@@ -44,6 +47,11 @@ class Params(Settings):
     extract: ExtractSection
     membership: MembershipSection
     report: ReportSection
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_adversaries(cls, value: object) -> object:
+        return resolve_adversaries(value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Params":
@@ -55,21 +63,21 @@ class Params(Settings):
                     f"baseline.{name}: the name of a distilled network begins with '{DISTILLED}', by which `make repro`"
                     " knows that the mixture comes first"
                 )
-        plain = tuple(retrainable(self.baseline))
+        plain = tuple(retrainable_baselines(self.baseline))
         for name, study in self.poison.attacks.items():
             key = f"poison.attacks.{name}"
             _known(f"{key}.victims", study.victims, "victims are", (MIXTURE, JOINT_ONLY, *plain))
-            _known(f"{key}.attack.proxy", proxies(study.attack), "a proxy is trained as", plain)
+            _known(f"{key}.attack.proxy", proxy_baselines(study.attack), "a proxy is trained as", plain)
         for name, theft in self.extract.attacks.items():
-            victims = (MIXTURE, *self.baseline, *(f"{EXPERT}{expert}" for expert in self.experts))
+            victims = (MIXTURE, *self.baseline, *(f"{EXPERT_PREFIX}{expert}" for expert in self.experts))
             _known(f"extract.attacks.{name}.victims", theft.victims, "victims are", victims)
         _known("membership.victims", tuple(self.membership.victims), "victims are", (MIXTURE, *plain))
         self._claims_are_about_what_is_evaluated()
         return self
 
     def _claims_are_about_what_is_evaluated(self) -> None:
-        models = summary.names(self.train.experts, self.evaluate.baselines)
-        columns = (CLEAN, WORST, *self.evaluate.full())
+        models = summary.model_names(self.train.experts, self.evaluate.baselines)
+        columns = (CLEAN, WORST, *self.evaluate.all_attacks())
         for name, claim in self.report.claims.items():
             key = f"report.claims.{name}"
             _known(f"{key}.model", (claim.model,), "evaluated are", models)

@@ -1,24 +1,27 @@
-"""`advmoe check`: is params.yaml sound, does dvc.yaml fit it, is this machine set up, and what would run?"""
+"""Validates params.yaml, dvc.yaml and the environment, and finds the stages that `dvc repro` would run."""
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from advmoe.config.schema import Params, load_params
 from advmoe.core import files, paths
 from advmoe.core.errors import UserError
-from advmoe.core.settings import read_yaml
+from advmoe.core.settings import PARAMS_FILE, read_yaml
+from advmoe.core.stage_inputs import all_inputs, content_of, inputs_path
+from advmoe.runtime.code_fingerprint import stage_fingerprint
 from advmoe.runtime.machine import device
-from advmoe.threats.extraction.victims import file_of
+from advmoe.threats.extraction.victims import artifact_path
 
-DVC_FILE = Path("dvc.yaml")
+DVC_FILE, LOCK_FILE = Path("dvc.yaml"), Path("dvc.lock")
+DERIVING = {"code", "inputs"}  # stages that derive from code and params.yaml what the others depend on
 RUNNING = "Running stage '"
 
 
 def check() -> list[str]:
-    """The stages that `dvc repro` would run now. Raises UserError at the first thing that is wrong."""
+    """Returns the stages that `dvc repro` would run now. Raises UserError for the first problem."""
     params = load_params()
     check_dvc_file(params)
     device()
@@ -26,14 +29,14 @@ def check() -> list[str]:
 
 
 def check_dvc_file(params: Params) -> None:
-    """DVC re-runs a stage when a file it lists has changed: every expert and baseline in use must be listed.
+    """Checks that each stage lists the artifacts of all experts and baselines that it uses, so that DVC re-runs it.
 
     Raises UserError naming the stage and the line to add.
     """
-    with files.as_written(DVC_FILE):
+    with files.report_malformed(DVC_FILE):
         deps = _deps(read_yaml(DVC_FILE).get("stages") or {})
     poisoned = {victim for study in params.poison.attacks.values() for victim in study.victims}
-    asked = {victim for study in params.extract.attacks.values() for victim in study.victims}
+    stolen = {victim for study in params.extract.attacks.values() for victim in study.victims}
     needed = {
         "train": [paths.artifact("pretrain", name) for name in params.train.experts],
         "evaluate": [
@@ -44,8 +47,8 @@ def check_dvc_file(params: Params) -> None:
             *(paths.artifact("pretrain", name) for name in params.train.experts),
             *(paths.artifact("baseline", name) for name in sorted(poisoned & set(params.baseline))),
         ],
-        "extract": [file_of(name) for name in sorted(asked)],
-        "membership": [file_of(name) for name in sorted(params.membership.victims)],
+        "extract": [artifact_path(name) for name in sorted(stolen)],
+        "membership": [artifact_path(name) for name in sorted(params.membership.victims)],
     }
     for stage, artifacts in needed.items():
         listed = deps.get(stage, frozenset())
@@ -55,14 +58,56 @@ def check_dvc_file(params: Params) -> None:
 
 
 def _deps(stages: Mapping[str, Any]) -> dict[str, frozenset[str]]:
-    """By stage the files that DVC watches for it."""
+    """Returns the dependencies of each stage."""
     entries = {stage: entry.get("do", entry) for stage, entry in stages.items() if entry}
     return {stage: frozenset(map(str, entry.get("deps") or [])) for stage, entry in entries.items()}
 
 
 def pending_stages() -> list[str]:
-    """Ask DVC what is out of date, in the order it would run. Raises UserError when DVC cannot say."""
-    command = [sys.executable, "-m", "dvc", "repro", "--dry", "--force-downstream"]
+    """Returns the stages that `dvc repro` would run, in order. Raises UserError when DVC cannot tell.
+
+    DVC itself takes a changed file of code or of parameters for a reason to run everything that follows `code` and
+    `inputs`; what these two would write is computed here, so that only stages with other code or parameters count.
+    """
+    possible = _dry_run("--force-downstream")
+    if not DERIVING & set(possible):
+        return possible
+    changed = set(_dry_run()) | _changed_by_deriving(possible)
+    locked = _locked_stages()
+    for stage in possible:
+        if any(_follows(locked.get(stage), locked.get(other)) for other in changed - DERIVING - {stage}):
+            changed.add(stage)
+    return [stage for stage in possible if stage in changed]
+
+
+def _changed_by_deriving(stages: Sequence[str]) -> set[str]:
+    """Stages whose fingerprint of code or whose parameters are not those that they last ran with."""
+    inputs = all_inputs(read_yaml(PARAMS_FILE))
+    changed = set()
+    for stage in set(stages) - DERIVING:
+        name, _, entry = stage.partition("@")
+        code = paths.CODE / f"{name}.sha256"
+        values = inputs_path(name, entry or None)
+        expected = {code: f"{stage_fingerprint(name)}\n", values: content_of(inputs[values])}
+        if any(not path.is_file() or path.read_text() != text for path, text in expected.items()):
+            changed.add(stage)
+    return changed
+
+
+def _locked_stages() -> dict[str, dict[str, Any]]:
+    stages: dict[str, dict[str, Any]] = read_yaml(LOCK_FILE).get("stages") or {} if LOCK_FILE.is_file() else {}
+    return stages
+
+
+def _follows(stage: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether a stage depends on an output of another, both as dvc.lock has them."""
+    deps = [Path(dep["path"]) for dep in (stage or {}).get("deps", [])]
+    outs = [Path(out["path"]) for out in (other or {}).get("outs", [])]
+    return any(dep.is_relative_to(out) or out.is_relative_to(dep) for dep in deps for out in outs)
+
+
+def _dry_run(*options: str) -> list[str]:
+    command = [sys.executable, "-m", "dvc", "repro", "--dry", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines() or ["no reason given"]

@@ -1,1 +1,5 @@
-"""TODO"""
+"""Files, settings, artifacts, errors and console output: what every other room builds on.
+
+Nothing here computes with networks (advmoe/models) or depends on the device (advmoe/runtime), and nothing here imports
+from another room. To add a helper, put it into the module of its subject; raise UserError for mistakes of the user.
+"""

@@ -1,6 +1,6 @@
-"""What a person sees: one progress display, one table style. Nothing here can change a result.
+"""Console output: messages, progress bars and tables.
 
-On a terminal: rich bars and tables. Anywhere else (a log, DVC's output in CI): plain lines, one every few seconds.
+On a terminal rich draws bars and tables; elsewhere (a log, DVC's output in CI) progress is a line every few seconds.
 """
 
 import sys
@@ -14,63 +14,63 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_WIDTH = 120  # of tables in a log
+PLAIN_WIDTH = 120  # columns of a table in a log
 out = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
-PLAIN_SECONDS = 10.0
-_NAME: list[str] = []  # of this process, where several share the screen
+PLAIN_INTERVAL = 10.0  # seconds between lines of progress in a log
+_process_name: list[str] = []  # prefix of error messages, where several processes write to one console
 
 T = TypeVar("T")
 
 
-def plain() -> None:
-    """From here on write as to a log: several processes cannot share a progress bar."""
+def use_plain_output() -> None:
+    """Switches to log output: several processes cannot share a progress bar."""
     out.no_color = True
     out._force_terminal = False
 
 
 def mute(name: str) -> None:
-    """From here on another process does the talking; of what ends it this one still speaks, as `name`."""
+    """Silences this process, except for `error`, whose messages then start with `name`."""
     out.quiet = err.quiet = True
-    _NAME.append(f"{name}: ")
+    _process_name.append(f"{name}: ")
 
 
-def fail(text: str) -> None:
-    """Print the sentence that ends this process to standard error."""
+def error(text: str) -> None:
+    """Prints an error message to standard error, even after `mute`."""
     err.quiet = False
-    err.print("".join(_NAME) + text, style="red", markup=False)
+    err.print("".join(_process_name) + text, style="red", markup=False)
 
 
-def say(text: str) -> None:
-    """Print a line for the user, markup off: names and paths are data."""
+def info(text: str) -> None:
+    """Prints a line, without interpreting rich markup."""
     out.print(text, markup=False)
 
 
 def warn(text: str) -> None:
-    """Print a warning to standard error."""
+    """Prints a warning to standard error."""
     err.print(f"warning: {text}", style="yellow", markup=False)
 
 
-def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """Yield `items` while showing how far they are."""
+def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """Yields `items` and shows the progress through them."""
     if out.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Bar(*columns, console=out, transient=True) as progress:
-            yield from progress.track(items, total=total, description=what)
+            yield from progress.track(items, total=total, description=description)
         return
     shown = time.monotonic()
     for count, item in enumerate(items, start=1):
         yield item
-        if time.monotonic() - shown >= PLAIN_SECONDS:
+        if time.monotonic() - shown >= PLAIN_INTERVAL:
             shown = time.monotonic()
-            say(f"{what}: {count}/{total}")
+            info(f"{description}: {count}/{total}")
 
 
 class Progress:
-    """Progress of long work in uneven pieces: done of total, a remark, and how long it will still take."""
+    """A progress bar for steps of unequal length, with a remark and the estimated remaining time."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
+    def __init__(self, description: str, total: int) -> None:
+        self.description, self.total, self.done = description, total, 0
         self.started = self.shown = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar = Bar(*columns, console=out, transient=True) if out.is_terminal else None
@@ -78,26 +78,26 @@ class Progress:
     def __enter__(self) -> "Progress":
         if self.bar is not None:
             self.bar.start()
-            self.bar.add_task(self.what, total=self.total)
+            self.bar.add_task(self.description, total=self.total)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.stop()
 
-    def advance(self, pieces: int, remark: str) -> None:
-        """`pieces` more are done."""
-        self.done += pieces
+    def advance(self, steps: int, remark: str) -> None:
+        """Adds `steps` completed steps and shows `remark`."""
+        self.done += steps
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], advance=pieces, description=f"{self.what} ({remark})")
-        elif time.monotonic() - self.shown >= PLAIN_SECONDS:
+            self.bar.update(self.bar.task_ids[0], advance=steps, description=f"{self.description} ({remark})")
+        elif time.monotonic() - self.shown >= PLAIN_INTERVAL:
             self.shown = time.monotonic()
-            left = (self.shown - self.started) / self.done * (self.total - self.done)
-            say(f"{self.what}: {self.done}/{self.total}, {remark}, about {left:.0f} s left")
+            remaining = (self.shown - self.started) / self.done * (self.total - self.done)
+            info(f"{self.description}: {self.done}/{self.total}, {remark}, about {remaining:.0f} s left")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; the first column is left-aligned text, the others are right-aligned numbers."""
+    """Prints a table with a left-aligned first column of text and right-aligned columns of numbers."""
     grid = Table(title=Text(title), title_justify="left", header_style="bold")
     for position, column in enumerate(columns):
         grid.add_column(Text(column), justify="right" if position else "left")
@@ -106,8 +106,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     out.print(grid)
 
 
-def listing(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table of text: everything left-aligned, long cells wrapped."""
+def text_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table of left-aligned text; long cells are wrapped."""
     grid = Table(title=Text(title), title_justify="left", header_style="bold")
     for column in columns:
         grid.add_column(Text(column), overflow="fold")

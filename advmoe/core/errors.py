@@ -1,11 +1,11 @@
-"""Errors told in one sentence.
+"""UserError, the exception for mistakes that the user can correct, and helpers for error messages.
 
-UserError is the one that means: the user can mend this. The command line prints its sentence and exits with code 2.
+The command line prints the message of a UserError and exits with code 2.
 """
 
-LONGEST = 1000  # characters of a sentence
-# what the readers of libraries stumble over in damaged content, beside the exceptions of their own
-STUMBLES = (
+MAX_MESSAGE_LENGTH = 1000  # characters
+# what parsers of other libraries raise on malformed content, beside their own exceptions
+MALFORMED_INPUT_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -21,23 +21,24 @@ STUMBLES = (
 
 
 class UserError(ValueError):
-    """A mistake in a parameter, a file or a request, told in one sentence that names the file and the key.
+    """A mistake in a parameter, a file or a command-line option. The message is one sentence that names file and key.
 
-    Names and values in it may come from anybody's file: line breaks and control characters are written as escapes.
+    The message may quote untrusted files: line breaks and control characters are escaped, and long messages truncated.
     """
 
-    def __init__(self, sentence: str) -> None:
-        super().__init__(_one_line(sentence))
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
 
 
-def first_line(error: BaseException) -> str:
-    """What went wrong, short enough for a sentence: `ValueError: no such luck`."""
+def error_summary(error: BaseException) -> str:
+    """Returns the type and the first line of the message, such as `ValueError: invalid literal`."""
     lines = str(error).strip().splitlines() or ["no reason given"]
     return f"{type(error).__name__}: {lines[0]}"
 
 
 def _one_line(text: str) -> str:
     line = "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[: LONGEST + 1]
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in text[: MAX_MESSAGE_LENGTH + 1]
     )
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+    return line if len(line) <= MAX_MESSAGE_LENGTH else f"{line[: MAX_MESSAGE_LENGTH - 3]}..."

@@ -1,4 +1,4 @@
-"""One way to write a file: whole or not at all."""
+"""Atomic writes of bytes, text, JSON and CSV, and reading of JSON."""
 
 import csv
 import io
@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from advmoe.core.errors import UserError, first_line
+from advmoe.core.errors import UserError, error_summary
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` atomically: a reader sees the old file or the new one, never a part.
+    """Writes `content` to `path` atomically: readers see either the old or the new file.
 
-    Missing parent folders are made. Raises UserError when the disk is full or the folder cannot be written.
+    Creates missing parent folders. Raises UserError when the disk is full or the folder is not writable.
     """
     partial: Path | None = None
     try:
@@ -28,7 +28,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-        partial.chmod(0o644)  # NamedTemporaryFile makes private files; results are for sharing
+        partial.chmod(0o644)  # NamedTemporaryFile creates files that only the owner can read
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path}: could not be written ({error.strerror or error}); nothing was changed") from error
@@ -38,23 +38,32 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+    """Writes `text` as UTF-8, atomically."""
     write_bytes(path, text.encode())
 
 
+def write_folder(folder: Path, contents: Mapping[str, str]) -> None:
+    """Write text files by their path inside `folder`, each atomically, and remove all other files there."""
+    for path in [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []:
+        if path.relative_to(folder).as_posix() not in contents:
+            path.unlink()
+    for name, text in contents.items():
+        write_text(folder / name, text)
+
+
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal bytes. NaN is refused."""
+    """Returns JSON with sorted keys and without spaces: equal values give equal bytes. Raises ValueError for NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; the order of keys is kept."""
+    """Writes `value` as indented JSON, atomically, with the keys in their order. Raises ValueError for NaN."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows that share their keys as CSV with a header line, atomically."""
-    assert rows, "a table without rows has no columns"
+    """Writes rows with the same keys as CSV with a header line, atomically."""
+    assert rows, "the columns are taken from the first row"
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     table.writeheader()
@@ -63,7 +72,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises UserError when it is missing or broken."""
+    """Reads a JSON file. Raises UserError when it is missing or malformed."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -73,19 +82,19 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def as_written(where: object) -> Iterator[None]:
-    """Take apart, inside the block, what advmoe wrote to a file earlier; `where` names it.
+def report_malformed(source: object) -> Iterator[None]:
+    """Context manager for parsing a file that advmoe wrote, named by `source`.
 
-    Raises UserError when a key, a type or a number there is not what was written: files can be edited and damaged.
+    Raises UserError for the exceptions that a missing key, a wrong type or an invalid number causes in the block.
     """
     try:
         yield
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{where}: not as this version of advmoe writes it ({first_line(error)})") from error
+        raise UserError(f"{source}: not in the format of this version of advmoe ({error_summary(error)})") from error
 
 
-def names(values: Iterable[object]) -> str:
-    """Join values for a sentence: 'a, b, c'."""
+def join_names(values: Iterable[object]) -> str:
+    """Returns the values separated by commas, such as 'a, b, c'."""
     return ", ".join(str(value) for value in values)

@@ -1,4 +1,4 @@
-"""Where the pipeline's files lie. Stage name = artifact folder = metrics and plots folder."""
+"""Paths of the pipeline's files. The folders of artifacts, metrics and plots are named after the stages."""
 
 from pathlib import Path
 
@@ -7,32 +7,41 @@ ARTIFACTS = Path("artifacts")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 RUNS = Path("runs")
-PAID = RUNS / "queries"  # answers of victims that somebody else runs: they may have cost money
+PAID_QUERIES = RUNS / "queries"  # answers of remote victims, which may have cost money
+CODE = ARTIFACTS / "code"  # fingerprints of the code of each stage
+INPUTS = ARTIFACTS / "inputs"  # the parameters that each stage reads
 PROFILES = Path("profiles")
 
 DATASET = ARTIFACTS / "prepare" / "dataset.safetensors"
 MIXTURE = ARTIFACTS / "train" / "mixture.safetensors"
 ADVERSARIAL = ARTIFACTS / "evaluate" / "adversarial.safetensors"
+HEADLINE = METRICS / "headline.json"
+THREATS = METRICS / "threats.json"
 SUMMARY = METRICS / "evaluate.json"
 EVALUATION = METRICS / "evaluate"
 VERDICT = METRICS / "verdict.json"
 FINDINGS = METRICS / "findings.json"
 AGGREGATE = METRICS / "aggregate.json"
 REPORT = ARTIFACTS / "report"
-CARD = MIXTURE.with_suffix(".md")
+MODEL_CARD = MIXTURE.with_suffix(".md")
 COMPARISONS = RUNS / "comparisons"
 
 
 def artifact(stage: str, name: str) -> Path:
-    """The artifact that a stage writes under a name."""
+    """Returns the path of an artifact of a stage."""
     return ARTIFACTS / stage / f"{name}.safetensors"
 
 
 def metrics(stage: str, name: str) -> Path:
-    """The metrics file that a stage writes under a name."""
+    """Returns the path of a metrics file of a stage."""
     return METRICS / stage / f"{name}.json"
 
 
 def plots(stage: str, name: str) -> Path:
-    """The plot data that a stage writes under a name."""
+    """Returns the path of the plot data of a stage."""
     return PLOTS / stage / f"{name}.csv"
+
+
+def start(kind: str) -> Path:
+    """The file that tells which trained networks a kind of baseline starts from."""
+    return ARTIFACTS / "start" / f"{kind}.json"

@@ -7,7 +7,7 @@ import torch
 
 
 def peak_memory() -> int:
-    """Peak memory of this process in bytes: device memory once it has used a GPU, resident memory otherwise."""
+    """Returns the peak memory of this process in bytes: GPU memory if it has used a GPU, else resident memory."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

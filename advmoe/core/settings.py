@@ -1,10 +1,9 @@
-"""params.yaml in: frozen settings, exact epsilons, one clear sentence for every mistake.
+"""Reading and validation of params.yaml: the base class of all settings, parsing of epsilon, error messages.
 
-params.yaml is read with DVC's own YAML dialect (1.2, ruamel): `off` is a word and `1e-3` a number there, in PyYAML
-it is the other way round. Settings have no defaults: a default in code would be a number that DVC does not track.
+params.yaml is read in DVC's YAML dialect (1.2, ruamel), where `off` is a string and `1e-3` a number; in PyYAML it is
+the other way round. Settings have no defaults: DVC would not track a default in code.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -16,41 +15,43 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from advmoe.core.errors import STUMBLES, UserError
+from advmoe.core.errors import MALFORMED_INPUT_ERRORS, UserError
+from advmoe.core.references import resolve_adversaries
 
 PARAMS_FILE = Path("params.yaml")
 PIXEL_LEVELS = 255
-LONGEST_NUMBER = 100  # characters of an epsilon: what is longer was not typed by anybody
-EXPONENT = re.compile(r"e[+-]?[0-9_]{4,}", re.IGNORECASE)  # exact arithmetic would write out all of its zeros
-# Python reads such integers and cannot write them down, not even to say that they are too large
-UNWRITABLE = re.compile(r"0[xob][0-9a-f_]{1000}", re.IGNORECASE)
-LARGEST = 10**6  # values in a file, a shared one counted as often as it is reached; a thousand are usual
-SHOWN = 60  # characters of a value in a sentence
-BRIEF = Repr()  # looks at no more than it shows: YAML's anchors make small files of enormous values
-BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxlong = 3, SHOWN + 2, SHOWN + 2, SHOWN + 2
+# reports of other projects hold epsilons, too; exact arithmetic would write out all zeros of 1e999999999
+MAX_EPSILON_LENGTH = 100  # characters
+LARGE_EXPONENT = re.compile(r"e[+-]?[0-9_]{4,}", re.IGNORECASE)
+MAX_YAML_VALUES = 10**6  # aliases counted as often as they are used; a thousand values are usual
+MAX_INTEGER_BITS = 4096  # Python refuses to print integers of more than 4300 digits
+MAX_SHOWN_LENGTH = 60  # characters of a value in an error message
+SHORT_REPR = Repr()  # bounded work, also for nested and very long values
+SHORT_REPR.maxlevel = 3
+SHORT_REPR.maxstring = SHORT_REPR.maxother = SHORT_REPR.maxlong = MAX_SHOWN_LENGTH + 2
 
 T = TypeVar("T")
 
 
 class Settings(BaseModel):
-    """Frozen, strict about unknown keys; the base of everything that is read from params.yaml."""
+    """Base class of all settings in params.yaml: frozen; unknown keys and infinite or NaN floats are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 def parse_epsilon(value: object) -> float:
-    """Turn `8/255`, `"0.03"` or `0.03` into a float in [0, 1]; each kind of nonsense gets its own ValueError."""
+    """Converts `8/255`, `"0.03"` or `0.03` to a float in [0, 1]. Raises ValueError with a message for each mistake."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"epsilon must be a number or a fraction such as 8/255, not {_short(value)}")
+        raise ValueError(f"epsilon must be a number or a fraction such as 8/255, not {_short_repr(value)}")
     try:
         exact = _parse_fraction(value) if isinstance(value, str) else Fraction(value)
     except ZeroDivisionError:
-        raise ValueError(f"epsilon {_short(value)} divides by zero") from None
+        raise ValueError(f"epsilon {_short_repr(value)} divides by zero") from None
     except (ValueError, OverflowError):
         if isinstance(value, float) or (isinstance(value, str) and value.strip().lower() in {"nan", "inf", "-inf"}):
             raise ValueError(f"epsilon must be a finite number, not {value}") from None
-        raise ValueError(f"epsilon must be a number or a fraction such as 8/255, not {_short(value)}") from None
-    shown = value if isinstance(value, str) else _short(value)
+        raise ValueError(f"epsilon must be a number or a fraction such as 8/255, not {_short_repr(value)}") from None
+    shown = value if isinstance(value, str) else _short_repr(value)
     if exact < 0:
         raise ValueError(f"epsilon is a distance and cannot be negative, but is {shown}")
     if exact > 1:
@@ -61,8 +62,8 @@ def parse_epsilon(value: object) -> float:
 
 
 def _parse_fraction(text: str) -> Fraction:
-    """Decimals are welcome on both sides of the slash: format_epsilon writes 25.5/255."""
-    if len(text) > LONGEST_NUMBER or EXPONENT.search(text):
+    """Parses a decimal, or a fraction of two decimals: format_epsilon writes 25.5/255."""
+    if len(text) > MAX_EPSILON_LENGTH or LARGE_EXPONENT.search(text):
         raise ValueError("too long")
     numerator, slash, denominator = text.partition("/")
     if not slash:
@@ -73,7 +74,7 @@ def _parse_fraction(text: str) -> Fraction:
 
 
 def format_epsilon(epsilon: float) -> str:
-    """Print an epsilon in pixel levels, the field's custom: 0.03137 -> '8/255', 0.1 -> '25.5/255'."""
+    """Formats an epsilon in pixel levels, as is usual in the literature: 0.03137 -> '8/255', 0.1 -> '25.5/255'."""
     levels = round(epsilon * PIXEL_LEVELS, 4)
     return f"{levels:g}/{PIXEL_LEVELS}"
 
@@ -90,43 +91,34 @@ Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML document, in DVC's dialect. Raises ValueError with one line for whatever is wrong with it."""
-    if UNWRITABLE.search(text):
-        raise ValueError("holds a number of thousands of digits")
+    """Parses a YAML document in DVC's dialect. Raises ValueError with a one-line message for malformed YAML."""
     try:
-        value = YAML(typ="safe").load(text)
-    except (YAMLError, *STUMBLES) as error:  # a tag or a date out of place
+        return YAML(typ="safe").load(text)
+    except (YAMLError, *MALFORMED_INPUT_ERRORS) as error:  # such as a misplaced tag or an invalid date
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-    _refuse_endless(value)
-    return value
 
 
-def _refuse_endless(value: object) -> None:
-    """Raises ValueError for what contains itself, or more than anybody can look at: YAML's anchors make small files of
-    enormous values, and whoever prints one takes the memory of the machine.
+def parse_untrusted_yaml(text: str) -> Any:
+    """Parses a YAML document of another project. Raises ValueError as `parse_yaml` does, and for documents that
+    aliases expand to more than MAX_YAML_VALUES values, or whose integers Python cannot print.
     """
-    try:
-        size = _size(value, {})
-    except RecursionError:
-        size = math.inf
-    if size > LARGEST:
-        raise ValueError("repeats itself so often, or lies so deep in itself, that nobody can look at all of it")
-
-
-def _size(value: object, known: dict[int, float]) -> float:
-    """How many values there are in this one; infinite where one contains itself."""
-    if not isinstance(value, Mapping | list | tuple | set):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = math.inf  # for who meets it again inside of it
-        known[id(value)] = 1 + sum(
-            _size(part, known) for part in (value.values() if isinstance(value, Mapping) else value)
-        )
-    return known[id(value)]
+    document = parse_yaml(text)
+    stack, count = [document], 0
+    while stack:
+        value, count = stack.pop(), count + 1
+        if count > MAX_YAML_VALUES:
+            raise ValueError(f"expands to more than {MAX_YAML_VALUES} values")
+        if isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
+            raise ValueError("contains an integer of thousands of digits")
+        if isinstance(value, Mapping):
+            stack += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            stack += value
+    return document
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping. Raises UserError when the file is missing, broken or not a mapping."""
+    """Reads a YAML mapping. Raises UserError when the file is missing, malformed or not a mapping."""
     try:
         content = parse_yaml(path.read_text())
     except FileNotFoundError as error:
@@ -140,80 +132,78 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-_read: dict[tuple[Path, str], Any] = {}  # sections, as they were when they were read
+_sections_read: dict[tuple[Path, str], Any] = {}  # their values when they were read
 
 
-def watched() -> Callable[[], None]:
-    """From here on what is read is remembered; returns the check that it is still the same."""
-    _read.clear()
+def track_changes() -> Callable[[], None]:
+    """Records the sections that are read from now on. Returns a function that raises UserError if one has changed."""
+    _sections_read.clear()
     return _check_unchanged
 
 
 def _check_unchanged() -> None:
-    """Raises UserError when a section is no longer what it was when it was read: DVC, which looks at params.yaml after
-    a stage, would put the new values on record beside the results of the old ones.
+    """Raises UserError when a section has changed since it was read: DVC reads params.yaml after a stage, and would
+    record the new values with the results of the old ones.
     """
-    for (path, key), before in _read.items():
+    for (path, key), before in _sections_read.items():
         if _section(key, path) != before:
-            raise UserError(f"{path}: '{key}' was changed while this ran with the old value; run it again")
+            raise UserError(f"{path}: '{key}' was changed during the run; run it again")
 
 
-def load_section(key: str, kind: type[T], path: Path = PARAMS_FILE) -> T:
-    """Read one section of params.yaml, `key` with dots for depth ('experts.fgsm-1'), and validate it as `kind`.
+def load_section(key: str, schema: type[T], path: Path = PARAMS_FILE) -> T:
+    """Reads one section of params.yaml, given by its dotted key ('experts.fgsm-1'), and validates it as `schema`.
 
-    `kind` is a Settings class or any annotation pydantic understands. Raises UserError naming file and key.
+    `schema` is a Settings class or any type that pydantic validates. Raises UserError with file and key.
     """
-    value = _read[path, key] = _section(key, path)
-    return validate(value, kind, str(path), key)
+    value = _sections_read[path, key] = _section(key, path)
+    return validate(value, schema, str(path), key)
 
 
 def _section(key: str, path: Path) -> Any:
-    value: Any = read_yaml(path)
+    value: Any = resolve_adversaries(read_yaml(path), str(path))
     for depth, part in enumerate(key.split(".")):
         if not isinstance(value, Mapping) or part not in value:
-            where = ".".join(key.split(".")[: depth + 1])
+            missing = ".".join(key.split(".")[: depth + 1])
             known = f"; known there: {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
-            raise UserError(f"{path}: key '{where}' is missing{known}")
+            raise UserError(f"{path}: key '{missing}' is missing{known}")
         value = value[part]
     return value
 
 
-def validate(value: object, kind: type[T], where: str, key: str = "") -> T:
-    """Validate `value` as `kind`. Raises UserError: `where`, the key below `key`, and the first problem."""
+def validate(value: object, schema: type[T], source: str, key: str = "") -> T:
+    """Validates `value` as `schema`. Raises UserError with `source`, the key below `key`, and the first problem."""
     try:
-        _refuse_endless(value)
-    except ValueError as error:
-        raise UserError(f"{where}: {key}{': ' * bool(key)}{error}") from error
-    try:
-        return TypeAdapter(kind).validate_python(value)
+        return TypeAdapter(schema).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{where}: {explain(error, value, key)}") from error
+        raise UserError(f"{source}: {format_validation_error(error, value, key)}") from error
+    except UnicodeEncodeError as error:  # of a validator whose message quotes the value
+        raise UserError(f"{source}: contains a character that is not valid Unicode ({error.reason})") from error
 
 
-def explain(error: ValidationError, value: object, key: str = "") -> str:
-    """The first problem with `value` as 'key.subkey: sentence', with a count of the others.
+def format_validation_error(error: ValidationError, value: object, key: str = "") -> str:
+    """Returns the first problem with `value` as 'key.subkey: message', and the number of the others.
 
-    An unknown key comes before all: it is what was typed, and what it was meant to be is missing because of it.
+    Unknown keys come first: after a typo the intended key is reported as missing, too.
     """
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     path = ".".join(part for part in (key, *_path(first["loc"], value)) if part)
     match first["type"]:
         case "missing":
-            sentence = "is missing"
+            message = "is missing"
         case "extra_forbidden":
-            sentence = "is not a known key"
+            message = "is not a known key"
         case "value_error":
-            sentence = str(first["ctx"]["error"])
+            message = str(first["ctx"]["error"])
         case _:
-            message = first["msg"]
-            sentence = f"{message[0].lower()}{message[1:]}, got {_short(first['input'])}"
+            text = first["msg"]
+            message = f"{text[0].lower()}{text[1:]}, got {_short_repr(first['input'])}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{path}: {sentence}{more}" if path else f"{sentence}{more}"
+    return f"{path}: {message}{more}" if path else f"{message}{more}"
 
 
 def _path(location: tuple[int | str, ...], value: Any) -> Iterator[str]:
-    """The keys on the way to a problem. Pydantic adds the tags of discriminated unions; the file has no such keys."""
+    """Yields the keys to a problem, without the tags of discriminated unions, which pydantic adds."""
     for part in location:
         if isinstance(value, Mapping):
             if part not in value and value.get("kind") == part:
@@ -224,9 +214,9 @@ def _path(location: tuple[int | str, ...], value: Any) -> Iterator[str]:
         yield str(part)
 
 
-def _short(value: object) -> str:
+def _short_repr(value: object) -> str:
     try:
-        text = BRIEF.repr(value)
-    except ValueError:  # an integer of more digits than Python writes
+        text = SHORT_REPR.repr(value)
+    except ValueError:  # an integer with more digits than Python prints
         text = f"a {type(value).__name__} of thousands of digits"
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    return text if len(text) <= MAX_SHOWN_LENGTH else f"{text[: MAX_SHOWN_LENGTH - 3]}..."

@@ -1,4 +1,4 @@
-"""Batches for training: the whole set lies on the device, a batch is an index and an augmentation.
+"""Augmented training batches of a data set that is held on the device as a whole.
 
 Shapes: B batch, C channel, H/W pixels.
 """
@@ -13,36 +13,36 @@ from advmoe.core.settings import NonNegativeInt, Settings
 
 
 class Augmentation(Settings):
-    """`crop`: pad by so many pixels and cut at random; `flip`: mirror every second image, never for digits."""
+    """`crop`: pixels of padding before a random crop; `flip`: mirror with probability 1/2, not suitable for digits."""
 
     crop: NonNegativeInt
     flip: bool
 
 
 def batch_indices(count: int, batch_size: int, stream: torch.Generator) -> tuple[Tensor, ...]:
-    """One epoch: all of `count` positions, shuffled, in batches of nearly equal size.
+    """Returns the shuffled indices 0..count-1 of one epoch, in batches of nearly equal size.
 
-    Nearly equal, because BatchNorm cannot learn from a last batch of one image.
+    The sizes are nearly equal because BatchNorm cannot train on a last batch of one image.
     """
     return torch.tensor_split(torch.randperm(count, generator=stream), batches_per_epoch(count, batch_size))
 
 
 def batches_per_epoch(count: int, batch_size: int) -> int:
-    """How many batches one epoch has; as many as leave at least two images in each."""
+    """Returns the number of batches of one epoch; every batch has at least two images if there are two."""
     return max(1, min(-(-count // batch_size), count // 2))
 
 
 def batches(
     images: Tensor, labels: Tensor, batch_size: int, augmentation: Augmentation, stream: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of augmented float images in [0, 1] (B, C, H, W) and labels (B,), on the device of `images`."""
+    """Yields one epoch of augmented float images in [0, 1] (B, C, H, W) and labels (B,), on the device of `images`."""
     for index in batch_indices(len(labels), batch_size, stream):
-        here = index.to(images.device)
-        yield augment(images[here], augmentation, stream).float() / 255, labels[here]
+        rows = index.to(images.device)
+        yield augment(images[rows], augmentation, stream).float() / 255, labels[rows]
 
 
 def augment(images_BCHW: Tensor, settings: Augmentation, stream: torch.Generator) -> Tensor:
-    """Crop and flip every image by its own draw; the type stays."""
+    """Crops and flips every image at random; the dtype is unchanged."""
     if settings.crop:
         images_BCHW = _crop(images_BCHW, settings.crop, stream)
     if settings.flip:

@@ -1,4 +1,7 @@
-"""All sources of images. A new one is a file beside this and a name in the union."""
+"""The union of all sources of images, and the settings of `prepare`.
+
+To add a source: write a module in `advmoe/data/sources` and add its settings class to `Source`.
+"""
 
 from typing import Annotated
 
@@ -14,8 +17,8 @@ from advmoe.data.sources.npz import Npz
 Source = Annotated[Digits | Npz | Folder | Download, Field(discriminator="kind")]
 
 
-class Prepare(Settings):
-    """Where the images come from and how they are split."""
+class PrepareSettings(Settings):
+    """The source of the images and the sizes of the splits."""
 
     source: Source
     splits: Splits

@@ -1,1 +1,5 @@
-"""Measuring: accuracy under attack with intervals, for any model that maps pixels in [0, 1] to logits."""
+"""Robustness evaluation: accuracy with confidence intervals, clean and under attack, and checks of its validity.
+
+Attacks live in `attacks/`, intervals and tests in `statistics/`, the report in `reporting/`. To add a check, write one
+file in `checks/` and add it to `verdict.CHECKS` and `verdict.TITLES`.
+"""

@@ -1,8 +1,8 @@
-"""What a killed evaluation had already found, batch by batch, so that it goes on where it was.
+"""Saves the finished batches of an attack, so that a killed evaluation can resume.
 
-What an attack finds for an image depends on nothing but the model, the image, the attack, the ball and the seed, so a
-finished batch can be taken as it is, whatever the batch size was. Code and machine count too: others start anew.
-A batch that cannot be one of this attack, whatever its checksum says, is attacked again.
+The result for an image depends only on the model, the image, the attack, the ball and the seed, so a saved batch is
+valid for any batch size. Another version of the code or another machine starts anew. A file whose content is not valid
+for the attack is ignored even if its checksum matches, and its images are attacked again.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ from advmoe.runtime.checkpoints import storage, workdir
 from advmoe.runtime.checkpoints.storage import Checkpoint
 from advmoe.runtime.checkpoints.workdir import WorkDir
 
-ROUNDING = 1e-6  # of the pixel range: as far as an image in the ball moves when it is projected once more
+PROJECTION_TOLERANCE = 1e-6  # in pixel units: the largest change when an image in the ball is projected again
 
 
 @dataclass(frozen=True)
 class FinishedBatch:
-    """One finished batch: `rows` (b,), their adversarial images (b, C, H, W), and what they cost."""
+    """One finished batch: `rows` (b,), adversarial images (b, C, H, W), `overshoot` (b,) bool, passes and seconds."""
 
     rows: Tensor
     images: Tensor
@@ -37,8 +37,8 @@ class FinishedBatch:
     seconds: float
 
 
-class Spent(BaseModel):
-    """What a batch cost, as it stands in a file."""
+class BatchCost(BaseModel):
+    """Cost of a batch, as stored in the file: passes, in images, and seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
@@ -51,71 +51,73 @@ class BatchStore:
     """The finished batches of one attack on one model."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
-        self.place = WorkDir.of("evaluate", canonical_json(facts))
-        self.keeps = True
+        self.work_dir = WorkDir.of("evaluate", canonical_json(facts))
+        self.writable = True
 
-    def parts(self, images_NCHW: Tensor, ball: Ball) -> list[FinishedBatch]:
-        """All that was finished on these images, each in one part; a file that cannot be of it is as good as none."""
-        open_N = torch.ones(len(images_NCHW), dtype=torch.bool)
-        found = []
-        for path in sorted(self.place.folder.glob("*.safetensors")):
-            part = self._read(path, images_NCHW, ball, open_N)
-            if part is not None:
-                open_N[part.rows] = False
-                found.append(part)
-        return found
+    def load(self, images_NCHW: Tensor, ball: Ball) -> list[FinishedBatch]:
+        """Returns the saved batches of these images, no image twice; invalid files are ignored with a warning."""
+        missing_N = torch.ones(len(images_NCHW), dtype=torch.bool)
+        batches = []
+        for path in sorted(self.work_dir.folder.glob("*.safetensors")):
+            batch = self._read(path, images_NCHW, ball, missing_N)
+            if batch is not None:
+                missing_N[batch.rows] = False
+                batches.append(batch)
+        return batches
 
-    def add(self, part: FinishedBatch) -> None:
-        """Keep one more batch, if nobody else is at the same work and the disk takes it."""
-        self.keeps = self.keeps and workdir.try_lock(self.place)
-        if not self.keeps:
+    def add(self, batch: FinishedBatch) -> None:
+        """Saves one batch, unless another process holds the lock or the disk cannot be written."""
+        self.writable = self.writable and workdir.try_lock(self.work_dir)
+        if not self.writable:
             return
-        tensors = {"rows": part.rows, "images": part.images, "overshoot": part.overshoot}
-        values = {"forward": part.forward, "backward": part.backward, "seconds": part.seconds}
-        file = self.place.folder / f"{int(part.rows[0]):08d}-{len(part.rows)}.safetensors"
-        self.keeps = storage.save_checkpoint(file, Checkpoint(tensors, values))
+        tensors = {"rows": batch.rows, "images": batch.images, "overshoot": batch.overshoot}
+        values = {"forward": batch.forward, "backward": batch.backward, "seconds": batch.seconds}
+        file = self.work_dir.folder / f"{int(batch.rows[0]):08d}-{len(batch.rows)}.safetensors"
+        self.writable = storage.save_checkpoint(file, Checkpoint(tensors, values))
 
     def clear(self) -> None:
-        """Forget it all: the results are on record elsewhere."""
-        if self.place.folder.exists() and workdir.try_lock(self.place):
-            self.place.remove()
+        """Deletes the saved batches."""
+        if self.work_dir.folder.exists() and workdir.try_lock(self.work_dir):
+            self.work_dir.remove()
 
-    def _read(self, path: Path, images_NCHW: Tensor, ball: Ball, open_N: Tensor) -> FinishedBatch | None:
+    def _read(self, path: Path, images_NCHW: Tensor, ball: Ball, missing_N: Tensor) -> FinishedBatch | None:
         try:
-            found = storage.load_checkpoint(path)
-            return None if found is None else _part(path, found, images_NCHW, ball, open_N)
+            checkpoint = storage.load_checkpoint(path)
+            return None if checkpoint is None else _parse_batch(path, checkpoint, images_NCHW, ball, missing_N)
         except UserError as error:
-            console.warn(f"{error} and left aside; its images are attacked again")
+            console.warn(f"{error} and ignored; its images are attacked again")
             return None
 
 
-def _part(path: Path, found: Checkpoint, images_NCHW: Tensor, ball: Ball, open_N: Tensor) -> FinishedBatch:
-    """Raises UserError for what `Store.add` does not write of these images."""
-    alien = UserError(f"{path} is not as this attack writes it")
+def _parse_batch(
+    path: Path, checkpoint: Checkpoint, images_NCHW: Tensor, ball: Ball, missing_N: Tensor
+) -> FinishedBatch:
+    """Raises UserError for content that `BatchStore.add` does not write for these images."""
+    invalid = UserError(f"{path} is not a batch of this attack")
     try:
-        part = FinishedBatch(**found.tensors, **Spent.model_validate(found.values).model_dump())  # type: ignore[arg-type]
+        batch = FinishedBatch(**checkpoint.tensors, **BatchCost.model_validate(checkpoint.values).model_dump())  # type: ignore[arg-type]
     except (TypeError, ValidationError) as error:
-        raise alien from error
-    if not _are_rows(part.rows, open_N) or not _are_attacked(part, images_NCHW[part.rows].cpu(), ball):
-        raise alien
-    return part
+        raise invalid from error
+    if not _valid_rows(batch.rows, missing_N) or not _valid_images(batch, images_NCHW[batch.rows].cpu(), ball):
+        raise invalid
+    return batch
 
 
-def _are_rows(rows: Tensor, open_N: Tensor) -> bool:
-    numbered = rows.dtype == torch.int64 and rows.ndim == 1 and len(rows) > 0
+def _valid_rows(rows: Tensor, missing_N: Tensor) -> bool:
+    is_index = rows.dtype == torch.int64 and rows.ndim == 1 and len(rows) > 0
     return (
-        numbered
-        and bool(((rows >= 0) & (rows < len(open_N))).all())
+        is_index
+        and bool(((rows >= 0) & (rows < len(missing_N))).all())
         and len(set(rows.tolist())) == len(rows)
-        and bool(open_N[rows].all())
+        and bool(missing_N[rows].all())
     )
 
 
-def _are_attacked(part: FinishedBatch, clean_BCHW: Tensor, ball: Ball) -> bool:
+def _valid_images(batch: FinishedBatch, clean_BCHW: Tensor, ball: Ball) -> bool:
     return (
-        part.overshoot.dtype == torch.bool
-        and part.overshoot.shape == part.rows.shape
-        and part.images.dtype in {torch.float32, torch.float64}
-        and part.images.shape == clean_BCHW.shape
-        and bool(((ball.project(part.images, clean_BCHW) - part.images).abs() <= ROUNDING).all())
+        batch.overshoot.dtype == torch.bool
+        and batch.overshoot.shape == batch.rows.shape
+        and batch.images.dtype in {torch.float32, torch.float64}
+        and batch.images.shape == clean_BCHW.shape
+        and bool(((ball.project(batch.images, clean_BCHW) - batch.images).abs() <= PROJECTION_TOLERANCE).all())
     )

@@ -1,7 +1,7 @@
-"""Anybody's model and images, loaded for an evaluation.
+"""Loads models and images that are not part of this project.
 
-What runs code: the `.py` file that the user names as `path/to/model.py:factory`, and nothing else. Weights are read as
-safetensors or by `torch.load(weights_only=True)`, data as npz without pickle.
+Only the `.py` file that the user names as `path/to/model.py:factory` runs code. Weights are read as safetensors or by
+`torch.load(weights_only=True)`, data as npz without pickle.
 
 Shapes: N images, C channel, H/W pixels, K classes.
 """
@@ -21,17 +21,17 @@ from safetensors.torch import load as from_safetensors
 from torch import Tensor, nn
 
 from advmoe.core import console, user_code
-from advmoe.core.errors import STUMBLES, UserError, first_line
+from advmoe.core.errors import MALFORMED_INPUT_ERRORS, UserError, error_summary
 from advmoe.data.dataset import Split
 from advmoe.data.sources.npz import read_npz
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Classifier, Mixture
+from advmoe.models.classifiers import Classifier, MixtureArchitecture
 from advmoe.models.mixture import MixtureOfExperts
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model to evaluate, in eval mode. `artifact`: the classifier file it came from, None for a stranger."""
+    """A model in eval mode. `identity`: a hash; `artifact`: its classifier file, None for an external model."""
 
     name: str
     model: nn.Module
@@ -40,27 +40,27 @@ class LoadedModel:
 
 
 def load_model(model: str, weights: Path | None, expert: str | None) -> LoadedModel:
-    """A classifier artifact, one expert of it, or a stranger's `path/to/model.py:factory` with its weights.
+    """Loads a classifier artifact, one of its experts, or an external model `path/to/model.py:factory`.
 
-    Raises UserError when a file is missing or unfit, the factory raises, or the expert is not there.
+    Raises UserError if a file is missing or invalid, the factory raises, or the expert does not exist.
     """
-    if user_code.names_code(model):
+    if user_code.is_code_reference(model):
         if expert is not None:
-            raise UserError(f"--expert {expert}: only an artifact of advmoe has experts by name, {model} is code")
-        return stranger(model, made_by(model), weights)
+            raise UserError(f"--expert {expert}: only artifacts of advmoe have named experts, {model} is code")
+        return external_model(model, call_factory(model), weights)
     if weights is not None:
-        raise UserError(f"--weights: {model} brings its own; weights belong to --model path/to/model.py:factory")
+        raise UserError(f"--weights: {model} contains its weights; use --weights with --model path/to/model.py:factory")
     if not model.endswith(".safetensors"):
         raise UserError(f"--model {model}: must be an artifact (.safetensors) or path/to/model.py:factory")
-    return _artifact(Path(model), expert)
+    return _load_artifact(Path(model), expert)
 
 
-def _artifact(path: Path, expert: str | None) -> LoadedModel:
+def _load_artifact(path: Path, expert: str | None) -> LoadedModel:
     classifier = classifiers.load(path)
     if expert is None:
         return LoadedModel(path.stem, classifier.model, classifier.header.sha256, classifier)
     architecture = classifier.about.architecture
-    names = architecture.experts if isinstance(architecture, Mixture) else ()
+    names = architecture.experts if isinstance(architecture, MixtureArchitecture) else ()
     if expert not in names:
         known = f"it has {', '.join(names)}" if names else "it is a single network"
         raise UserError(f"--expert {expert}: {path} has no such expert; {known}")
@@ -68,18 +68,18 @@ def _artifact(path: Path, expert: str | None) -> LoadedModel:
     return LoadedModel(expert, classifier.model.experts[names.index(expert)], classifier.header.sha256, classifier)
 
 
-def made_by(reference: str) -> Any:
-    """What a stranger's factory returns. Raises UserError when it is not there or raises."""
+def call_factory(reference: str) -> Any:
+    """Calls the factory `path/to/model.py:factory`. Raises UserError if it is missing or raises."""
     return user_code.call(reference, user_code.load_function(reference))
 
 
-def stranger(reference: str, model: object, weights: Path | None) -> LoadedModel:
-    """A network that a factory made, with its weights. Raises UserError when it is none, or they do not fit."""
+def external_model(reference: str, model: object, weights: Path | None) -> LoadedModel:
+    """Wraps the result of a factory, with weights. Raises UserError if it is no module or the weights do not fit."""
     if not isinstance(model, nn.Module):
         raise UserError(f"{reference}: must return a torch.nn.Module, not {type(model).__name__}")
-    identity = user_code.digest(reference)
+    identity = user_code.file_digest(reference)
     if weights is not None:
-        _fill(model, weights)
+        _load_weights(model, weights)
         identity += hashlib.sha256(weights.read_bytes()).hexdigest()
     else:
         console.warn(f"no --weights: the model is evaluated as {reference} returns it")
@@ -88,40 +88,40 @@ def stranger(reference: str, model: object, weights: Path | None) -> LoadedModel
     )
 
 
-def _fill(model: nn.Module, path: Path) -> None:
-    """Load weights into a stranger's model. Raises UserError with the first name that does not fit."""
-    found = read_weights(path)
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Loads weights into `model`. Raises UserError with the first name that does not fit."""
+    state_dict = read_weights(path)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Casting complex values")  # their imaginary part would be dropped
-            problems = model.load_state_dict(found, strict=False)
+            warnings.filterwarnings("error", "Casting complex values")  # the imaginary part would be dropped
+            problems = model.load_state_dict(state_dict, strict=False)
     except RuntimeError as error:  # shapes, and types that cannot be converted
         raise UserError(f"{path}: does not fit the model ({' '.join(str(error).split())})") from error
-    # a counter that nothing reads, and that many files leave out
+    # a counter that is not used in eval mode and missing in many files
     missing = [name for name in problems.missing_keys if not name.endswith("num_batches_tracked")]
     if missing or problems.unexpected_keys:
-        what = f"lacks '{missing[0]}'" if missing else f"has '{problems.unexpected_keys[0]}', which the model has not"
+        what = f"lacks '{missing[0]}'" if missing else f"has '{problems.unexpected_keys[0]}', which the model lacks"
         raise UserError(f"{path}: does not fit the model: it {what}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from .pt/.pth without running any code. Raises UserError if it is unusable."""
+    """Reads a state dict from .safetensors, .pt or .pth without running code. Raises UserError if it is invalid."""
     try:
         content: Any = from_safetensors(path.read_bytes()) if path.suffix == ".safetensors" else _torch_load(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except pickle.UnpicklingError as error:  # PyTorch's own sentence recommends to run what it refused
+    except pickle.UnpicklingError as error:  # PyTorch's message recommends loading with weights_only=False
         raise UserError(
-            f"{path}: cannot be read as weights without running code (it holds more than tensors; nothing was run)"
+            f"{path}: cannot be read as weights without running code (it contains more than tensors; nothing was run)"
         ) from error
     except UserError:
         raise
-    except (SafetensorError, struct.error, *STUMBLES) as error:
-        raise UserError(f"{path}: cannot be read as weights without running code ({first_line(error)})") from error
+    except (SafetensorError, struct.error, *MALFORMED_INPUT_ERRORS) as error:
+        raise UserError(f"{path}: cannot be read as weights without running code ({error_summary(error)})") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path}: holds no state dict (names to tensors)")
+        raise UserError(f"{path}: contains no state dict (names to tensors)")
     return dict(content)
 
 
@@ -129,12 +129,12 @@ def _torch_load(path: Path) -> Any:
     if path.suffix not in {".pt", ".pth"}:
         raise UserError(f"{path}: weights must be .safetensors, .pt or .pth")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about formats that weights_only refuses anyway
+        warnings.simplefilter("ignore")  # about formats that weights_only rejects
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_images(path: Path, limit: int | None) -> Split:
-    """The first `limit` images of an npz as a split. Raises UserError when the file is unusable."""
+    """Returns the first `limit` images of an npz file. Raises UserError if the file is invalid."""
     labelled, _ = read_npz(path)
     if (labelled.labels < 0).any():
         raise UserError(f"{path}: labels must not be negative, found {labelled.labels.min()}")
@@ -142,20 +142,20 @@ def load_images(path: Path, limit: int | None) -> Split:
     return Split(images, labels, torch.arange(len(labels))).first(limit)
 
 
-def check_forward(subject: LoadedModel, split: Split) -> int:
-    """The number of classes, from one image. Raises UserError when the model cannot take these images."""
+def check_forward(loaded: LoadedModel, split: Split) -> int:
+    """Returns the number of classes, from one forward pass. Raises UserError if model and images do not fit."""
     with torch.no_grad():
         try:
-            logits = subject.model(split.pixels()[:1])
+            logits = loaded.model(split.pixels()[:1])
         except Exception as error:
             shape = tuple(split.images.shape[1:])
-            raise UserError(f"{subject.name}: cannot take images of shape {shape} ({first_line(error)})") from error
+            raise UserError(f"{loaded.name}: cannot take images of shape {shape} ({error_summary(error)})") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
-        gave = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"{subject.name}: must map images (B, C, H, W) to logits (B, K), but gave {gave}")
+        returned = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"{loaded.name}: must map images (B, C, H, W) to logits (B, K), but returned {returned}")
     classes, highest = logits.shape[1], int(split.labels.max())
     if highest >= classes:
-        raise UserError(f"{subject.name}: outputs {classes} classes, but labels go up to {highest}")
+        raise UserError(f"{loaded.name}: outputs {classes} classes, but labels go up to {highest}")
     if highest + 1 < classes:
-        console.warn(f"{subject.name} outputs {classes} classes, labels go up to {highest} only")
+        console.warn(f"{loaded.name} outputs {classes} classes, labels go up to {highest} only")
     return classes

@@ -1,9 +1,9 @@
-"""The harness: every attack on every image, and nobody's word taken for a success.
+"""The evaluation harness: runs every attack on every image and classifies the results.
 
-Whatever an attack returns is projected into the ball and the box and classified again in float32 and eval mode, in
-padded batches of one fixed size. Random draws are seeded by the image's position, so a decision depends neither on the
-batch size nor on which other images are left. Finished batches are kept on disk: a killed run goes on where it was.
-Several processes attack a batch each at a time, and all know what was found.
+Every returned image is projected into the ball and [0, 1] and classified again in float32 and eval mode, in padded
+batches of one fixed size; an attack's own success flag is ignored. Random draws are seeded by the image's position, so
+a decision depends neither on the batch size nor on which other images are attacked. Finished batches are saved, so that
+a killed run can resume. With several processes, each attacks one batch at a time and all gather the results.
 
 Shapes: N images, b images of one batch, C channel, H/W pixels, K classes.
 """
@@ -22,13 +22,13 @@ from advmoe.attacks.ball import Ball
 from advmoe.attacks.custom import Custom
 from advmoe.attacks.engine import PassCount
 from advmoe.attacks.interface import AttackFn
-from advmoe.attacks.random_streams import ImageDraws
-from advmoe.attacks.registry import AnyAttack
+from advmoe.attacks.random_streams import ImageStreams
+from advmoe.attacks.registry import AttackSettings
 from advmoe.core import console
 from advmoe.core.artifacts import hash_tensors
 from advmoe.core.errors import UserError
-from advmoe.core.user_code import digest
-from advmoe.evaluation.batch_size import fitting_batch, in_batches
+from advmoe.core.user_code import file_digest
+from advmoe.evaluation.batch_size import estimate_batch_size, map_batches
 from advmoe.evaluation.batch_store import BatchStore, FinishedBatch
 from advmoe.models import inference
 from advmoe.models.inference import Precision
@@ -36,18 +36,18 @@ from advmoe.models.mixture import MixtureOfExperts
 from advmoe.runtime import distributed
 from advmoe.runtime.checkpoints.workdir import environment_fingerprint
 from advmoe.statistics.decisions import CLEAN, WORST
-from advmoe.statistics.intervals import Share
+from advmoe.statistics.intervals import Proportion
 
-DECISION_BATCH = 120  # images of every deciding forward pass; a constant, because kernels round by batch size
-OUTSIDE = 1e-4  # of the pixel range: further outside the ball than this is no rounding; an 8-bit level is 4e-3
+DECISION_BATCH = 120  # images per classifying forward pass; constant, because rounding depends on it
+BALL_TOLERANCE = 1e-4  # in pixel units: more is not rounding; an 8-bit level is 4e-3
 
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """What is attacked: a model in eval mode and its images (N, C, H, W) and labels (N,), all on one device.
+    """The model under evaluation in eval mode, images (N, C, H, W) and labels (N,), all on one device.
 
-    `sources`: other networks for transfer attacks, by name. `identity`: what besides weights and class name tells this
-    model from others (a file's hash), for the resuming of killed runs.
+    `sources`: other networks for transfer attacks, by name. `identity`: a hash that identifies the model, together with
+    its weights and class name, when a run resumes.
     """
 
     name: str
@@ -59,17 +59,17 @@ class EvaluationTarget:
 
     @property
     def has_gate(self) -> bool:
-        """Whether gate-aware attacks find what they attack."""
+        """Whether gate-aware attacks can be run on the model."""
         return isinstance(self.model, MixtureOfExperts)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The terms an evaluation is made on.
+    """Settings of an evaluation.
 
-    `batch_size`: images an attack takes at once, None for what fits the memory. `drop_fallen`: images that fell to an
-    earlier attack are spared the later ones, which then report what is left after them. `limits`: attacks, by name,
-    that meet only the first so many images.
+    `batch_size`: images per batch of an attack, None to fit the free memory. `drop_fallen`: skip images that an earlier
+    attack fooled, so that each attack reports the accuracy after all attacks so far. `limits`: by attack name, the
+    number of leading images it runs on.
     """
 
     ball: Ball
@@ -81,13 +81,14 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One attack on N images, on the CPU.
+class AttackOutcome:
+    """Result of one attack on N images, on the CPU.
 
-    `attacked`: who met it (right when clean, not dropped). `correct`: who is right after it; an image that was dropped
-    is not. `predicted`: classes on `images` (N, C, H, W), which are the clean ones where nothing was attacked.
-    `overshoot`: share of the attacked images for which the attack itself left the ball or the box. `limit`: only so
-    many images were to meet it, the rest count neither for nor against it.
+    `attacked` (N,) bool: the images that were attacked (correct when clean, not dropped). `correct` (N,) bool:
+    correctly classified after the attack; False for dropped images. `images` (N, C, H, W): adversarial, or clean where
+    not attacked; `predicted` (N,): their classes. `overshoot`: share of attacked images that the attack returned
+    outside the ball or [0, 1]. `forward`, `backward`: passes, in images. `limit`: only the first `limit` images are
+    attacked and counted.
     """
 
     attacked: Tensor
@@ -103,74 +104,78 @@ class Outcome:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What a model did: float32 logits (N, K) on the clean images, labels, and the outcome of each attack in order."""
+    """Clean float32 logits (N, K), labels (N,), and the outcome of each attack, in order."""
 
     clean_logits: Tensor
     labels: Tensor
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, AttackOutcome]
 
     @property
     def correct(self) -> dict[str, Tensor]:
-        """Per image (N,) bool: `clean`, each attack, and `worst`, the worst case over all of them."""
+        """Correct classification per image (N,) bool: `clean`, under each attack, and `worst`, under all of them."""
         clean = self.clean_logits.argmax(1) == self.labels
-        each = {CLEAN: clean, **{name: outcome.correct for name, outcome in self.outcomes.items()}}
-        return {**each, WORST: torch.stack(list(each.values())).all(dim=0)}
+        correct = {CLEAN: clean, **{name: outcome.correct for name, outcome in self.outcomes.items()}}
+        return {**correct, WORST: torch.stack(list(correct.values())).all(dim=0)}
 
-    def over(self, attacks: Sequence[str]) -> Tensor:
-        """Per image (N,) bool: right when clean and under all of these attacks."""
+    def correct_under(self, attacks: Sequence[str]) -> Tensor:
+        """Per image (N,) bool: correctly classified when clean and under all of the given attacks."""
         correct = self.correct
         return torch.stack([correct[CLEAN], *(correct[name] for name in attacks)]).all(dim=0)
 
-    def shares(self) -> dict[str, Share]:
-        """Accuracies with intervals, each over the images that were to meet the attack."""
+    def accuracies(self) -> dict[str, Proportion]:
+        """Accuracies with intervals: clean, per attack and worst case, each over the images within its limit."""
         limits = {name: outcome.limit for name, outcome in self.outcomes.items()}
-        return {name: Share.of(correct[: limits.get(name)]) for name, correct in self.correct.items()}
+        return {name: Proportion.from_mask(correct[: limits.get(name)]) for name, correct in self.correct.items()}
 
 
-def evaluate(target: EvaluationTarget, attacks: Mapping[str, AnyAttack], terms: EvaluationConfig) -> EvaluationResult:
-    """Run the attacks in order.
+def evaluate(
+    target: EvaluationTarget, attacks: Mapping[str, AttackSettings], config: EvaluationConfig
+) -> EvaluationResult:
+    """Runs the attacks in order and returns the result.
 
     Raises UserError for a model that cannot be evaluated (NaN, not one logit per class), an attack that does not fit
-    it, an epsilon of 0, and when an attack of the user's own raises.
+    the model, an epsilon of 0, and when a user-defined attack raises.
     """
-    if terms.ball.epsilon == 0:
-        raise UserError("epsilon 0 leaves an attack nothing to change; clean accuracy is reported beside every attack")
+    if config.ball.epsilon == 0:
+        raise UserError("epsilon must be greater than 0; clean accuracy is always reported")
     for name, attack in attacks.items():
-        check_fit(name, attack, target)
+        check_attack(name, attack, target)
     logits = inference.predict(target.model, target.images, DECISION_BATCH)
     check_logits(target, logits)
-    standing = logits.argmax(1) == target.labels
-    outcomes: dict[str, Outcome] = {}
+    remaining = logits.argmax(1) == target.labels
+    outcomes: dict[str, AttackOutcome] = {}
     for name, attack in attacks.items():
-        outcomes[name] = outcome = _meet(target, name, attack, terms, standing)
-        if terms.drop_fallen:
-            standing = standing & outcome.correct.to(standing.device)
+        outcomes[name] = outcome = _run_attack(target, name, attack, config, remaining)
+        if config.drop_fallen:
+            remaining = remaining & outcome.correct.to(remaining.device)
     return EvaluationResult(logits.cpu(), target.labels.cpu(), outcomes)
 
 
-def clear_resume_state(target: EvaluationTarget, attacks: Mapping[str, AnyAttack], terms: EvaluationConfig) -> None:
-    """Drop what was kept for resuming: the results are on record. Of several processes the first does it."""
+def clear_resume_state(
+    target: EvaluationTarget, attacks: Mapping[str, AttackSettings], config: EvaluationConfig
+) -> None:
+    """Deletes the saved batches of these attacks, on rank 0. Call it when the results are written."""
     if not distributed.is_rank0():
         return
     for name, attack in attacks.items():
-        _store(target, name, attack, terms).clear()
+        _store(target, name, attack, config).clear()
 
 
-def check_fit(name: str, attack: AnyAttack, target: EvaluationTarget) -> None:
-    """Raises UserError when the attack needs what the target has not."""
-    if registry.ENTRIES[type(attack)].needs_gate and not target.has_gate:
+def check_attack(name: str, attack: AttackSettings, target: EvaluationTarget) -> None:
+    """Raises UserError if the attack needs a gate or source networks that the target lacks."""
+    if registry.REGISTRY[type(attack)].needs_gate and not target.has_gate:
         raise UserError(
-            f"attack {name}: {target.name} has no gate; {attack.kind} attacks mixtures of this project only"
+            f"attack {name}: {target.name} has no gate; {attack.kind} attacks only mixtures of this project"
         )
-    missing = [source for source in registry.sources_of(attack) if source not in target.sources]
+    missing = [source for source in registry.transfer_sources(attack) if source not in target.sources]
     if missing:
-        raise UserError(f"attack {name}: {target.name} comes without a network '{missing[0]}' to transfer from")
+        raise UserError(f"attack {name}: {target.name} has no source network '{missing[0]}' to transfer from")
 
 
 def check_logits(target: EvaluationTarget, logits: Tensor) -> None:
-    """Raises UserError for what is no classifier's output."""
+    """Raises UserError if the clean logits are not finite, not (N, K), or have too few classes."""
     if logits.ndim != 2 or len(logits) != len(target.images):
-        raise UserError(f"{target.name}: must map images to logits (B, K), but gave shape {tuple(logits.shape)}")
+        raise UserError(f"{target.name}: must map images to logits (B, K), but returned shape {tuple(logits.shape)}")
     if not logits.isfinite().all():
         bad = int((~logits.isfinite().all(dim=1)).sum())
         raise UserError(f"{target.name}: NaN or infinite logits on {bad} of {len(logits)} clean images")
@@ -180,25 +185,27 @@ def check_logits(target: EvaluationTarget, logits: Tensor) -> None:
         )
 
 
-def _meet(target: EvaluationTarget, name: str, attack: AnyAttack, terms: EvaluationConfig, standing: Tensor) -> Outcome:
-    """One attack on the images still standing."""
-    limit = min(terms.limits.get(name, len(standing)), len(standing))
-    met = standing & (torch.arange(len(standing), device=standing.device) < limit)
+def _run_attack(
+    target: EvaluationTarget, name: str, attack: AttackSettings, config: EvaluationConfig, remaining: Tensor
+) -> AttackOutcome:
+    """Runs one attack on the `remaining` images (N,) bool within its limit."""
+    limit = min(config.limits.get(name, len(remaining)), len(remaining))
+    attacked = remaining & (torch.arange(len(remaining), device=remaining.device) < limit)
     images = target.images.clone()
-    outside = torch.zeros_like(standing)
+    outside = torch.zeros_like(remaining)
     forward, backward, seconds = 0, 0, 0.0
-    for part in _parts(target, name, attack, terms, met, _store(target, name, attack, terms)):
-        rows = part.rows.to(images.device)
-        images[rows], outside[rows] = part.images.to(images), part.overshoot.to(outside)
-        forward, backward, seconds = forward + part.forward, backward + part.backward, seconds + part.seconds
-    images = torch.where(met[:, None, None, None], images, target.images)
+    for batch in _attacked_batches(target, name, attack, config, attacked, _store(target, name, attack, config)):
+        rows = batch.rows.to(images.device)
+        images[rows], outside[rows] = batch.images.to(images), batch.overshoot.to(outside)
+        forward, backward, seconds = forward + batch.forward, backward + batch.backward, seconds + batch.seconds
+    images = torch.where(attacked[:, None, None, None], images, target.images)
     predicted = inference.predict(target.model, images, DECISION_BATCH).argmax(1)
-    return Outcome(
-        attacked=met.cpu(),
-        correct=(standing & (predicted == target.labels)).cpu(),
+    return AttackOutcome(
+        attacked=attacked.cpu(),
+        correct=(remaining & (predicted == target.labels)).cpu(),
         predicted=predicted.cpu(),
         images=images.cpu(),
-        overshoot=round(float(outside[met].float().mean()), 6) if met.any() else 0.0,
+        overshoot=round(float(outside[attacked].float().mean()), 6) if attacked.any() else 0.0,
         forward=forward,
         backward=backward,
         seconds=round(seconds, 2),
@@ -206,72 +213,81 @@ def _meet(target: EvaluationTarget, name: str, attack: AnyAttack, terms: Evaluat
     )
 
 
-def _parts(
-    target: EvaluationTarget, name: str, attack: AnyAttack, terms: EvaluationConfig, wanted: Tensor, store: BatchStore
+def _attacked_batches(
+    target: EvaluationTarget,
+    name: str,
+    attack: AttackSettings,
+    config: EvaluationConfig,
+    wanted: Tensor,
+    store: BatchStore,
 ) -> Iterator[FinishedBatch]:
-    """What was finished before, then the rest of the `wanted` (N,), kept as it comes."""
-    distributed.require_same(target.name, store.place.folder.name)
+    """Yields saved batches, then attacks and saves the rest of the `wanted` images (N,) bool."""
+    distributed.require_same(target.name, store.work_dir.folder.name)
     done = torch.zeros_like(wanted)
-    for part in distributed.run_on_rank0(lambda: store.parts(target.images, terms.ball)):
-        done[part.rows.to(done.device)] = True
-        yield part
+    for batch in distributed.run_on_rank0(lambda: store.load(target.images, config.ball)):
+        done[batch.rows.to(done.device)] = True
+        yield batch
     rows = (wanted & ~done).nonzero().squeeze(1).cpu()
     if done.any():
-        console.say(f"{target.name}: {name}: {int(done.sum())} images taken over from the run that was stopped")
+        console.info(f"{target.name}: {name}: {int(done.sum())} images resumed from the interrupted run")
     if not len(rows):
         return
-    size = batch_size(target, terms, len(rows))
-    fallen = 0
+    size = choose_batch_size(target, config, len(rows))
+    misclassified = 0
     with console.Progress(f"{target.name}: {name}", len(rows)) as progress:
         while len(rows):
-            parts = _next_parts(target, name, attack, terms, torch.split(rows, size)[: distributed.world_size()])
-            size = max(len(part.rows) for part in parts)  # smaller, where memory ran out
-            for part in parts:
+            batches = _attack_next_batches(
+                target, name, attack, config, torch.split(rows, size)[: distributed.world_size()]
+            )
+            size = max(len(batch.rows) for batch in batches)  # smaller after an out-of-memory error
+            for batch in batches:
                 if distributed.is_rank0():
-                    store.add(part)
-                changed = inference.predict(target.model, part.images.to(target.images), DECISION_BATCH).argmax(1)
-                fallen += int((changed != target.labels[part.rows]).sum())
-                progress.advance(len(part.rows), f"{fallen} fallen")
-                yield part
-            rows = rows[sum(len(part.rows) for part in parts) :]
+                    store.add(batch)
+                predicted = inference.predict(target.model, batch.images.to(target.images), DECISION_BATCH).argmax(1)
+                misclassified += int((predicted != target.labels[batch.rows]).sum())
+                progress.advance(len(batch.rows), f"{misclassified} misclassified")
+                yield batch
+            rows = rows[sum(len(batch.rows) for batch in batches) :]
 
 
-def batch_size(target: EvaluationTarget, terms: EvaluationConfig, count: int) -> int:
-    """Of a batch; the same for all processes, and small enough that each has its share of `count` images."""
-    size = terms.batch_size or -distributed.all_reduce_max(-fitting_batch(target.model, target.images))
+def choose_batch_size(target: EvaluationTarget, config: EvaluationConfig, count: int) -> int:
+    """Returns the batch size, the same on all ranks and at most `count` divided by the number of ranks, rounded up."""
+    size = config.batch_size or -distributed.all_reduce_max(-estimate_batch_size(target.model, target.images))
     return min(size, -(-count // distributed.world_size()))
 
 
-def _next_parts(
-    target: EvaluationTarget, name: str, attack: AnyAttack, terms: EvaluationConfig, batches: Sequence[Tensor]
+def _attack_next_batches(
+    target: EvaluationTarget, name: str, attack: AttackSettings, config: EvaluationConfig, batches: Sequence[Tensor]
 ) -> list[FinishedBatch]:
-    """These batches attacked, one by each process."""
-    attacked = partial(_batch, target, name, attack, terms)
-    own = [part for batch in distributed.shard(batches) for _, part in in_batches(attacked, batch, len(batch))]
-    return [part for parts in distributed.all_gather(own) for part in parts]
+    """Attacks the given batches, one per rank, and gathers the results on all ranks."""
+    attack_batch = partial(_attack_batch, target, name, attack, config)
+    own = [
+        finished for batch in distributed.shard(batches) for _, finished in map_batches(attack_batch, batch, len(batch))
+    ]
+    return [finished for gathered in distributed.all_gather(own) for finished in gathered]
 
 
-def _batch(
-    target: EvaluationTarget, name: str, attack: AnyAttack, terms: EvaluationConfig, rows: Tensor
+def _attack_batch(
+    target: EvaluationTarget, name: str, attack: AttackSettings, config: EvaluationConfig, rows: Tensor
 ) -> FinishedBatch:
     started, passes = time.monotonic(), PassCount()
     images, labels = target.images[rows], target.labels[rows]
-    precision: Precision = "float32" if registry.ENTRIES[type(attack)].full_precision else terms.precision
-    with bound(target, attack, precision, passes) as craft:
-        struck = engine.run_attack(
+    precision: Precision = "float32" if registry.REGISTRY[type(attack)].full_precision else config.precision
+    with bind_attack(target, attack, precision, passes) as attack_fn:
+        adversarial = engine.run_attack(
             target.model,
             images,
             labels,
-            craft,
-            ball=terms.ball,
-            draws=ImageDraws(terms.seed, name, rows),
+            attack_fn,
+            ball=config.ball,
+            draws=ImageStreams(config.seed, name, rows),
             precision=precision,
             passes=passes,
         )
     return FinishedBatch(
         rows,
-        struck.images.cpu(),
-        (struck.overshoot > OUTSIDE).cpu(),
+        adversarial.images.cpu(),
+        (adversarial.overshoot > BALL_TOLERANCE).cpu(),
         passes.forward,
         passes.backward,
         time.monotonic() - started,
@@ -279,20 +295,22 @@ def _batch(
 
 
 @contextmanager
-def bound(
-    target: EvaluationTarget, attack: AnyAttack, precision: Precision, passes: PassCount | None = None
+def bind_attack(
+    target: EvaluationTarget, attack: AttackSettings, precision: Precision, passes: PassCount | None = None
 ) -> Iterator[AttackFn]:
-    """The attack as a function, its networks to transfer from made ready."""
+    """Yields the attack as a function, with its source networks in attack mode."""
     with ExitStack() as stack:
         sources = {
             name: stack.enter_context(engine.attack_mode(target.sources[name], precision, passes))
-            for name in registry.sources_of(attack)
+            for name in registry.transfer_sources(attack)
         }
         yield registry.bind(attack, sources)
 
 
-def _store(target: EvaluationTarget, name: str, attack: AnyAttack, terms: EvaluationConfig) -> BatchStore:
-    sources = {source: hash_tensors(target.sources[source].state_dict()) for source in registry.sources_of(attack)}
+def _store(target: EvaluationTarget, name: str, attack: AttackSettings, config: EvaluationConfig) -> BatchStore:
+    sources = {
+        source: hash_tensors(target.sources[source].state_dict()) for source in registry.transfer_sources(attack)
+    }
     return BatchStore(
         {
             "model": [type(target.model).__qualname__, target.identity, hash_tensors(target.model.state_dict())],
@@ -300,10 +318,10 @@ def _store(target: EvaluationTarget, name: str, attack: AnyAttack, terms: Evalua
             "attack": [
                 name,
                 attack.model_dump(mode="json"),
-                digest(attack.function) if isinstance(attack, Custom) else "",
+                file_digest(attack.function) if isinstance(attack, Custom) else "",
             ],
-            "ball": [terms.ball.norm, terms.ball.epsilon],
-            "terms": [terms.seed, terms.precision],
+            "ball": [config.ball.norm, config.ball.epsilon],
+            "terms": [config.seed, config.precision],
             "circumstances": environment_fingerprint(),
             "sources": sources,
         }

@@ -11,44 +11,47 @@ from advmoe.statistics.decisions import CLEAN, WORST
 STAGE = "evaluate"
 
 
-def write(results: Mapping[str, ModelResult], gate: Mapping[str, Any], class_names: Sequence[str]) -> None:
-    """All of plots/evaluate/."""
-    judged = {name: result for name, result in results.items() if result.verdict is not None}
-    _robustness(judged)
-    _minimal(judged)
+def write_plots(results: Mapping[str, ModelResult], gate: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    """Writes all files of plots/evaluate/."""
+    with_verdict = {name: result for name, result in results.items() if result.verdict is not None}
+    _robustness(with_verdict)
+    _minimal(with_verdict)
     _matrix(results)
     _gate(gate)
     _confusion(results[MIXTURE], class_names)
 
 
-def _robustness(judged: Mapping[str, ModelResult]) -> None:
-    radii = next(iter(judged.values())).curve
+def _robustness(with_verdict: Mapping[str, ModelResult]) -> None:
+    epsilons = next(iter(with_verdict.values())).robustness_curve
     rows = [
-        {"epsilon": radius, **{name: result.curve[radius].accuracy for name, result in judged.items()}}
-        for radius in radii
+        {
+            "epsilon": epsilon,
+            **{name: result.robustness_curve[epsilon].accuracy for name, result in with_verdict.items()},
+        }
+        for epsilon in epsilons
     ]
     files.write_csv(paths.plots(STAGE, "robustness"), rows)
 
 
-def _minimal(judged: Mapping[str, ModelResult]) -> None:
-    """One row for each image and model: the epsilon at which it falls, and the accuracy that is left from there on."""
+def _minimal(with_verdict: Mapping[str, ModelResult]) -> None:
+    """One row per image and model: its smallest adversarial epsilon, and the accuracy from there on."""
     rows: list[dict[str, Any]] = []
-    for name, result in judged.items():
-        bounds = sorted(result.minimal.tolist())
+    for name, result in with_verdict.items():
+        bounds = sorted(result.minimal_epsilons.tolist())
         finite = [bound for bound in bounds if math.isfinite(bound)]
         rows += [
-            {"model": name, "epsilon": round(bound, 6), "accuracy": round(1 - place / len(bounds), 6)}
-            for place, bound in enumerate(finite, start=1)
+            {"model": name, "epsilon": round(bound, 6), "accuracy": round(1 - rank / len(bounds), 6)}
+            for rank, bound in enumerate(finite, start=1)
         ]
     files.write_csv(paths.plots(STAGE, "minimal-epsilon"), rows or [{"model": "", "epsilon": 0.0, "accuracy": 1.0}])
 
 
 def _matrix(results: Mapping[str, ModelResult]) -> None:
-    """Accuracy of every model under every attack, empty where they did not meet."""
-    kinds = list(results[MIXTURE].measured.correct)
+    """Accuracy of every model under every attack, empty where the attack was not run."""
+    kinds = list(results[MIXTURE].evaluation.correct)
     rows = []
     for name, result in results.items():
-        shares = result.measured.shares()
+        shares = result.evaluation.accuracies()
         rows.append({"model": name, **{kind: shares[kind].accuracy if kind in shares else "" for kind in kinds}})
     files.write_csv(paths.plots(STAGE, "matrix"), rows)
 
@@ -62,14 +65,14 @@ def _gate(gate: Mapping[str, Any]) -> None:
 
 
 def _confusion(mixture: ModelResult, class_names: Sequence[str]) -> None:
-    """Clean, and in the worst case: the prediction under the first attack that an image falls to."""
-    measured = mixture.measured
-    clean = measured.clean_logits.argmax(1)
+    """Clean and worst case: the prediction under the first attack that fools the model."""
+    evaluation = mixture.evaluation
+    clean = evaluation.clean_logits.argmax(1)
     worst = clean.clone()
-    for outcome in reversed(measured.outcomes.values()):
-        fell = outcome.attacked & ~outcome.correct
-        worst[fell] = outcome.predicted[fell]
+    for outcome in reversed(evaluation.outcomes.values()):
+        misclassified = outcome.attacked & ~outcome.correct
+        worst[misclassified] = outcome.predicted[misclassified]
     for kind, predicted in ((CLEAN, clean), (WORST, worst)):
-        pairs = zip(measured.labels.tolist(), predicted.tolist(), strict=True)
-        rows = [{"actual": class_names[actual], "predicted": class_names[guess]} for actual, guess in pairs]
+        pairs = zip(evaluation.labels.tolist(), predicted.tolist(), strict=True)
+        rows = [{"actual": class_names[actual], "predicted": class_names[prediction]} for actual, prediction in pairs]
         files.write_csv(paths.plots(STAGE, f"confusion-{kind}"), rows)

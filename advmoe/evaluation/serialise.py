@@ -1,4 +1,4 @@
-"""What is kept of an evaluation: numbers for metrics, and every decision and adversarial image for whoever doubts them.
+"""Converts evaluation results to JSON metrics, decision files, and tensors of adversarial images.
 
 Shapes: N images, K classes.
 """
@@ -9,31 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advmoe.attacks.registry import AnyAttack
+from advmoe.attacks.registry import AttackSettings
 from advmoe.data.dataset import Split
 from advmoe.evaluation.harness import EvaluationConfig, EvaluationResult
 from advmoe.evaluation.verdict import Verdict
 from advmoe.statistics import decisions as decision_files
 from advmoe.statistics.decisions import CLEAN, WORST
-from advmoe.statistics.intervals import Share
+from advmoe.statistics.intervals import Proportion
 
 DIGITS = 6
 
 
-def numbers(
-    measured: EvaluationResult,
-    attacks: Mapping[str, AnyAttack],
-    terms: EvaluationConfig,
+def model_metrics(
+    result: EvaluationResult,
+    attacks: Mapping[str, AttackSettings],
+    config: EvaluationConfig,
     class_names: Sequence[str],
     verdict: Verdict | None,
 ) -> dict[str, Any]:
-    """Everything about one model that equal runs agree on, for JSON. A failed check withholds the attacked numbers."""
+    """Returns the reproducible numbers of one model, for JSON. A failed check withholds accuracies under attack."""
     withheld = verdict is not None and verdict.status == "fail"
     return {
-        "accuracy": accuracies(measured, withheld),
+        "accuracy": accuracies(result, withheld),
         "verdict": "not asked" if verdict is None else verdict.status,
         "withheld": verdict.reasons if verdict is not None else [],
-        "terms": {"precision": terms.precision, "drop_fallen": terms.drop_fallen, "seed": terms.seed},
+        "terms": {"precision": config.precision, "drop_fallen": config.drop_fallen, "seed": config.seed},
         "attacks": {
             name: {
                 "settings": attacks[name].model_dump(mode="json"),
@@ -43,42 +43,44 @@ def numbers(
                 "forward": outcome.forward,
                 "backward": outcome.backward,
             }
-            for name, outcome in measured.outcomes.items()
+            for name, outcome in result.outcomes.items()
         },
-        "per_class": {} if withheld else per_class(measured, class_names),
+        "per_class": {} if withheld else per_class_accuracy(result, class_names),
     }
 
 
-def accuracies(measured: EvaluationResult, withheld: bool) -> dict[str, dict[str, float] | None]:
-    """Shares for JSON; None for what is withheld."""
-    return {name: None if withheld and name != CLEAN else share.as_dict() for name, share in measured.shares().items()}
+def accuracies(result: EvaluationResult, withheld: bool) -> dict[str, dict[str, float] | None]:
+    """Returns accuracies for JSON, None where withheld."""
+    return {
+        name: None if withheld and name != CLEAN else share.as_dict() for name, share in result.accuracies().items()
+    }
 
 
-def per_class(measured: EvaluationResult, class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Clean and worst-case accuracy of each class that occurs."""
-    correct = measured.correct
+def per_class_accuracy(result: EvaluationResult, class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns clean and worst-case accuracy of each class that occurs."""
+    correct = result.correct
     report: dict[str, dict[str, Any]] = {}
     for label, name in enumerate(class_names):
-        members = measured.labels == label
+        members = result.labels == label
         if members.any():
-            report[name] = {kind: Share.of(correct[kind][members]).as_dict() for kind in (CLEAN, WORST)}
+            report[name] = {kind: Proportion.from_mask(correct[kind][members]).as_dict() for kind in (CLEAN, WORST)}
     return report
 
 
-def decision_rows(measured: EvaluationResult, split: Split) -> list[dict[str, int | str]]:
-    """Rows of the decision file of one model; `split` holds the evaluated images in the same order."""
-    assert measured.labels.tolist() == split.labels.tolist(), "decisions about other images"
+def decision_rows(result: EvaluationResult, split: Split) -> list[dict[str, int | str]]:
+    """Returns the rows of the decision file of one model; `split` holds the evaluated images in the same order."""
+    assert result.labels.tolist() == split.labels.tolist(), "decisions are for other images"
     correct: dict[str, list[int]] = {}
-    for kind, correct_N in measured.correct.items():
-        met = measured.outcomes[kind].limit if kind in measured.outcomes else len(split)
-        correct[kind] = correct_N[:met].int().tolist()
+    for kind, correct_N in result.correct.items():
+        limit = result.outcomes[kind].limit if kind in result.outcomes else len(split)
+        correct[kind] = correct_N[:limit].int().tolist()
     return decision_files.rows(split.index.tolist(), split.labels.tolist(), correct)
 
 
-def decisions(name: str, measured: EvaluationResult, with_images: bool) -> dict[str, Tensor]:
-    """Tensors for a safetensors file, under `<model>.<attack>.<what>`."""
-    tensors = {f"{name}.{kind}.correct": correct for kind, correct in measured.correct.items()}
-    for kind, outcome in measured.outcomes.items():
+def decision_tensors(name: str, result: EvaluationResult, with_images: bool) -> dict[str, Tensor]:
+    """Returns tensors for a safetensors file, named `<model>.<attack>.<field>`."""
+    tensors = {f"{name}.{kind}.correct": correct for kind, correct in result.correct.items()}
+    for kind, outcome in result.outcomes.items():
         tensors[f"{name}.{kind}.attacked"] = outcome.attacked
         tensors[f"{name}.{kind}.predicted"] = outcome.predicted.to(torch.int64)
         if with_images:
@@ -86,6 +88,6 @@ def decisions(name: str, measured: EvaluationResult, with_images: bool) -> dict[
     return tensors
 
 
-def timings(name: str, measured: EvaluationResult) -> dict[str, float]:
-    """Seconds of each attack: of the circumstances, not of the results."""
-    return {f"{name}.{kind}": outcome.seconds for kind, outcome in measured.outcomes.items()}
+def timings(name: str, result: EvaluationResult) -> dict[str, float]:
+    """Returns the seconds of each attack; they depend on the machine and are kept apart from the results."""
+    return {f"{name}.{kind}": outcome.seconds for kind, outcome in result.outcomes.items()}

@@ -1,6 +1,5 @@
-"""The verdict: what ten checks say of an evaluation, and whether its headline may be printed."""
+"""The verdict: runs the ten checks on an evaluation and decides whether its headline may be printed."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from advmoe.evaluation.checks.gradients import gradients
 from advmoe.evaluation.checks.loss_increase import loss_increase
 from advmoe.evaluation.checks.pgd_gap import pgd_gap
 
-# in the order of the specification, so that numbers in reports agree with it
+# the order of the specification; reports number the checks by it
 CHECKS = (
     convergence,
     epsilon_sweep,
@@ -30,43 +29,51 @@ CHECKS = (
     binarisation,
     consistency,
 )
-ORDER: tuple[Status, ...] = ("fail", "warn", "not checked", "pass")
+TITLES = {  # by id, in the same order
+    "iterations": "convergence",
+    "budget": "epsilon sweep",
+    "blackbox": "black-box attacks",
+    "gradients": "gradients",
+    "determinism": "determinism",
+    "isolation": "batch independence",
+    "progress": "loss increase",
+    "pgd_gap": "gap of PGD",
+    "binarisation": "binarisation test",
+    "plumbing": "consistency",
+}
+DISPLAY_ORDER: tuple[Status, ...] = ("fail", "warn", "not checked", "pass")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The findings, one a check."""
+    """The results of all checks."""
 
-    findings: tuple[CheckResult, ...]
+    results: tuple[CheckResult, ...]
 
     @property
     def status(self) -> Status:
-        """The worst of them: fail withholds the headline. Not checked counts as pass where others were checked."""
-        found = {finding.status for finding in self.findings}
-        return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
+        """The worst status: `fail` withholds the headline, `not checked` counts as `pass`."""
+        statuses = {result.status for result in self.results}
+        return "fail" if "fail" in statuses else "warn" if "warn" in statuses else "pass"
 
     @property
     def reasons(self) -> list[str]:
-        """Why the headline is withheld; empty when it is not."""
-        return [f"{finding.check}: {finding.sentence}" for finding in self.findings if finding.status == "fail"]
+        """Sentences of the failed checks."""
+        return [f"{result.check}: {result.sentence}" for result in self.results if result.status == "fail"]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"verdict": self.status, "checks": [asdict(finding) for finding in self.findings]}
+        """The verdict for JSON."""
+        return {"verdict": self.status, "checks": [asdict(result) for result in self.results]}
 
 
-def judge(case: CheckContext) -> Verdict:
-    """Ask every check."""
-    return Verdict(tuple(_asked(case)))
-
-
-def _asked(case: CheckContext) -> Iterator[CheckResult]:
-    for check in console.track(CHECKS, f"{case.target.name}: checks", len(CHECKS)):
-        yield check(case)
+def run_checks(context: CheckContext) -> Verdict:
+    """Runs every check."""
+    checks = console.track(CHECKS, f"{context.target.name}: checks", len(CHECKS))
+    return Verdict(tuple(check(context) for check in checks))
 
 
 def show(name: str, verdict: Verdict) -> None:
-    """Print what the checks say, worst first."""
-    ordered = sorted(enumerate(verdict.findings, start=1), key=lambda item: ORDER.index(item[1].status))
-    rows = [[f"{number}. {finding.check}", finding.status, finding.sentence] for number, finding in ordered]
-    console.listing(f"{name}: may this be believed?", ["check", "", "evidence"], rows)
+    """Prints the results of the checks, worst first."""
+    ordered = sorted(enumerate(verdict.results, start=1), key=lambda item: DISPLAY_ORDER.index(item[1].status))
+    rows = [[f"{number}. {TITLES[result.check]}", result.status, result.sentence] for number, result in ordered]
+    console.text_table(f"{name}: checks of the evaluation", ["check", "", "evidence"], rows)

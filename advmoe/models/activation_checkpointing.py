@@ -1,6 +1,6 @@
-"""Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): forget what the backward pass needs, compute it again.
+"""Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): activations are recomputed in the backward pass.
 
-Memory for time: one more forward pass of each part, and of all parts only one at a time has its activations in memory.
+Saves memory at the cost of one more forward pass per module; only one module at a time holds its activations.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpointed(part: nn.Module, function: Callable[[Tensor], Tensor], images_BCHW: Tensor) -> Tensor:
-    """`function(images_BCHW)`, run once more in the backward pass; `part` is the network that it runs through.
+def run_checkpointed(module: nn.Module, function: Callable[[Tensor], Tensor], images_BCHW: Tensor) -> Tensor:
+    """Returns `function(images_BCHW)` without storing activations; the backward pass runs `function` again.
 
-    Values, gradients and running statistics are those of a plain call. The part must draw no random numbers.
+    `module` is the network that `function` calls. Values, gradients and running statistics equal those of a direct
+    call. `module` must not draw random numbers.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _on_copies(part)
+        return nullcontext(), _temporary_buffers(module)
 
     result: Tensor = checkpoint(
         function, images_BCHW, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
@@ -26,15 +27,15 @@ def checkpointed(part: nn.Module, function: Callable[[Tensor], Tensor], images_B
 
 
 @contextmanager
-def _on_copies(part: nn.Module) -> Iterator[None]:
-    """Inside, `part` works on copies of its buffers: BatchNorm must not learn from the same batch twice."""
-    kept = [(layer, dict(layer.named_buffers(recurse=False))) for layer in part.modules()]
-    for layer, buffers in kept:
+def _temporary_buffers(module: nn.Module) -> Iterator[None]:
+    """Replaces the buffers of `module` by copies: the recomputation must not update BatchNorm statistics again."""
+    originals = [(layer, dict(layer.named_buffers(recurse=False))) for layer in module.modules()]
+    for layer, buffers in originals:
         for name, buffer in buffers.items():
             setattr(layer, name, buffer.clone())
     try:
         yield
     finally:
-        for layer, buffers in kept:
+        for layer, buffers in originals:
             for name, buffer in buffers.items():
                 setattr(layer, name, buffer)

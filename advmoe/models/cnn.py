@@ -1,4 +1,4 @@
-"""A small plain network: three convolutions. What somebody would take who does not know what the victim is.
+"""A small network of three convolutions, for example as the surrogate of an attacker with no knowledge of the victim.
 
 Shapes: B batch, C channel, H/W pixels, K classes, F features (4w).
 """
@@ -27,7 +27,7 @@ class SmallCnn(nn.Module):
         self.classify = nn.Linear(4 * width, classes)
 
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """The pooled features (B, F) that the last layer reads."""
+        """Returns the pooled features (B, F), the input of the last layer."""
         hidden = self.normalize(images_BCHW)
         for layer in self.layers:
             hidden = functional.relu(layer(hidden))

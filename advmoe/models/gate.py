@@ -1,4 +1,4 @@
-"""The gate: a small convolutional network that weighs the experts for every image. All experts stay active.
+"""The gate: a small convolutional network that returns one weight per expert and image. All experts stay active.
 
 Shapes: B batch, C channel, H/W pixels, E experts.
 """
@@ -14,8 +14,8 @@ from advmoe.models.layers import ConvNorm, Normalize, linear_in_float32
 class Gate(nn.Module):
     """Pixels in [0, 1], (B, C, H, W) -> log gate weights (B, E): log_softmax(scores / temperature).
 
-    The last layer starts at zero: an untrained gate weighs all experts alike, so joint training starts from the
-    uniform average and has to earn every departure from it.
+    The last layer is initialised to zero: an untrained gate gives all experts equal weight, so joint training starts
+    from the uniform average.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How a gate distributes images over its experts: weights, and the numbers that sum them up.
+"""Gate weights of a set of images, and statistics of them: entropy and total variation distance.
 
 Shapes: N images, C channel, H/W pixels, E experts.
 """
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from advmoe.models import inference
 from advmoe.models.mixture import MixtureOfExperts, expert_weights
 
-BATCH = 200  # images of a forward pass
+BATCH_SIZE = 200  # images per forward pass
 
 
 def gate_weights(mixture: MixtureOfExperts, images_NCHW: Tensor) -> Tensor:
-    """What each expert's vote counts (N, E), in float32 and eval mode."""
-    return expert_weights(inference.predict(_GateOf(mixture), images_NCHW, BATCH), mixture.mixing)
+    """Returns the weight of each expert (N, E), in float32 and eval mode."""
+    return expert_weights(inference.predict(_LogGate(mixture), images_NCHW, BATCH_SIZE), mixture.mixing)
 
 
-class _GateOf(nn.Module):
-    """Pixels to log gate weights, whether a network of its own decides or the experts' own features."""
+class _LogGate(nn.Module):
+    """Pixels (B, C, H, W) -> log gate weights (B, E), from the gate network or from the experts' features."""
 
     def __init__(self, mixture: MixtureOfExperts) -> None:
         super().__init__()
@@ -29,12 +29,12 @@ class _GateOf(nn.Module):
 
 
 def entropy(weights_NE: Tensor) -> Tensor:
-    """Mean entropy of the gate's weights in nats: 0 when one expert has all, log E when all weigh alike."""
+    """Returns the mean entropy of the gate weights in nats: 0 if one expert has all the weight, log E if uniform."""
     nats: Tensor = -torch.special.xlogy(weights_NE, weights_NE).sum(dim=1).mean()
     return nats
 
 
-def shift(left_NE: Tensor, right_NE: Tensor) -> Tensor:
-    """Mean total variation distance between two sets of gate weights, in [0, 1]."""
+def total_variation(left_NE: Tensor, right_NE: Tensor) -> Tensor:
+    """Returns the mean total variation distance between two sets of gate weights, in [0, 1]."""
     distance: Tensor = (left_NE - right_NE).abs().sum(dim=1).mean() / 2
     return distance

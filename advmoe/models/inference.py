@@ -11,48 +11,48 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.models.grouped_experts import grouped
-from advmoe.models.layers import folded
+from advmoe.models.grouped_experts import group_experts
+from advmoe.models.layers import fold_batchnorm
 
 Precision = Literal["float32", "bfloat16"]
-
-
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @contextmanager
 def autocast(device: torch.device, precision: Precision, *, cache: bool = True) -> Iterator[None]:
-    """Run matrix work in `precision`; in float32 nothing is cast. `cache`: remember weights once cast."""
+    """Runs products and convolutions in `precision`; float32 disables autocast. `cache`: cache cast weights."""
     with torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32", cache_enabled=cache):
         yield
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` in eval mode without gradients for its parameters; both are put back as they were, layer by layer."""
+    """Sets eval mode and disables gradients of the parameters; on exit restores both, layer by layer."""
     modes = [(module, module.training) for module in model.modules()]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
-    for parameter in learning:
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield model
     finally:
         for module, mode in modes:
             module.training = mode
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def predict(model: nn.Module, images_NCHW: Tensor, batch_size: int) -> Tensor:
-    """Logits (N, K) in float32 and eval mode.
+    """Returns the logits (N, K), computed in float32 and eval mode.
 
-    Every forward pass has exactly `batch_size` images, the last filled up with zeros: some kernels round differently
-    for other sizes, and a decision should not depend on how many images came along.
+    Every forward pass has exactly `batch_size` images; the last batch is padded with zeros. Some kernels round
+    differently at other batch sizes, and predictions should not depend on the number of images.
+
+    Raises ValueError if there are no images.
     """
     if not len(images_NCHW):
         raise ValueError("no images to predict")
-    with eval_mode(model), folded(model), grouped(model), torch.no_grad():
+    with eval_mode(model), fold_batchnorm(model), group_experts(model), torch.no_grad():
         return torch.cat([_padded(model, batch, batch_size) for batch in torch.split(images_NCHW, batch_size)])
 
 

@@ -1,4 +1,4 @@
-"""Layers that every network here shares: normalisation of pixels, and a convolution that knows its BatchNorm.
+"""Layers shared by all networks: pixel normalisation, and convolution + BatchNorm with optional folding.
 
 Shapes: B batch, C channel, H/W pixels.
 """
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.models.folding import Affine, Folding, is_faster
+from advmoe.models.folding import FoldedConvCache, FoldedFilters, is_matrix_faster
+
+CHANNELS_OF_A_REGISTER = 8  # float32 numbers in 256 bits
 
 
 class Normalize(nn.Module):
-    """Channel-wise (x - mean) / std as the first layer of a model, so that attacks only ever see pixels in [0, 1]."""
+    """Channel-wise (x - mean) / std as the first layer of a model, so that attacks work on pixels in [0, 1]."""
 
     mean: Tensor
     std: Tensor
@@ -29,97 +31,109 @@ class Normalize(nn.Module):
         return (images_BCHW - self.mean) / self.std
 
 
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d without a fault of oneDNN on CPUs without AVX-512 (PyTorch 2.14): the weight gradient of a strided 1x1
+    convolution writes outside its memory where there are fewer than 8 input channels. Such a layer runs without
+    stride on every `stride`-th pixel, which computes the same.
+    """
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if self.in_channels >= CHANNELS_OF_A_REGISTER or self.kernel_size != (1, 1) or self.stride == (1, 1):
+            return super().forward(images_BCHW)
+        return functional.conv2d(images_BCHW[:, :, :: self.stride[0], :: self.stride[1]], self.weight, self.bias)
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias, then BatchNorm.
 
-    With frozen statistics the two are one convolution; inside `folded(...)` they run as one.
+    In eval mode the two equal one convolution; inside `fold_batchnorm` they run as one.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
+        self.conv = Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(channels_out)
         self.is_folded = False
-        self._folding = Folding(self.conv)
+        self._conv_cache = FoldedConvCache(self.conv)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         if not self.is_folded:
             normed: Tensor = self.norm(self.conv(images_BCHW))
             return normed
         dtype = compute_dtype(images_BCHW)
-        if is_faster(images_BCHW, self.conv):
-            maps_1BHWC = images_BCHW.permute(0, 2, 3, 1)[None]  # in channels_last nothing moves
-            return self._folding.multiplied(self._affine, maps_1BHWC, dtype)[0].permute(0, 3, 1, 2)
-        weight, bias = self._folding.convolution(self._affine, dtype)
+        if is_matrix_faster(images_BCHW, self.conv):
+            maps_1BHWC = images_BCHW.permute(0, 2, 3, 1)[None]  # no copy in channels_last
+            return self._conv_cache.apply_matrix(self._folded_filters, maps_1BHWC, dtype)[0].permute(0, 3, 1, 2)
+        weight, bias = self._conv_cache.conv_weights(self._folded_filters, dtype)
         return functional.conv2d(images_BCHW, weight, bias, self.conv.stride, self.conv.padding)
 
     @torch.no_grad()
-    def affine(self) -> Affine:
-        """The one convolution that equals both layers in eval mode: weight, scale of its filters, bias."""
+    def folded_filters(self) -> FoldedFilters:
+        """Returns the convolution that equals both layers in eval mode: weight, scale of each filter, bias."""
         norm = self.norm
         assert norm.running_var is not None
         assert norm.running_mean is not None
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         return self.conv.weight, scale, norm.bias - norm.running_mean * scale
 
-    def _affine(self) -> list[Affine]:
-        return [self.affine()]
+    def _folded_filters(self) -> list[FoldedFilters]:
+        return [self.folded_filters()]
 
     def fold(self) -> None:
-        """Run as one convolution from now on."""
+        """Runs as one convolution from now on."""
         self.is_folded = True
 
     def refold(self) -> None:
-        """The weights have changed: fold those of now, into the memory of those before."""
-        self._folding.renew(self._affine)
+        """Folds the current weights into the memory of the previous folded weights."""
+        self._conv_cache.refold(self._folded_filters)
 
     def unfold(self) -> None:
-        """Run as two layers again, and forget the one."""
+        """Runs as two layers again and frees the folded weights."""
         self.is_folded = False
-        self._folding.clear()
+        self._conv_cache.clear()
 
 
-def structure(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
-    """What a state_dict does not say: kinds of layers, and numbers like a temperature."""
-    return [(name, type(layer).__qualname__, plain(vars(layer))) for name, layer in model.named_modules()]
+def module_structure(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
+    """Returns name, class and simple attributes (such as a temperature) of every module; a state_dict lacks these."""
+    return [(name, type(layer).__qualname__, simple_attributes(vars(layer))) for name, layer in model.named_modules()]
 
 
-def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that are numbers, words or tuples, by name, in alphabetical order; private ones and `training` apart."""
-    kept = {name: value for name, value in attributes.items() if not name.startswith("_") and name != "training"}
-    return {name: value for name, value in sorted(kept.items()) if isinstance(value, int | float | str | tuple)}
+def simple_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the attributes that are numbers, strings or tuples, by name; without private ones and `training`."""
+    public = {name: value for name, value in attributes.items() if not name.startswith("_") and name != "training"}
+    return {name: value for name, value in sorted(public.items()) if isinstance(value, int | float | str | tuple)}
 
 
 def compute_dtype(images_BCHW: Tensor) -> torch.dtype:
-    """The type that a convolution of these runs in: what autocast asks for, float32 without it."""
+    """Returns the dtype in which a convolution of these images runs: autocast's, or float32 without autocast."""
     device = images_BCHW.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
 def linear_in_float32(layer: nn.Linear, features_BF: Tensor) -> Tensor:
-    """The last layer in full precision even under autocast: three bfloat16 digits are too few for a loss."""
+    """Applies the layer in float32 even under autocast: bfloat16 logits are too coarse for a loss."""
     with torch.autocast(features_BF.device.type, enabled=False):
         scores: Tensor = layer(features_BF.float())
     return scores
 
 
 def initialise(model: nn.Module) -> None:
-    """Draw the convolutions' weights, Kaiming normal over the fan-out (He et al. 2015); all else keeps its default."""
+    """Initialises the convolutions: Kaiming normal, fan-out (He et al. 2015). Other layers keep PyTorch's default."""
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
 @contextmanager
-def folded(model: nn.Module) -> Iterator[None]:
-    """Run every ConvNorm in eval mode as one convolution, prepared when it is first needed.
+def fold_batchnorm(model: nn.Module) -> Iterator[None]:
+    """Runs every ConvNorm in eval mode as one convolution, folded at its first call.
 
-    One that is in train mode stays as it is: batch statistics cannot be folded. Weights must not change inside. Forward
-    passes run in the type that autocast asks for, float32 without autocast.
+    A ConvNorm in train mode is unchanged: batch statistics cannot be folded. The weights must not change inside.
+    Forward passes run in autocast's dtype, or in float32 without autocast.
     """
-    # an enclosing `folded` has done it already and will undo it
-    found = [layer for layer in model.modules() if isinstance(layer, ConvNorm) and not layer.is_folded]
-    layers = [layer for layer in found if not layer.training and not layer.norm.training]
+    # an enclosing `fold_batchnorm` has already folded its layers and unfolds them
+    unfolded = [layer for layer in model.modules() if isinstance(layer, ConvNorm) and not layer.is_folded]
+    layers = [layer for layer in unfolded if not layer.training and not layer.norm.training]
     for layer in layers:
         layer.fold()
     try:

@@ -30,11 +30,11 @@ class BasicBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity() if same else ConvNorm(channels_in, channels_out, 1, stride)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return residual(images_BCHW, self.first, self.second, self.shortcut)
+        return apply_basic_block(images_BCHW, self.first, self.second, self.shortcut)
 
 
-def residual(images_BCHW: Tensor, first: Layer, second: Layer, shortcut: Layer) -> Tensor:
-    """What a basic block does with its layers."""
+def apply_basic_block(images_BCHW: Tensor, first: Layer, second: Layer, shortcut: Layer) -> Tensor:
+    """Applies the layers of a basic block: relu(second(relu(first(x))) + shortcut(x))."""
     inner = second(functional.relu(first(images_BCHW)))
     return functional.relu(inner + shortcut(images_BCHW))
 
@@ -57,7 +57,7 @@ class ResNet18(nn.Module):
         initialise(self)
 
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """The pooled features (B, F) that the last layer reads."""
+        """Returns the pooled features (B, F), the input of the last layer."""
         hidden = functional.relu(self.stem(self.normalize(images_BCHW)))
         pooled: Tensor = self.blocks(hidden).mean(dim=(2, 3))
         return pooled

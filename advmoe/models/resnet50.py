@@ -14,14 +14,14 @@ from torch.nn import functional
 from advmoe.models.layers import ConvNorm, Normalize, initialise, linear_in_float32
 
 STAGES = ((1, 1, 3), (2, 2, 4), (4, 2, 6), (8, 2, 3))  # (multiple of the width, stride of the first block, blocks)
-EXPANSION = 4  # channels that leave a block, per channel inside it
+EXPANSION = 4  # output channels of a block per inner channel
 
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions around a shortcut; `inner` channels in the middle, 4 * `inner` come out.
 
-    The 3x3 convolution takes the stride. In the 1x1 before it, where it was first published, three pixels of four would
-    go unread.
+    The stride is in the 3x3 convolution. In the 1x1 convolution before it, as first published, three of four pixels
+    would be skipped.
     """
 
     def __init__(self, channels_in: int, inner: int, stride: int) -> None:
@@ -57,7 +57,7 @@ class ResNet50(nn.Module):
         initialise(self)
 
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """The pooled features (B, F) that the last layer reads."""
+        """Returns the pooled features (B, F), the input of the last layer."""
         hidden = functional.relu(self.stem(self.normalize(images_BCHW)))
         pooled: Tensor = self.blocks(hidden).mean(dim=(2, 3))
         return pooled

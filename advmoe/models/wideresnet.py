@@ -1,4 +1,4 @@
-"""WideResNet-28-10 without dropout (Zagoruyko & Komodakis 2016, table 1): few layers, many channels.
+"""WideResNet-28-10 without dropout (Zagoruyko & Komodakis 2016, table 1).
 
 A 3x3 stem, three groups of four blocks, then BatchNorm, ReLU and the mean over pixels. `width` 64 is the full network:
 16 channels in the stem, 160, 320 and 640 in the groups; 36.5 million parameters at 3 channels and 10 classes. Any other
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.models.layers import ConvNorm, Normalize, initialise, linear_in_float32
+from advmoe.models.layers import Conv2d, ConvNorm, Normalize, initialise, linear_in_float32
 
 GROUPS = ((1, 1), (2, 2), (4, 2))  # (multiple of the first group's channels, stride of the first block)
 BLOCKS_PER_GROUP = 4  # depth 28: the stem, 3 groups of 4 blocks of 2, and 3 convolutions in shortcuts
@@ -22,9 +22,9 @@ BLOCKS_PER_GROUP = 4  # depth 28: the stem, 3 groups of 4 blocks of 2, and 3 con
 class WideBlock(nn.Module):
     """BatchNorm, ReLU and 3x3 convolution, twice, beside a shortcut; nothing after the sum.
 
-    The second norm reads a convolution that nothing else reads, so the two fold. The first cannot: it reads a sum that
-    also goes on along the shortcut, and a ReLU separates it from the convolution after it. (In the very first block it
-    reads the stem, whose few channels are not worth an exception.)
+    The second norm directly follows a convolution, so the two fold. The first norm does not fold: its input is a sum
+    that the shortcut also uses, and a ReLU separates it from the next convolution. (In the very first block it follows
+    the stem, whose few channels are not worth a special case.)
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
@@ -38,7 +38,7 @@ class WideBlock(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         active = functional.relu(self.norm(images_BCHW))
         inner: Tensor = self.second(functional.relu(self.first(active)))
-        # where the shape changes, the shortcut too starts behind the norm
+        # where the shape changes, the shortcut also starts after the norm
         return inner + (images_BCHW if self.shortcut is None else self.shortcut(active))
 
 
@@ -61,7 +61,7 @@ class WideResNet28(nn.Module):
         initialise(self)
 
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """The pooled features (B, F) that the last layer reads."""
+        """Returns the pooled features (B, F), the input of the last layer."""
         hidden = self.blocks(self.stem(self.normalize(images_BCHW)))
         return functional.relu(self.norm(hidden)).mean(dim=(2, 3))
 
@@ -70,4 +70,4 @@ class WideResNet28(nn.Module):
 
 
 def _plain_conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
+    return Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)

@@ -1,4 +1,4 @@
-"""What the report claims, and how much it shows."""
+"""Settings of the report stage."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -10,8 +10,9 @@ from advmoe.statistics.pairing import Claim
 
 
 class ReportSection(Settings):
-    """`claims`, by name: what is to be tested on the decisions of the evaluation, and over seeds by `advmoe aggregate`;
-    all of them are one family, so that every further claim makes each a little harder to support. `gallery`: examples.
+    """`claims` by name, tested on the decisions of the evaluation and, by `advmoe aggregate`, over seeds.
+
+    All claims form one family: each additional claim raises the adjusted p-values. `gallery`: number of examples.
     """
 
     claims: Annotated[Mapping[str, Claim], Field(min_length=1)]

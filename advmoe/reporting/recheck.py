@@ -1,4 +1,4 @@
-"""The claims of a record, judged again from its decisions: what a sceptic runs."""
+"""Recomputes the claims of a snapshot from its decisions (`advmoe findings`)."""
 
 from advmoe.core.errors import UserError
 from advmoe.core.settings import Seed, validate
@@ -7,11 +7,15 @@ from advmoe.reporting.config import ReportSection
 from advmoe.statistics import claims
 
 
-def show(where: str) -> None:
-    """Judge and print the claims that the record's own params.yaml makes. Raises UserError when it makes none."""
-    record = open_snapshot(where)
-    params = read_params(record)
+def recheck_claims(name: str) -> None:
+    """Tests and prints the claims in the params.yaml of a folder, git revision or DVC experiment.
+
+    Raises UserError when the snapshot cannot be read or its params.yaml has no claims.
+    """
+    snapshot = open_snapshot(name)
+    params = read_params(snapshot)
     if "report" not in params:
-        raise UserError(f"{record.name}: its params.yaml makes no claims (report.claims)")
-    section = validate(params["report"], ReportSection, f"{record.name}: params.yaml", "report")
-    claims.show(claims.judge(record, section.claims, validate(params.get("seed"), Seed, record.name, "seed")))
+        raise UserError(f"{snapshot.name}: its params.yaml has no claims (report.claims)")
+    section = validate(params["report"], ReportSection, f"{snapshot.name}: params.yaml", "report")
+    seed = validate(params.get("seed"), Seed, snapshot.name, "seed")
+    claims.show(claims.evaluate_claims(snapshot, section.claims, seed))

@@ -1,7 +1,7 @@
-"""What may differ between machines and must not change a result but by rounding: device, threads, compiling, folders.
+"""Settings of the machine (device, threads, compilation, folders), and seeds. They change results only by rounding.
 
-Read from `ADVMOE_*` environment variables and nowhere else. Anything that changes a number belongs in params.yaml,
-where DVC sees it; an unknown `ADVMOE_*` variable is an error because it was probably meant to do that.
+The settings are read from `ADVMOE_*` environment variables only. What changes a number belongs in params.yaml, which
+DVC tracks; unknown `ADVMOE_*` variables are therefore errors.
 """
 
 import hashlib
@@ -18,23 +18,23 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from advmoe.core.errors import UserError
-from advmoe.core.settings import explain
+from advmoe.core.settings import format_validation_error
 
 PREFIX = "ADVMOE_"
-TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # torchrun sets it for the processes that it starts
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # set by torchrun
 
 
 class Machine(BaseSettings):
-    """Settings of this machine. `compile`: attack networks that torch.compile has rewritten; `graphs`: on a GPU, record
-    the steps of an attack as CUDA graphs; `cache_dir`: for downloads; `state_dir`: for unfinished work, written there
-    every `state_seconds`.
+    """Settings of this machine. `threads`: 0 for all cores; `compile`: attack networks compiled by torch.compile;
+    `graphs`: on a GPU, replay the steps of an attack as CUDA graphs; `cache_dir`: for downloads; `state_dir`: for
+    checkpoints, saved every `state_seconds` seconds.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
-    compile: bool = False  # minutes, before anything is faster: pays on long runs only
+    compile: bool = False  # takes minutes, so it is worthwhile in long runs only
     graphs: bool = True
     cache_dir: Path = user_cache_path("advmoe")
     state_dir: Path = user_cache_path("advmoe") / "state"
@@ -43,7 +43,7 @@ class Machine(BaseSettings):
 
 @lru_cache(maxsize=1)
 def machine() -> Machine:
-    """The settings from the environment. Raises UserError for an unknown variable or a bad value."""
+    """Returns the settings from the environment. Raises UserError for an unknown variable or an invalid value."""
     known = {f"{PREFIX}{name.upper()}" for name in Machine.model_fields}
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
     if unknown:
@@ -51,50 +51,52 @@ def machine() -> Machine:
     try:
         return Machine()
     except ValidationError as error:
-        name, _, sentence = explain(error, {}).partition(":")
-        raise UserError(f"environment: {PREFIX}{name.upper()}:{sentence}") from error
+        name, _, message = format_validation_error(error, {}).partition(":")
+        raise UserError(f"environment: {PREFIX}{name.upper()}:{message}") from error
 
 
 def device() -> torch.device:
-    """The device to compute on: the one asked for, or the best there is. Raises UserError if it is not there."""
-    wanted = machine().device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    index = torch.device(wanted).index or 0
-    missing = (wanted.startswith("cuda") and index >= torch.cuda.device_count()) or (
-        wanted == "mps" and not torch.backends.mps.is_available()
+    """Returns the device of ADVMOE_DEVICE; `auto` is CUDA, else MPS, else CPU. Raises UserError if it is missing."""
+    name = machine().device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    index = torch.device(name).index or 0
+    missing = (name.startswith("cuda") and index >= torch.cuda.device_count()) or (
+        name == "mps" and not torch.backends.mps.is_available()
     )
     if missing:
-        raise UserError(f"environment: ADVMOE_DEVICE={wanted}, but PyTorch finds no such device here")
-    return torch.device(wanted)
+        raise UserError(f"environment: ADVMOE_DEVICE={name}, but PyTorch finds no such device here")
+    return torch.device(name)
 
 
 def prepare_torch() -> None:
-    """Set threads and determinism once, at the start of a process that computes."""
+    """Sets threads, determinism and float32 precision. Called once, at the start of a process that computes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.set_num_threads(machine().threads or usable_cores())
-    # warn_only: a GPU operation without a deterministic form should cost a warning, not the run
+    # warn_only: operations without a deterministic implementation warn instead of raising
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # that would also fill all fresh memory, for programs that read it before they write it; 5 % of an attack's time
+    # deterministic mode would also fill uninitialised memory, which takes 5 % of an attack's time
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    # float32 must mean float32: decisions rest on it, and TF32 keeps ten bits
+    # decisions are made in float32; TF32 has only ten bits of mantissa
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def usable_cores() -> int:
-    """Cores this process may use, which on a shared node are fewer than the node has."""
+    """Returns the number of cores that this process may use; on a shared node fewer than the node has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe() -> list[tuple[str, str]]:
-    """Rows of (what, value) for a person to read."""
-    place = device()
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or platform.machine()
+    """Returns (name, value) rows: device, threads, folders and versions."""
+    current = device()
+    hardware = (
+        torch.cuda.get_device_name(current) if current.type == "cuda" else platform.processor() or platform.machine()
+    )
     versions = [(package, version(package)) for package in ("advmoe", "torch", "torchvision", "dvc", "safetensors")]
     return [
-        ("device", f"{place} ({name})"),
+        ("device", f"{current} ({hardware})"),
         ("threads", f"{torch.get_num_threads()} of {usable_cores()} cores"),
         ("cache folder", str(machine().cache_dir)),
         ("unfinished work", f"{machine().state_dir}, every {machine().state_seconds:g} s"),
@@ -104,12 +106,12 @@ def describe() -> list[tuple[str, str]]:
 
 
 def refuse_unknown_launchers() -> None:
-    """Raises UserError under a launcher that starts several copies: each would train and write the same files. Those of
-    torchrun know of each other.
+    """Raises UserError under a launcher other than torchrun that starts several processes: each would train and write
+    the same files.
     """
     if TORCHRUN_VARIABLE in os.environ:
         return
-    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):  # others, srun, mpirun
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):  # generic, srun, mpirun
         processes = os.environ.get(name, "1")
         if processes != "1":
             raise UserError(
@@ -118,16 +120,16 @@ def refuse_unknown_launchers() -> None:
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from named parts, such as (0, 'fgsm-1', 'shuffle'): independent streams without arithmetic."""
+    """Returns a 63-bit seed derived by sha256 from parts such as (0, 'fgsm-1', 'shuffle'): independent streams."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def generator(*parts: object) -> torch.Generator:
-    """A CPU generator of its own for each purpose. Draws are made on the CPU so that every device sees the same."""
+    """Returns a CPU generator seeded by `derive_seed`. Draws on the CPU are the same for every device."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
 def evaluation_seed(seed: int) -> int:
-    """The stream of all evaluations under a project's seed."""
+    """Returns the seed of all evaluations under a project's seed."""
     return derive_seed(seed, "evaluate")

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: long work is stopped where it can go on from, and ends with the customary exit code.
+"""Handling of Ctrl-C and SIGTERM, with the usual exit codes.
 
-The first process hears both and hands SIGTERM on to the processes it has started. Work that keeps its state holds
-signals back until the next point at which that is whole.
+The main process handles both and sends SIGTERM to its child processes. Work with checkpoints defers signals to the end
+of a step, when its state is consistent.
 """
 
 import multiprocessing
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-RESUME_HINT = "run the same command again to go on"
+RESUME_HINT = "run the same command again to resume"
 
 Handler = Callable[[int, FrameType | None], object]
 
 
 class Interrupted(BaseException):
-    """The signal `number` told this process to end. No Exception: nothing should take it for a mistake."""
+    """Raised for the signal `number`. Not an Exception, so that error handlers do not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -26,32 +26,32 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM, as shells have it."""
+        """Exit code as in shells: 130 after Ctrl-C, 143 after SIGTERM."""
         return 128 + self.number
 
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Inside, both signals end the processes that were started here and raise Interrupted."""
-    with _handlers(_end):
+    """Context manager in which both signals terminate the child processes and raise Interrupted."""
+    with _handlers(_terminate):
         yield
 
 
-def _end(number: int, _frame: FrameType | None) -> None:
+def _terminate(number: int, _frame: FrameType | None) -> None:
     for child in multiprocessing.active_children():
         child.terminate()
     raise Interrupted(number)
 
 
 class DeferredSignals:
-    """Signals that have come while they were held back."""
+    """Records the last signal that arrived while signals are deferred; None if there was none."""
 
     def __init__(self) -> None:
         self.pending: int | None = None
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """The handler: remember the signal. Who presses Ctrl-C a second time cannot wait, and gets Interrupted; a pool
-        of processes sends SIGTERM twice without meaning more by it.
+    def record(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler. A second Ctrl-C raises Interrupted at once; a second SIGTERM does not, as process pools
+        send it twice.
         """
         del frame
         if self.pending is not None and number == signal.SIGINT:
@@ -61,12 +61,12 @@ class DeferredSignals:
 
 @contextmanager
 def defer_signals() -> Iterator[DeferredSignals]:
-    """Inside, signals are only noted; one that came has its usual effect when the block ends, unless by an error."""
-    held = DeferredSignals()
-    with _handlers(held.note):
-        yield held
-    if held.pending is not None:
-        _deliver(held.pending)
+    """Context manager that defers signals: a recorded one takes effect at the end of the block, unless it raises."""
+    signals = DeferredSignals()
+    with _handlers(signals.record):
+        yield signals
+    if signals.pending is not None:
+        _deliver(signals.pending)
 
 
 def _deliver(number: int) -> None:
@@ -79,18 +79,18 @@ def _deliver(number: int) -> None:
 
 @contextmanager
 def _handlers(handler: Handler) -> Iterator[None]:
-    """Both signals go to `handler`, unless they are ignored, or heard by something that is not Python and could not be
-    put back. Only the main thread may ask for that.
+    """Installs `handler` for both signals, except for signals that are ignored or handled outside Python, whose handler
+    could not be restored. Does nothing outside the main thread, where Python does not allow it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    chosen = {number: old for number, old in before.items() if old not in {signal.SIG_IGN, None}}
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    replaced = {number: old for number, old in previous.items() if old not in {signal.SIG_IGN, None}}
     try:
-        for number in chosen:
+        for number in replaced:
             signal.signal(number, handler)
         yield
     finally:
-        for number, old in chosen.items():
+        for number, old in replaced.items():
             signal.signal(number, old)

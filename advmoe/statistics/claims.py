@@ -1,6 +1,6 @@
-"""Claims about these checkpoints: one model against another, image by image, and how sure one can be.
+"""Tests claims about the checkpoints of one run: one model against another on the same images.
 
-Nothing here says whether training again would give the same: that is for `advmoe.statistics.aggregation`.
+Whether training with other seeds gives the same result is tested by `advmoe.statistics.aggregation`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,118 +8,125 @@ from dataclasses import dataclass
 from typing import Any
 
 from advmoe.core import console
-from advmoe.core.snapshots import Snapshot, commit_of
-from advmoe.statistics.intervals import Share
-from advmoe.statistics.pairing import Claim, Evidence, Refusal, weigh
+from advmoe.core.snapshots import Snapshot, commit_hash
+from advmoe.statistics.intervals import Proportion
+from advmoe.statistics.pairing import Claim, NoEvidence, PairedEvidence, collect_evidence
 
 SCHEMA = 1
-ALPHA = 0.05  # chance, at most, of one false finding in the whole family of claims
+ALPHA = 0.05  # family-wise error rate: the probability of any false positive among all claims
 SUPPORTED, CONTRADICTED, NOT_SUPPORTED = "supported", "contradicted", "not supported"
 DIGITS = 6
 
-__all__ = ["Claim", "ClaimResult", "ClaimResults", "holm", "judge", "show"]
+__all__ = ["Claim", "ClaimResult", "ClaimResults", "evaluate_claims", "holm_correction", "show"]
 
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """What became of a claim. `evidence` and `holm`, the adjusted p-value, are there unless it was refused."""
+    """The status of one claim. `evidence` and `adjusted_p` (Holm) are None if the claim could not be tested."""
 
     name: str
     claim: Claim
     status: str
     sentence: str
-    evidence: Evidence | None = None
-    holm: float | None = None
+    evidence: PairedEvidence | None = None
+    adjusted_p: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the result for JSON."""
         evidence = None if self.evidence is None else self.evidence.as_dict()
         about = {"claim": self.claim.model_dump(), "status": self.status, "sentence": self.sentence}
-        return {**about, "p_holm": self.holm, "evidence": evidence}
+        return {**about, "p_holm": self.adjusted_p, "evidence": evidence}
 
 
 @dataclass(frozen=True)
 class ClaimResults:
-    """All claims about one record; those that could be judged are one family."""
+    """The results of all claims about one snapshot. The claims that could be tested form one family."""
 
-    record: str
+    snapshot_name: str
     commit: str | None
-    findings: tuple[ClaimResult, ...]
+    results: tuple[ClaimResult, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the results for JSON."""
         return {
             "schema_version": SCHEMA,
-            "record": self.record,
+            "record": self.snapshot_name,
             "commit": self.commit,
             "alpha": ALPHA,
-            "judged": sum(finding.evidence is not None for finding in self.findings),
-            "claims": {finding.name: finding.as_dict() for finding in self.findings},
+            "judged": sum(result.evidence is not None for result in self.results),
+            "claims": {result.name: result.as_dict() for result in self.results},
         }
 
 
-def judge(record: Snapshot, claims: Mapping[str, Claim], seed: int) -> ClaimResults:
-    """Every claim from the decisions in a record: exact McNemar test, adjusted over all that could be judged.
+def evaluate_claims(snapshot: Snapshot, claims: Mapping[str, Claim], seed: int) -> ClaimResults:
+    """Tests claims with exact McNemar tests on the decisions in a snapshot, Holm-adjusted over all tested claims.
 
-    `seed`: of the bootstrap intervals. Raises UserError when the record is broken; what it merely lacks is a reason
-    not to judge.
+    `seed` seeds the bootstrap intervals. Raises UserError when a file is malformed; a claim that lacks a file is
+    "not judged".
     """
-    weighed = {name: weigh(record, claim, seed) for name, claim in claims.items()}
-    evidence = {name: found for name, found in weighed.items() if isinstance(found, Evidence)}
-    adjusted = dict(zip(evidence, holm([found.paired.p for found in evidence.values()]), strict=True))
-    findings = (_finding(name, claims[name], found, adjusted.get(name)) for name, found in weighed.items())
-    return ClaimResults(record.name, commit_of(record), tuple(findings))
+    evidence = {name: collect_evidence(snapshot, claim, seed) for name, claim in claims.items()}
+    p_values = {name: each.paired.p for name, each in evidence.items() if isinstance(each, PairedEvidence)}
+    adjusted = dict(zip(p_values, holm_correction(list(p_values.values())), strict=True))
+    results = (_claim_result(name, claims[name], each, adjusted.get(name)) for name, each in evidence.items())
+    return ClaimResults(snapshot.name, commit_hash(snapshot), tuple(results))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values in the order given (Holm 1979, step down): comparing each with alpha keeps the chance of any
-    false finding in the family at alpha, whatever the dependence between the tests.
+def holm_correction(p_values: Sequence[float]) -> list[float]:
+    """Returns step-down adjusted p-values (Holm 1979), in the given order.
+
+    Rejecting where the adjusted value is below alpha keeps the family-wise error rate at alpha under any dependence
+    between the tests.
     """
     order = sorted(range(len(p_values)), key=lambda position: p_values[position])
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, position in enumerate(order):
-        # no smaller than its predecessor's: a claim cannot be surer than one with more evidence
+        # monotone: never below the adjusted value of a smaller p-value
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[position]))
         adjusted[position] = round(largest, DIGITS)
     return adjusted
 
 
-def status(difference: float, adjusted: float) -> str:
-    """What a difference in favour of a claim (positive) and its adjusted p-value say of it."""
-    if adjusted >= ALPHA or difference == 0:
+def claim_status(difference: float, adjusted_p: float) -> str:
+    """Returns the status of a claim from the difference (positive: in its favour) and its adjusted p-value."""
+    if adjusted_p >= ALPHA or difference == 0:
         return NOT_SUPPORTED
     return SUPPORTED if difference > 0 else CONTRADICTED
 
 
-def format_p(p: float) -> str:
-    """A p-value as `= 0.041` or, where rounding left nothing, `< 1e-06`."""
+def format_p_value(p: float) -> str:
+    """Formats a p-value as `= 0.041`, or as `< 1e-06` where it was rounded to 0."""
     return f"< {10**-DIGITS:.0e}" if p < 10**-DIGITS else f"= {p:.2g}"
 
 
-def show(findings: ClaimResults) -> None:
-    """Print what became of each claim, with its numbers."""
-    rows = [[str(finding.claim), finding.status, finding.sentence] for finding in findings.findings]
-    console.listing(f"claims about the checkpoints of {findings.record}", ["claim", "", "evidence"], rows)
-
-
-def _finding(name: str, claim: Claim, found: Evidence | Refusal, adjusted: float | None) -> ClaimResult:
-    if isinstance(found, Refusal):
-        return ClaimResult(name, claim, found.status, found.reason)
-    assert adjusted is not None
-    sentence = _sentence(claim, found, adjusted)
-    return ClaimResult(name, claim, status(found.paired.difference, adjusted), sentence, found, adjusted)
-
-
-def _sentence(claim: Claim, found: Evidence, adjusted: float) -> str:
-    paired = found.paired
-    return (
-        f"{claim.model} {_percent(found.model)}, {claim.over} {_percent(found.over)}: difference "
-        f"{100 * paired.difference:+.1f} points [{100 * paired.low:.1f}, {100 * paired.high:.1f}], "
-        f"{paired.only_first} images against {paired.only_second}, p {format_p(paired.p)}, "
-        f"Holm {format_p(adjusted).removeprefix('= ')}" + (f"; {found.note}" if found.note else "")
+def show(results: ClaimResults) -> None:
+    """Prints a table of claims with their status and evidence."""
+    rows = [[str(result.claim), result.status, result.sentence] for result in results.results]
+    console.text_table(
+        f"claims about the checkpoints of {results.snapshot_name}", ["claim", "status", "evidence"], rows
     )
 
 
-def _percent(share: Share) -> str:
-    return f"{100 * share.accuracy:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+def _claim_result(
+    name: str, claim: Claim, evidence: PairedEvidence | NoEvidence, adjusted_p: float | None
+) -> ClaimResult:
+    if isinstance(evidence, NoEvidence):
+        return ClaimResult(name, claim, evidence.status, evidence.reason)
+    assert adjusted_p is not None
+    sentence = _sentence(claim, evidence, adjusted_p)
+    status = claim_status(evidence.paired.difference, adjusted_p)
+    return ClaimResult(name, claim, status, sentence, evidence, adjusted_p)
+
+
+def _sentence(claim: Claim, evidence: PairedEvidence, adjusted_p: float) -> str:
+    paired = evidence.paired
+    return (
+        f"{claim.model} {_percent(evidence.model)}, {claim.over} {_percent(evidence.over)}: difference "
+        f"{100 * paired.difference:+.1f} points [{100 * paired.low:.1f}, {100 * paired.high:.1f}], "
+        f"{paired.only_first} images against {paired.only_second}, p {format_p_value(paired.p)}, "
+        f"Holm {format_p_value(adjusted_p).removeprefix('= ')}" + (f"; {evidence.note}" if evidence.note else "")
+    )
+
+
+def _percent(proportion: Proportion) -> str:
+    return f"{100 * proportion.accuracy:.1f} % [{100 * proportion.low:.1f}, {100 * proportion.high:.1f}]"

@@ -1,4 +1,4 @@
-"""How far an accuracy moved between two runs, and whether further than their intervals allow."""
+"""Differences of an accuracy between two runs, with 95 % intervals."""
 
 import math
 from collections.abc import Sequence
@@ -6,25 +6,25 @@ from dataclasses import dataclass
 
 import torch
 
-from advmoe.statistics.intervals import Share
-from advmoe.statistics.paired_tests import compare
+from advmoe.statistics.intervals import Proportion
+from advmoe.statistics.paired_tests import compare_paired
 
-BOOTSTRAP = 0  # seed: the intervals of a comparison must not change from one reading to the next
+BOOTSTRAP_SEED = 0  # fixed, so that the intervals of a comparison are reproducible
 
 Pair = tuple[bool, bool]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Second accuracy minus first, with its 95 % interval, and how that was found."""
+    """Second accuracy minus first, with its 95 % interval [low, high] and the method that gave it."""
 
     difference: float
     low: float
     high: float
-    how: str
+    method: str
 
     @property
-    def moved(self) -> bool:
+    def significant(self) -> bool:
         """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
@@ -32,16 +32,21 @@ class Difference:
         return f"{100 * self.difference:+.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def on_same_images(pairs: Sequence[Pair]) -> Difference:
-    """From whether the first and the second run got each image right: paired bootstrap, at least one image."""
+def paired_difference(pairs: Sequence[Pair]) -> Difference:
+    """Returns the difference with a paired bootstrap interval.
+
+    `pairs` holds, per image, whether the first and the second run classify it correctly; at least one image.
+    """
     first_N, second_N = torch.tensor(pairs, dtype=torch.bool).unbind(1)
-    found = compare(second_N, first_N, BOOTSTRAP)
-    return Difference(found.difference, found.low, found.high, f"paired, {len(pairs)} images")
+    paired = compare_paired(second_N, first_N, BOOTSTRAP_SEED)
+    return Difference(paired.difference, paired.low, paired.high, f"paired, {len(pairs)} images")
 
 
-def on_other_images(first: Share, second: Share) -> Difference:
-    """From two independent shares: the hybrid score interval of their difference (Newcombe 1998, "Interval estimation
-    for the difference between independent proportions", method 10), which joins the two Wilson intervals.
+def unpaired_difference(first: Proportion, second: Proportion) -> Difference:
+    """Returns the difference of two independent proportions with its hybrid score interval.
+
+    Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10, which combines
+    the two Wilson intervals.
     """
     difference = second.accuracy - first.accuracy
     below = math.hypot(second.accuracy - second.low, first.high - first.accuracy)

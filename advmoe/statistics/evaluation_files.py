@@ -1,4 +1,4 @@
-"""What is said of a model in metrics/evaluate/<slug>.json and metrics/verdict.json, as far as findings need it."""
+"""Reads the parts of metrics/evaluate/<slug>.json and metrics/verdict.json that claims and comparisons need."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -11,46 +11,46 @@ from advmoe.core.settings import NonNegativeInt, PositiveInt, validate
 from advmoe.core.snapshots import Snapshot, read_json
 from advmoe.statistics.decisions import CLEAN, WORST, Decisions, slug
 
-SCHEMA = 2  # of advmoe.evaluation.results, which loads torch
-NOT_ASKED, FAIL = "not asked", "fail"
+SCHEMA = 2  # of advmoe.evaluation.summary, which imports torch
+NOT_CHECKED, FAIL = "not asked", "fail"
 
 
-class Part(BaseModel):
-    """A part of a report; what else stands there is of no concern here."""
+class FileSection(BaseModel):
+    """A section of a metrics file; other keys are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
-class Counted(Part):
-    """How many of how many images were right."""
+class Counts(FileSection):
+    """The number of images that were classified correctly, and of all images."""
 
     correct: NonNegativeInt
     total: PositiveInt
 
 
-class Attack(Part):
-    """What was asked of an attack."""
+class AttackEntry(FileSection):
+    """The settings of an attack."""
 
     settings: dict[str, Any]
 
 
-class Terms(Part):
-    """The terms of the evaluation: what its random numbers came from, and whether fallen images were spared."""
+class EvaluationTerms(FileSection):
+    """The seed of the evaluation, and whether later attacks skip images that an attack succeeded on."""
 
     seed: int
     drop_fallen: bool
 
 
-class EvaluationFile(Part):
-    """One model: accuracies (None: withheld), what the checks said of them, and the terms they were measured on."""
+class EvaluationFile(FileSection):
+    """The report on one model: accuracies (None: withheld), verdict of the checks, attacks and evaluation terms."""
 
     model: str
     epsilon: float
-    accuracy: dict[str, Counted | None]
+    accuracy: dict[str, Counts | None]
     verdict: Literal["pass", "warn", "fail", "not asked"]
     withheld: tuple[str, ...]
-    attacks: dict[str, Attack]
-    terms: Terms
+    attacks: dict[str, AttackEntry]
+    terms: EvaluationTerms
 
     @model_validator(mode="after")
     def _complete(self) -> "EvaluationFile":
@@ -59,47 +59,47 @@ class EvaluationFile(Part):
         return self
 
     @property
-    def judged(self) -> bool:
-        """Whether it met all attacks and the checks were asked; ensembles and experts are not."""
-        return self.verdict != NOT_ASKED
+    def checked(self) -> bool:
+        """Whether all attacks and all checks were run; not so for single experts and averages."""
+        return self.verdict != NOT_CHECKED
 
 
 def path(model: str) -> Path:
-    """Where the report on a model lies."""
+    """Returns the path of the report on a model."""
     return paths.EVALUATION / f"{slug(model)}.json"
 
 
-def read(record: Snapshot, model: str) -> EvaluationFile:
-    """Raises AbsentError when there is no report on this model, UserError for one that this version cannot read."""
-    return read_file(record, path(model))
+def read(snapshot: Snapshot, model: str) -> EvaluationFile:
+    """Reads the report on a model. Raises MissingFileError when it is missing, UserError when it is malformed."""
+    return read_file(snapshot, path(model))
 
 
-def read_file(record: Snapshot, file: Path) -> EvaluationFile:
-    """As `read`, by the file's path."""
-    content = read_json(record, file)
+def read_file(snapshot: Snapshot, file: Path) -> EvaluationFile:
+    """Reads a report by its path; see `read`."""
+    content = read_json(snapshot, file)
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA:
-        raise UserError(f"{record.name}: {file} has schema version {version}, this version of advmoe reads {SCHEMA}")
-    return validate(content, EvaluationFile, f"{record.name}: {file}")
+        raise UserError(f"{snapshot.name}: {file} has schema version {version}, this version of advmoe reads {SCHEMA}")
+    return validate(content, EvaluationFile, f"{snapshot.name}: {file}")
 
 
-def failures(record: Snapshot, report: EvaluationFile) -> list[str]:
-    """Why nothing may be claimed of how robust this model is; empty when no check failed. Raises UserError."""
-    verdicts = read_json(record, paths.VERDICT)
+def withheld_reasons(snapshot: Snapshot, report: EvaluationFile) -> list[str]:
+    """Returns why the robust accuracy of a model is withheld; empty if no check failed. Raises UserError."""
+    verdicts = read_json(snapshot, paths.VERDICT)
     if not isinstance(verdicts, dict):
-        raise UserError(f"{record.name}: {paths.VERDICT} must be a mapping of models")
+        raise UserError(f"{snapshot.name}: {paths.VERDICT} must be a mapping of models")
     entry = verdicts.get(report.model)
-    says_fail = isinstance(entry, dict) and entry.get("verdict") == FAIL
-    if report.verdict == FAIL or says_fail:
+    verdict_failed = isinstance(entry, dict) and entry.get("verdict") == FAIL
+    if report.verdict == FAIL or verdict_failed:
         return list(report.withheld) or [f"a check failed, see {paths.VERDICT}"]
     return []
 
 
-def check_agreement(record: Snapshot, report: EvaluationFile, decisions: Decisions) -> None:
-    """Report and decisions must be of one run: every accuracy must follow from the decisions. Raises UserError."""
+def check_agreement(snapshot: Snapshot, report: EvaluationFile, decisions: Decisions) -> None:
+    """Raises UserError when an accuracy of the report does not follow from the decisions of the same run."""
     for kind in {**report.accuracy, **decisions.correct}:
         if not _agrees(kind, report, decisions):
-            raise UserError(f"{record.name}: decisions and report on {report.model} do not agree under {kind}")
+            raise UserError(f"{snapshot.name}: decisions and report on {report.model} do not agree under {kind}")
 
 
 def _agrees(kind: str, report: EvaluationFile, decisions: Decisions) -> bool:

@@ -1,17 +1,16 @@
-"""Intervals for accuracies."""
+"""Proportions such as accuracies, with Wilson 95 % confidence intervals."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
-Z95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Share:
-    """`correct` of `total` images, with the Wilson 95 % interval [low, high]."""
+class Proportion:
+    """`correct` of `total` images, with the Wilson 95 % interval [low, high] of `accuracy`, all in [0, 1]."""
 
     correct: int
     total: int
@@ -20,34 +19,37 @@ class Share:
     high: float
 
     @classmethod
-    def of(cls, correct_N: torch.Tensor) -> "Share":
-        """From a bool tensor (N,), N > 0."""
-        return cls.counted(int(correct_N.sum()), len(correct_N))
+    def from_mask(cls, correct_N: torch.Tensor) -> "Proportion":
+        """Counts a bool tensor (N,), N > 0."""
+        return cls.from_counts(int(correct_N.sum()), len(correct_N))
 
     @classmethod
-    def pooled(cls, shares: Sequence["Share"]) -> "Share":
-        """Of disjoint sets of images together."""
-        return cls.counted(sum(share.correct for share in shares), sum(share.total for share in shares))
-
-    @classmethod
-    def counted(cls, correct: int, total: int) -> "Share":
-        """From counts."""
-        low, high = wilson(correct, total)
+    def from_counts(cls, correct: int, total: int) -> "Proportion":
+        """Rounds accuracy and interval to six digits. Raises ValueError unless 0 <= correct <= total and total > 0."""
+        low, high = wilson_interval(correct, total)
         return cls(correct, total, round(correct / total, 6), round(low, 6), round(high, 6))
 
+    @classmethod
+    def pooled(cls, proportions: Sequence["Proportion"]) -> "Proportion":
+        """Pools the counts of disjoint sets of images."""
+        return cls.from_counts(sum(each.correct for each in proportions), sum(each.total for each in proportions))
+
     def as_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """Returns the proportion for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
         return f"{100 * self.accuracy:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """Wilson score interval at 95 % for a share (Wilson 1927): never outside [0, 1], sound near both ends."""
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Returns the Wilson score interval of a proportion at 95 % (Wilson 1927), inside [0, 1].
+
+    Raises ValueError unless 0 <= correct <= total and total > 0.
+    """
     if not 0 <= correct <= total or total == 0:
-        raise ValueError(f"{correct} of {total} is no share")
-    share, z2 = correct / total, Z95 * Z95
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+        raise ValueError(f"{correct} of {total} is not a proportion")
+    from scipy.stats import binomtest  # noqa: PLC0415  (takes more than a second)
+
+    interval = binomtest(correct, total).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)

@@ -1,4 +1,4 @@
-"""The evidence for one claim in one record: two models on the same images, or the reason why there is none."""
+"""Collects the evidence for one claim from one snapshot: both models' decisions on the same images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,23 +8,23 @@ import torch
 from pydantic import Field, model_validator
 
 from advmoe.core.settings import Settings
-from advmoe.core.snapshots import AbsentError, Snapshot
+from advmoe.core.snapshots import MissingFileError, Snapshot
 from advmoe.statistics import evaluation_files
 from advmoe.statistics.decisions import CLEAN, WORST, Decisions
 from advmoe.statistics.evaluation_files import EvaluationFile
-from advmoe.statistics.intervals import Share
-from advmoe.statistics.paired_tests import PairedDifference, compare
+from advmoe.statistics.intervals import Proportion
+from advmoe.statistics.paired_tests import PairedDifference, compare_paired
 
-Text = Annotated[str, Field(min_length=1)]
-Refused = Literal["withheld", "not judged"]
+NonEmptyStr = Annotated[str, Field(min_length=1)]
+NoEvidenceStatus = Literal["withheld", "not judged"]
 
 
 class Claim(Settings):
-    """`model` is more accurate than `over` under `clean`, an attack or `worst`, the worst case over all attacks."""
+    """`model` is more accurate than `over` under `clean`, an attack, or `worst`, the worst case over all attacks."""
 
-    model: Text
-    over: Text
-    under: Text
+    model: NonEmptyStr
+    over: NonEmptyStr
+    under: NonEmptyStr
 
     @model_validator(mode="after")
     def _two_models(self) -> "Claim":
@@ -37,31 +37,31 @@ class Claim(Settings):
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """Accuracies of both models and their paired difference, on the same images; `note`: what to know of how."""
+class PairedEvidence:
+    """The accuracies of both models and their paired difference on the same images. `note` qualifies the comparison."""
 
-    model: Share
-    over: Share
+    model: Proportion
+    over: Proportion
     paired: PairedDifference
     note: str
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the evidence for JSON."""
         paired = self.paired.as_dict()
         return {"model": self.model.as_dict(), "over": self.over.as_dict(), "paired": paired, "note": self.note}
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why there is no evidence: a failed check withholds it, or it cannot be judged from this record."""
+class NoEvidence:
+    """Why there is no evidence: "withheld" after a failed check, "not judged" where results are missing or differ."""
 
-    status: Refused
+    status: NoEvidenceStatus
     reason: str
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of the two models: what was decided and what was reported of it."""
+class ModelData:
+    """The decisions and the evaluation report of one model."""
 
     decisions: Decisions
     report: EvaluationFile
@@ -72,84 +72,89 @@ class Side:
         return self.decisions.model
 
 
-def weigh(record: Snapshot, claim: Claim, seed: int) -> Evidence | Refusal:
-    """The evidence of a record. `seed`: of the bootstrap. Raises UserError when the record is broken."""
+def collect_evidence(snapshot: Snapshot, claim: Claim, seed: int) -> PairedEvidence | NoEvidence:
+    """Returns the evidence for a claim. `seed` seeds the bootstrap. Raises UserError when a file is malformed."""
     try:
-        first, second = _side(record, claim.model), _side(record, claim.over)
-        refusal = _withheld(record, first, second) or _incomparable(first, second, claim)
-    except AbsentError as error:
-        return Refusal("not judged", str(error))
-    if refusal is not None:
-        return refusal
-    kinds = _kinds(first, second, claim)
-    pairs = list(_pairs(first, second, kinds))
+        first, second = _read_model(snapshot, claim.model), _read_model(snapshot, claim.over)
+        no_evidence = _check_verdicts(snapshot, first, second) or _check_comparable(first, second, claim)
+    except MissingFileError as error:
+        return NoEvidence("not judged", str(error))
+    if no_evidence is not None:
+        return no_evidence
+    columns = _columns(first, second, claim)
+    pairs = list(_paired_decisions(first, second, columns))
     if not pairs:
-        return Refusal("not judged", f"no image met {claim.under} on both models")
+        return NoEvidence("not judged", f"no image met {claim.under} on both models")
     model_N, over_N = torch.tensor(pairs, dtype=torch.bool).unbind(1)
-    paired = compare(model_N, over_N, seed)
-    return Evidence(Share.of(model_N), Share.of(over_N), paired, _note(first, second, claim, kinds))
+    paired = compare_paired(model_N, over_N, seed)
+    note = _note(first, second, claim, columns)
+    return PairedEvidence(Proportion.from_mask(model_N), Proportion.from_mask(over_N), paired, note)
 
 
-def _side(record: Snapshot, model: str) -> Side:
-    side = Side(Decisions.read(record, model), evaluation_files.read(record, model))
-    evaluation_files.check_agreement(record, side.report, side.decisions)
-    return side
+def _read_model(snapshot: Snapshot, name: str) -> ModelData:
+    model = ModelData(Decisions.read(snapshot, name), evaluation_files.read(snapshot, name))
+    evaluation_files.check_agreement(snapshot, model.report, model.decisions)
+    return model
 
 
-def _withheld(record: Snapshot, *sides: Side) -> Refusal | None:
-    reasons = [f"{side.name}: {why}" for side in sides for why in evaluation_files.failures(record, side.report)]
-    return Refusal("withheld", "; ".join(reasons)) if reasons else None
+def _check_verdicts(snapshot: Snapshot, *models: ModelData) -> NoEvidence | None:
+    reasons = [
+        f"{model.name}: {reason}"
+        for model in models
+        for reason in evaluation_files.withheld_reasons(snapshot, model.report)
+    ]
+    return NoEvidence("withheld", "; ".join(reasons)) if reasons else None
 
 
-def _incomparable(first: Side, second: Side, claim: Claim) -> Refusal | None:
+def _check_comparable(first: ModelData, second: ModelData, claim: Claim) -> NoEvidence | None:
     names = f"{first.name} and {second.name}"
     if not first.decisions.same_images(second.decisions):
-        return Refusal("not judged", f"{names} were not evaluated on the same images in the same order")
+        return NoEvidence("not judged", f"{names} were not evaluated on the same images in the same order")
     if first.report.epsilon != second.report.epsilon:
-        return Refusal("not judged", f"{names} were attacked with different epsilon")
+        return NoEvidence("not judged", f"{names} were attacked with different epsilon")
     if claim.under in {CLEAN, WORST}:
-        common = claim.under == CLEAN or _own_worst(first, second) or _common(first, second)
-        return None if common else Refusal("not judged", f"{names} met no attack in common")
-    strangers = [side.name for side in (first, second) if claim.under not in side.decisions.attacks]
-    return Refusal("not judged", f"{strangers[0]} did not meet {claim.under}") if strangers else None
+        common = claim.under == CLEAN or _use_full_worst_case(first, second) or _common_attacks(first, second)
+        return None if common else NoEvidence("not judged", f"{names} met no attack in common")
+    not_attacked = [model.name for model in (first, second) if claim.under not in model.decisions.attacks]
+    return NoEvidence("not judged", f"{not_attacked[0]} did not meet {claim.under}") if not_attacked else None
 
 
-def _own_worst(*sides: Side) -> bool:
-    """Whether each one's own worst case counts: to leave gate-aware attacks out would flatter a mixture."""
-    return all(side.report.judged for side in sides)
+def _use_full_worst_case(*models: ModelData) -> bool:
+    """Whether each model's own worst case is compared: leaving out gate-aware attacks would favour a mixture."""
+    return all(model.report.checked for model in models)
 
 
-def _common(first: Side, second: Side) -> list[str]:
+def _common_attacks(first: ModelData, second: ModelData) -> list[str]:
     return [attack for attack in first.decisions.attacks if attack in second.decisions.attacks]
 
 
-def _kinds(first: Side, second: Side, claim: Claim) -> list[str]:
-    """The columns in which an image must be right to count as right."""
-    if claim.under == WORST and not _own_worst(first, second):
-        return [CLEAN, *_common(first, second)]
+def _columns(first: ModelData, second: ModelData, claim: Claim) -> list[str]:
+    """The columns in which an image must be correct to count as correct."""
+    if claim.under == WORST and not _use_full_worst_case(first, second):
+        return [CLEAN, *_common_attacks(first, second)]
     return [claim.under]
 
 
-def _pairs(first: Side, second: Side, kinds: list[str]) -> Iterator[tuple[bool, bool]]:
-    """Per image, whether each is right in all columns that hold a decision on both; images without one are left out."""
-    columns = [(first.decisions.correct[kind], second.decisions.correct[kind]) for kind in kinds]
+def _paired_decisions(first: ModelData, second: ModelData, columns: list[str]) -> Iterator[tuple[bool, bool]]:
+    """Yields per image whether each model is correct in all columns decided for both; skips images without any."""
+    decisions = [(first.decisions.correct[column], second.decisions.correct[column]) for column in columns]
     for image in range(len(first.decisions.index)):
-        cells = [(left[image], right[image]) for left, right in columns]
+        cells = [(left[image], right[image]) for left, right in decisions]
         both = [(left, right) for left, right in cells if left is not None and right is not None]
         if both:
             yield all(left for left, _ in both), all(right for _, right in both)
 
 
-def _note(first: Side, second: Side, claim: Claim, kinds: list[str]) -> str:
-    sides = (first, second)
+def _note(first: ModelData, second: ModelData, claim: Claim, columns: list[str]) -> str:
+    models = (first, second)
     notes = []
-    if kinds != [claim.under]:
-        unjudged = " and ".join(side.name for side in sides if not side.report.judged)
+    if columns != [claim.under]:
+        unchecked = " and ".join(model.name for model in models if not model.report.checked)
         notes += [
-            f"over the attacks that both met ({', '.join(kinds[1:])}), as the full suite did not judge {unjudged}"
+            f"over the attacks that both met ({', '.join(columns[1:])}), as the full suite did not judge {unchecked}"
         ]
     elif claim.under == WORST and set(first.decisions.attacks) != set(second.decisions.attacks):
         notes += ["each in the worst case of all attacks that it met"]
-    if kinds[-1] not in {CLEAN, WORST} and any(side.report.terms.drop_fallen for side in sides):
+    if columns[-1] not in {CLEAN, WORST} and any(model.report.terms.drop_fallen for model in models):
         notes += ["an image that fell to an earlier attack counts as fallen"]
     return "; ".join(notes)

@@ -1,4 +1,4 @@
-"""From one number a seed to what may be said of a method: the mean, how it scatters, and a test."""
+"""Tests whether the mean of one difference per seed is zero."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy import stats
 
-LEAST = 3  # seeds; two would give a t-interval thirteen times as wide as their scatter
+MIN_SEEDS = 3  # with two, the t-interval is thirteen times as wide as their standard deviation
 CONFIDENCE = 0.95
 DIGITS = 6
 T_TEST, SIGN_TEST = "paired t-test", "exact sign test"
@@ -16,7 +16,10 @@ T_TEST, SIGN_TEST = "paired t-test", "exact sign test"
 
 @dataclass(frozen=True)
 class SeedTest:
-    """`low`, `high`: 95 % t-interval of the mean difference; None where the seeds do not scatter. `p`: two-sided."""
+    """`mean` and standard deviation `sd` of the differences, and the two-sided `p` of the `test`.
+
+    `low`, `high`: the 95 % t-interval of the mean; None where all seeds have the same difference.
+    """
 
     test: str
     mean: float
@@ -26,7 +29,7 @@ class SeedTest:
     p: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the test for JSON, rounded to six digits."""
         numbers = {"mean": self.mean, "sd": self.sd, "low": self.low, "high": self.high, "p": self.p}
         rounded = {name: None if value is None else round(value, DIGITS) for name, value in numbers.items()}
         return {"test": self.test, **rounded}
@@ -39,21 +42,20 @@ class SeedTest:
         return f"difference {100 * self.mean:+.1f} points {interval}, sd {100 * self.sd:.1f}, {self.test}"
 
 
-def over_seeds(differences: Sequence[Fraction]) -> SeedTest:
-    """Test whether the mean of at least three seeds' differences is 0.
+def mean_difference_test(differences: Sequence[Fraction]) -> SeedTest:
+    """Tests whether the mean difference of at least three seeds is 0.
 
-    Paired t-test with its interval (Student 1908). When all seeds differ by exactly the same, their variance is 0 and
-    there is no t: a p-value of 0 would take the coarse steps in which an accuracy moves for certainty. Then the exact
-    sign test takes over, which asks only how often chance gives one sign to all: 2 / 2**n, below 0.05 from six seeds.
-    Fractions, because floats make equal differences look unequal.
+    Paired t-test with its interval (Student 1908). If all differences are equal, their variance is 0 and t is
+    undefined; a p-value of 0 would only reflect the coarse steps of an accuracy. The exact sign test is used instead:
+    p = 2 / 2**n, below 0.05 from six seeds. Fractions, because floats make equal differences unequal.
     """
     count = len(differences)
-    assert count >= LEAST, "too few seeds for a test"
+    assert count >= MIN_SEEDS, "too few seeds for a test"
     values = [float(difference) for difference in differences]
     mean = math.fsum(values) / count
     if len(set(differences)) == 1:
         return SeedTest(SIGN_TEST, values[0], 0.0, None, None, 2 / 2**count if values[0] else 1.0)
-    found = stats.ttest_1samp(values, 0.0)  # of the differences: the paired test of the accuracies
-    low, high = found.confidence_interval(CONFIDENCE)
+    result = stats.ttest_1samp(values, 0.0)  # of the differences: the paired test of the accuracies
+    low, high = result.confidence_interval(CONFIDENCE)
     sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return SeedTest(T_TEST, mean, sd, float(low), float(high), float(found.pvalue))
+    return SeedTest(T_TEST, mean, sd, float(low), float(high), float(result.pvalue))

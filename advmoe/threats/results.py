@@ -1,43 +1,54 @@
-"""Numbers of studies: with their intervals, as JSON and back, and their means over runs."""
+"""Results of threat experiments: JSON files, conversion of metrics to and from JSON, and aggregation over runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from advmoe.statistics.intervals import Share
+from advmoe.core import files
+from advmoe.core.errors import UserError
+from advmoe.statistics.intervals import Proportion
 from advmoe.statistics.paired_tests import PairedDifference
 
 DIGITS = 6
 
 
 def value(number: Any) -> float:
-    """The number itself, without its interval."""
+    """Returns a metric as a plain number, without its interval."""
     match number:
-        case Share():
+        case Proportion():
             return number.accuracy
         case PairedDifference():
             return number.difference
     return float(number)
 
 
-def as_json(found: Mapping[str, Any]) -> dict[str, Any]:
-    """With intervals, for JSON."""
+def as_json(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns metrics by name with their intervals, ready for JSON."""
     return {
-        name: number.as_dict() if isinstance(number, Share | PairedDifference) else number
-        for name, number in found.items()
+        name: number.as_dict() if isinstance(number, Proportion | PairedDifference) else number
+        for name, number in metrics.items()
     }
 
 
 def from_json(content: Any) -> Any:
-    """What `as_json` wrote for one number."""
+    """Returns one metric from the value that `as_json` wrote."""
     if not isinstance(content, dict):
         return content
-    return Share(**content) if "accuracy" in content else PairedDifference(**content)
+    return Proportion(**content) if "accuracy" in content else PairedDifference(**content)
+
+
+def read_results(path: Path, schema: int, key: str) -> dict[str, Any]:
+    """Reads a JSON file of results. Raises UserError unless it has this schema version and this key."""
+    content = files.read_json(path)
+    if not isinstance(content, dict) or content.get("schema_version") != schema or key not in content:
+        raise UserError(f"{path}: not a result of this version of advmoe; run `dvc repro`")
+    return content
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The mean over `runs`, and the lowest and highest of them."""
+class MeanRange:
+    """Mean, lowest and highest value over a number of `runs`."""
 
     mean: float
     lowest: float
@@ -48,14 +59,14 @@ class Spread:
         return f"{100 * self.mean:.1f} ({100 * self.lowest:.1f} to {100 * self.highest:.1f})"
 
 
-def over_runs(numbers: Sequence[Any]) -> Any:
-    """One number of several runs: as it is, with its interval, for a single run, else the mean with its range."""
+def aggregate_runs(numbers: Sequence[Any]) -> Any:
+    """Returns a single run's metric unchanged, with its interval, and for several runs the mean with its range."""
     if len(numbers) == 1:
         return numbers[0]
     values = [value(number) for number in numbers]
-    return Spread(sum(values) / len(values), min(values), max(values), len(values))
+    return MeanRange(sum(values) / len(values), min(values), max(values), len(values))
 
 
 def mean(number: Any) -> float:
-    """What `over_runs` returned, as a plain number."""
-    return round(number.mean if isinstance(number, Spread) else value(number), DIGITS)
+    """Returns a value of `aggregate_runs` as a plain rounded number."""
+    return round(number.mean if isinstance(number, MeanRange) else value(number), DIGITS)

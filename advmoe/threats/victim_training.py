@@ -1,8 +1,8 @@
-"""The pipeline's own networks, trained anew on another training set by the pipeline's own code: victims and shadows.
+"""Training of victims and shadow models: the pipeline's networks, retrained on another training set.
 
-A victim and its clean twin differ in the training images and labels and in nothing else: recipe, seed, order of batches
-and validation images are the same. Validation stays clean: the defender is granted a small trusted set. So do the
-channel statistics inside the networks, which a poisoned corner would hardly move.
+A victim and its clean twin differ in the training images and labels only: recipe, seed, batch order and validation
+images are the same. The validation split stays clean, as a defender is assumed to have a small trusted set. The channel
+mean and standard deviation inside the networks are those of the clean set, too: poison hardly changes them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,80 +18,81 @@ from advmoe.core.settings import Epsilon, Seed, Settings, load_section
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset, Split
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Backbone, Classifier, Mixture, Plain
+from advmoe.models.classifiers import BackboneSettings, Classifier, MixtureArchitecture, PlainArchitecture
 from advmoe.runtime.parallel import parallel_map
 from advmoe.training.baselines import specs
 from advmoe.training.baselines.specs import Baseline, SingleNetwork
-from advmoe.training.joint import JointConfig, train_mixture
-from advmoe.training.single import NetworkSpec, SingleConfig, baseline_recipe, train_single
-from advmoe.training.trainer import TrainingResult
+from advmoe.training.job import TrainingResult
+from advmoe.training.joint import JointConfig, JointRun, train_mixture
+from advmoe.training.single import NetworkSpec, SingleConfig, SingleRun, baseline_config, train_single
 
 MIXTURE, JOINT_ONLY = "mixture", "mixture-joint"
 
 
 @dataclass(frozen=True)
 class VictimRecipes:
-    """All that the pipeline's training stages read from params.yaml; `added` to the seed, 0 is the pipeline's own.
+    """All settings that the pipeline's training stages read from params.yaml.
 
-    `shelf`: folder of checkpoints, see `advmoe.runtime.checkpoints.workdir`.
+    `seed_offset`: added to the project's seed, 0 for the pipeline's own networks; `checkpoint_dir`: folder of
+    checkpoints, see `advmoe.runtime.checkpoints.workdir`.
     """
 
     seed: int
     epsilon: float
-    backbone: Backbone
+    backbone: BackboneSettings
     pretrain: SingleConfig
     experts: dict[str, NetworkSpec]
     joint: JointConfig
     baselines: dict[str, SingleNetwork]
-    added: int = 0
-    shelf: Path | None = None
+    seed_offset: int = 0
+    checkpoint_dir: Path | None = None
 
     @classmethod
-    def read(cls) -> "VictimRecipes":
-        """Raises UserError for what is missing or wrong."""
+    def from_params(cls) -> "VictimRecipes":
+        """Reads params.yaml. Raises UserError for a missing or invalid setting."""
         return cls(
             seed=load_section("seed", Seed),
             epsilon=load_section("epsilon", Epsilon),
-            backbone=load_section("model", Backbone),
+            backbone=load_section("model", BackboneSettings),
             pretrain=load_section("pretrain", SingleConfig),
             experts=load_section("experts", dict[str, NetworkSpec]),
             joint=load_section("train", JointConfig),
-            baselines=retrainable(load_section("baseline", dict[str, Baseline])),
+            baselines=retrainable_baselines(load_section("baseline", dict[str, Baseline])),
         )
 
-    def under(self, added: int) -> "VictimRecipes":
-        """The same recipes under another seed."""
-        return replace(self, added=added)
+    def with_seed_offset(self, seed_offset: int) -> "VictimRecipes":
+        """Returns the same recipes with another seed offset."""
+        return replace(self, seed_offset=seed_offset)
 
     @property
     def run_seed(self) -> int:
-        """The seed that takes the place of the project's."""
-        return self.seed + self.added
+        """The project's seed plus the offset."""
+        return self.seed + self.seed_offset
 
     @property
-    def for_baselines(self) -> SingleConfig:
-        """The recipe of plain networks."""
-        return baseline_recipe(self.pretrain, self.joint.epochs)
+    def baseline_training(self) -> SingleConfig:
+        """The training config of baselines, which train as long as expert and joint phase together."""
+        return baseline_config(self.pretrain, self.joint.epochs)
 
-    def backbone_of(self, student: NetworkSpec) -> Backbone:
-        """What kind of network an expert or a baseline is."""
-        if isinstance(student, SingleNetwork):
-            return specs.plain(student, self.backbone).backbone
+    def backbone_for(self, spec: NetworkSpec) -> BackboneSettings:
+        """Returns the backbone of an expert or a baseline."""
+        if isinstance(spec, SingleNetwork):
+            return specs.plain_architecture(spec, self.backbone).backbone
         return self.backbone
 
-    def met_by(self, student: NetworkSpec) -> float | None:
-        """The threat model's epsilon, for a student that meets it."""
-        return self.epsilon if student.meets_threat_model else None
+    def epsilon_for(self, spec: NetworkSpec) -> float | None:
+        """Returns the threat model's epsilon, None for a network that is not trained under the threat model."""
+        return self.epsilon if spec.meets_threat_model else None
 
-    def architecture(self, victim: str) -> Plain | Mixture:
-        """What kind of network a victim is."""
+    def architecture(self, victim: str) -> PlainArchitecture | MixtureArchitecture:
+        """Returns the architecture of a victim."""
         if not is_mixture(victim):
-            return specs.plain(self.baselines[victim], self.backbone)
+            return specs.plain_architecture(self.baselines[victim], self.backbone)
         return specs.paper_mixture(self.backbone, self.joint)
 
 
-def retrainable(baselines: Mapping[str, Baseline]) -> dict[str, SingleNetwork]:
-    """Those that a study can train anew from a recipe alone: plain networks that match nobody's work."""
+def retrainable_baselines(baselines: Mapping[str, Baseline]) -> dict[str, SingleNetwork]:
+    """Returns the baselines that can be retrained from their recipe alone: plain networks without a matched budget."""
     return {
         name: single
         for name, single in baselines.items()
@@ -101,7 +102,7 @@ def retrainable(baselines: Mapping[str, Baseline]) -> dict[str, SingleNetwork]:
 
 @dataclass(frozen=True)
 class VictimSpec:
-    """One victim to train: whose name, under which recipes, on which training images (None: the clean ones)."""
+    """One victim to train: its name, the recipes, and the training split (None: the clean one)."""
 
     victim: str
     recipes: VictimRecipes
@@ -109,24 +110,24 @@ class VictimSpec:
 
 
 def is_mixture(victim: str) -> bool:
-    """Whether a victim has experts and a gate."""
+    """Whether a victim is a mixture of experts."""
     return victim in {MIXTURE, JOINT_ONLY}
 
 
-def train_victims(orders: Sequence[VictimSpec]) -> list[TrainingResult]:
-    """Every ordered victim, in that order; two networks at a time where there are cores for it."""
-    singles = {position: _singles(order) for position, order in enumerate(orders)}
+def train_victims(victims: Sequence[VictimSpec]) -> list[TrainingResult]:
+    """Trains victims and returns their results in the same order; see `parallel_map` for parallelism."""
+    singles = {position: _single_jobs(spec) for position, spec in enumerate(victims)}
     trained = iter(parallel_map(_train_single, [single for parts in singles.values() for single in parts]))
-    found = {position: [next(trained) for _ in parts] for position, parts in singles.items()}
-    mixtures = [position for position, order in enumerate(orders) if is_mixture(order.victim)]
-    joint = [_Joint(orders[position], [part.model for part in found[position]]) for position in mixtures]
+    results = {position: [next(trained) for _ in parts] for position, parts in singles.items()}
+    mixtures = [position for position, spec in enumerate(victims) if is_mixture(spec.victim)]
+    joint = [_JointJob(victims[position], [part.model for part in results[position]]) for position in mixtures]
     for position, mixture in zip(mixtures, parallel_map(_train_joint, joint), strict=True):
-        found[position] = [mixture]
-    return [parts[0] for parts in found.values()]
+        results[position] = [mixture]
+    return [parts[0] for parts in results.values()]
 
 
 @dataclass(frozen=True)
-class _Single:
+class _SingleJob:
     """One plain network to train: a baseline, or an expert of a mixture."""
 
     name: str
@@ -136,133 +137,137 @@ class _Single:
 
 
 @dataclass(frozen=True)
-class _Joint:
-    """Trained experts that wait for their joint phase; none: the pipeline's own."""
+class _JointJob:
+    """One joint phase to train, with its trained experts; without any, the pipeline's experts are used."""
 
-    order: VictimSpec
+    spec: VictimSpec
     experts: Sequence[nn.Module]
 
 
-def _singles(order: VictimSpec) -> list[_Single]:
-    recipes = order.recipes
-    if not is_mixture(order.victim):
-        return [_Single(order.victim, False, recipes, order.train)]
-    if order.victim == MIXTURE:
-        return [_Single(name, True, recipes, order.train) for name in recipes.joint.experts]
+def _single_jobs(spec: VictimSpec) -> list[_SingleJob]:
+    recipes = spec.recipes
+    if not is_mixture(spec.victim):
+        return [_SingleJob(spec.victim, False, recipes, spec.train)]
+    if spec.victim == MIXTURE:
+        return [_SingleJob(name, True, recipes, spec.train) for name in recipes.joint.experts]
     if _pipeline_experts(recipes) is not None:
         return []
-    return [_Single(name, True, recipes, None) for name in recipes.joint.experts]
+    return [_SingleJob(name, True, recipes, None) for name in recipes.joint.experts]
 
 
-def _train_single(single: _Single) -> TrainingResult:
+def _train_single(single: _SingleJob) -> TrainingResult:
     recipes = single.recipes
-    student = (recipes.experts if single.is_expert else recipes.baselines)[single.name]
-    return train_single(
+    spec = (recipes.experts if single.is_expert else recipes.baselines)[single.name]
+    run = SingleRun(
         single.name if single.is_expert else f"baseline-{single.name}",
-        student,
-        recipes.backbone_of(student),
-        _data(single.train),
-        recipes.pretrain if single.is_expert else recipes.for_baselines,
+        spec,
+        recipes.backbone_for(spec),
+        _dataset_with(single.train),
+        recipes.pretrain if single.is_expert else recipes.baseline_training,
         seed=recipes.run_seed,
-        epsilon=recipes.met_by(student),
-        shelf=recipes.shelf,
+        epsilon=recipes.epsilon_for(spec),
+        checkpoint_dir=recipes.checkpoint_dir,
     )
+    return train_single(run)
 
 
-def _train_joint(joint: _Joint) -> TrainingResult:
-    recipes = joint.order.recipes
+def _train_joint(joint: _JointJob) -> TrainingResult:
+    recipes = joint.spec.recipes
     experts = list(joint.experts) or [expert.model for expert in (_pipeline_experts(recipes) or {}).values()]
     assert experts
-    trained, _ = train_mixture(
+    run = JointRun(
         experts,
         recipes.backbone,
-        _data(joint.order.train),
+        _dataset_with(joint.spec.train),
         recipes.joint,
         seed=recipes.run_seed,
         epsilon=recipes.epsilon,
-        shelf=recipes.shelf,
+        checkpoint_dir=recipes.checkpoint_dir,
     )
+    trained, _ = train_mixture(run)
     return trained
 
 
 @lru_cache(maxsize=1)
-def _clean() -> Dataset:
+def _clean_dataset() -> Dataset:
     return dataset.load(paths.DATASET)
 
 
-def _data(train: Split | None) -> Dataset:
-    clean = _clean()
+def _dataset_with(train: Split | None) -> Dataset:
+    clean = _clean_dataset()
     return clean if train is None else replace(clean, splits={**clean.splits, "train": train})
 
 
 def train_proxy(baseline: str, recipes: VictimRecipes, proxy_seed: int) -> nn.Module:
-    """The attacker's own network: that baseline's recipe on the clean set, but no victim's name, seed or start."""
-    student = recipes.baselines[baseline]
-    trained = train_single(
+    """Trains the attacker's proxy: a baseline's recipe on the clean set, with a seed that no victim has."""
+    spec = recipes.baselines[baseline]
+    run = SingleRun(
         f"proxy-{baseline}",
-        student.model_copy(update={"seed": proxy_seed}),
-        recipes.backbone_of(student),
-        _clean(),
-        recipes.for_baselines,
+        spec.model_copy(update={"seed": proxy_seed}),
+        recipes.backbone_for(spec),
+        _clean_dataset(),
+        recipes.baseline_training,
         seed=proxy_seed,
-        epsilon=recipes.met_by(student),
-        shelf=recipes.shelf,
+        epsilon=recipes.epsilon_for(spec),
+        checkpoint_dir=recipes.checkpoint_dir,
     )
-    return trained.model
+    return train_single(run).model
 
 
-# ---- the pipeline's own networks
+# ---- networks that the pipeline has trained
 
 
-def pipeline_twin(victim: str, recipes: VictimRecipes) -> nn.Module | None:
-    """The pipeline's own model as a victim's clean twin; None unless it was made with this seed, recipe and data."""
+def matching_pipeline_model(victim: str, recipes: VictimRecipes) -> nn.Module | None:
+    """Loads the pipeline's model as clean twin of a victim; None unless its seed, recipe and data are the same."""
     if not is_mixture(victim):
-        wanted = _single_params(victim, recipes, is_expert=False)
-        backbone = recipes.backbone_of(recipes.baselines[victim])
-        return _model(_made_as(paths.artifact("baseline", victim), wanted, recipes, backbone))
+        expected = _expected_params(victim, recipes, is_expert=False)
+        backbone = recipes.backbone_for(recipes.baselines[victim])
+        return _model_or_none(_load_if_matching(paths.artifact("baseline", victim), expected, recipes, backbone))
     experts = _pipeline_experts(recipes)
     if experts is None:
         return None
-    wanted = {"recipe": recipes.joint.model_dump(mode="json"), "epsilon": recipes.epsilon}
+    expected = {"recipe": recipes.joint.model_dump(mode="json"), "epsilon": recipes.epsilon}
     inputs = {f"expert {name}": expert.header.sha256 for name, expert in experts.items()}
-    return _model(_made_as(paths.MIXTURE, wanted, recipes, recipes.backbone, inputs))
+    return _model_or_none(_load_if_matching(paths.MIXTURE, expected, recipes, recipes.backbone, inputs))
 
 
 def _pipeline_experts(recipes: VictimRecipes) -> dict[str, Classifier] | None:
-    """The pre-trained experts in the gate's order, None unless all were made with this seed, recipe and data."""
-    found = {}
+    """Loads the pre-trained experts in the gate's order; None unless seed, recipe and data of all are the same."""
+    experts = {}
     for name in recipes.joint.experts:
-        wanted = _single_params(name, recipes, is_expert=True)
-        expert = _made_as(paths.artifact("pretrain", name), wanted, recipes, recipes.backbone)
+        expected = _expected_params(name, recipes, is_expert=True)
+        expert = _load_if_matching(paths.artifact("pretrain", name), expected, recipes, recipes.backbone)
         if expert is None:
             return None
-        found[name] = expert
-    return found
+        experts[name] = expert
+    return experts
 
 
-def _model(found: Classifier | None) -> nn.Module | None:
-    return None if found is None else found.model
+def _model_or_none(classifier: Classifier | None) -> nn.Module | None:
+    return None if classifier is None else classifier.model
 
 
-def _single_params(name: str, recipes: VictimRecipes, *, is_expert: bool) -> dict[str, object]:
-    recipe: Settings = recipes.pretrain if is_expert else recipes.for_baselines
-    student = (recipes.experts if is_expert else recipes.baselines)[name]
-    made = {"recipe": recipe, "student": student}
-    return {key: value.model_dump(mode="json") for key, value in made.items()} | {"epsilon": recipes.met_by(student)}
+def _expected_params(name: str, recipes: VictimRecipes, *, is_expert: bool) -> dict[str, object]:
+    recipe: Settings = recipes.pretrain if is_expert else recipes.baseline_training
+    spec = (recipes.experts if is_expert else recipes.baselines)[name]
+    settings = {"recipe": recipe, "student": spec}
+    return {key: value.model_dump(mode="json") for key, value in settings.items()} | {
+        "epsilon": recipes.epsilon_for(spec)
+    }
 
 
-def _made_as(
+def _load_if_matching(
     path: Path,
     params: dict[str, object],
     recipes: VictimRecipes,
-    backbone: Backbone,
+    backbone: BackboneSettings,
     experts: Mapping[str, str] = MappingProxyType({}),
 ) -> Classifier | None:
-    """The classifier in a file, None unless it was made with these params, seed, data and (a mixture) experts."""
+    """Loads a classifier; None unless it was trained with these params, seed, data and (for a mixture) experts."""
     if not path.exists():
         return None
-    found = classifiers.load(path)
-    made_from = {"dataset": _clean().sha256, **experts}
-    same = found.header.params == params and found.header.seed == recipes.run_seed
-    same = same and found.header.inputs == made_from and found.about.architecture.backbone == backbone
-    return found if same else None
+    classifier = classifiers.load(path)
+    expected_inputs = {"dataset": _clean_dataset().sha256, **experts}
+    same = classifier.header.params == params and classifier.header.seed == recipes.run_seed
+    same = same and classifier.header.inputs == expected_inputs and classifier.about.architecture.backbone == backbone
+    return classifier if same else None

@@ -1,6 +1,6 @@
-"""Randomised adversarial training: what each batch is attacked with is drawn (arXiv 2512.20821).
+"""Randomised adversarial training: the attack on each batch is drawn at random (arXiv 2512.20821).
 
-The draw is made once per batch, not per image and not per epoch; a test holds that.
+It is drawn once per batch, not per image and not per epoch; a test checks that. `advmoe.attacks.engine` runs it.
 """
 
 from collections.abc import Sequence
@@ -9,15 +9,12 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
-from advmoe.attacks import engine
-from advmoe.attacks.ball import Draws, LInf
+from advmoe.attacks.ball import LInf
 from advmoe.attacks.fgsm import Fgsm, fgsm
 from advmoe.attacks.interface import AttackFn
 from advmoe.attacks.pgd import Pgd, pgd
 from advmoe.core.settings import Epsilon, NonNegativeFloat, PositiveFloat, PositiveInt, Settings
-from advmoe.models import inference
 from advmoe.training.nfgsm import NFgsm, nfgsm
 from advmoe.training.trades import Trades, trades
 
@@ -54,8 +51,8 @@ class PgdBatches(Settings):
 
 
 class PgdAtRadii(Settings):
-    """The same at a radius drawn from `radii`, which are relative to the threat model's epsilon, as `step_size` is to
-    the radius: experts that are prepared for less or for more.
+    """PGD at a radius drawn from `radii`, relative to the threat model's epsilon; `step_size` is relative to that
+    radius. For experts that specialise in smaller or larger perturbations.
     """
 
     kind: Literal["pgd-radii"]
@@ -76,7 +73,7 @@ class TradesBatches(Settings):
 
 
 class MixedBatches(Settings):
-    """One of several kinds, drawn with the given weights, then its own draw."""
+    """One of several kinds of batches, drawn with the given weights; its attack is drawn next."""
 
     kind: Literal["mixed"]
     weights: tuple[NonNegativeFloat, ...]
@@ -86,7 +83,7 @@ class MixedBatches(Settings):
     ]
 
     @model_validator(mode="after")
-    def _one_weight_each(self) -> "MixedBatches":
+    def _validate_weights(self) -> "MixedBatches":
         if len(self.weights) != len(self.of) or not sum(self.weights) > 0:
             raise ValueError(f"needs one weight for each of its {len(self.of)} kinds, and one above 0")
         return self
@@ -98,58 +95,44 @@ Adversary = Annotated[
 ]
 
 
-class Drawn(NamedTuple):
-    """The attack that one batch gets."""
+class BatchAttack(NamedTuple):
+    """The attack on one batch: its settings, and the ball around each image."""
 
-    attack: Fgsm | NFgsm | Pgd | Trades
+    settings: Fgsm | NFgsm | Pgd | Trades
     ball: LInf
 
-
-def bind(attack: Fgsm | NFgsm | Pgd | Trades) -> AttackFn:
-    """The attack as a function. Not through the catalogue, or training would depend on every attack there is."""
-    match attack:
-        case Fgsm():
-            return partial(fgsm, settings=attack)
-        case NFgsm():
-            return partial(nfgsm, settings=attack)
-        case Pgd():
-            return partial(pgd, settings=attack)
-        case Trades():
-            return partial(trades, settings=attack)
-
-
-def craft(
-    model: nn.Module,
-    images_BCHW: Tensor,
-    labels_B: Tensor,
-    drawn: Drawn,
-    draws: Draws,
-    precision: inference.Precision,
-    passes: engine.PassCount | None = None,
-) -> Tensor:
-    """Adversarial images for one training batch, every image attacked to the last step; `passes` counts the work."""
-    with engine.attack_mode(model, precision, passes) as cheap:
-        return bind(drawn.attack)(cheap, images_BCHW, labels_B, ball=drawn.ball, draws=draws)
+    @property
+    def function(self) -> AttackFn:
+        """The attack with its settings bound. Not by the registry: training would depend on every attack there is."""
+        match self.settings:
+            case Fgsm():
+                return partial(fgsm, settings=self.settings)
+            case NFgsm():
+                return partial(nfgsm, settings=self.settings)
+            case Pgd():
+                return partial(pgd, settings=self.settings)
+            case Trades():
+                return partial(trades, settings=self.settings)
 
 
-def draw(adversary: Adversary, epsilon: float, stream: torch.Generator) -> Drawn | None:
-    """Draw the attack of one batch; None for a clean one. `epsilon` is the threat model's."""
+def draw_attack(adversary: Adversary, epsilon: float, stream: torch.Generator) -> BatchAttack | None:
+    """Draws the attack on one batch; returns None for a clean one. `epsilon` is the threat model's."""
     match adversary:
         case CleanBatches():
             return None
         case MixedBatches():
             chosen = torch.multinomial(torch.tensor(adversary.weights), 1, generator=stream)
-            return draw(adversary.of[int(chosen)], epsilon, stream)
+            return draw_attack(adversary.of[int(chosen)], epsilon, stream)
         case FgsmBatches():
-            return Drawn(Fgsm(kind="fgsm"), LInf(_pick(adversary.epsilons, stream)))
+            return BatchAttack(Fgsm(kind="fgsm"), LInf(_choose(adversary.epsilons, stream)))
         case PgdAtRadii():
-            return Drawn(_attack(adversary, stream), LInf(epsilon * _pick(adversary.radii, stream)))
+            return BatchAttack(_draw_settings(adversary, stream), LInf(epsilon * _choose(adversary.radii, stream)))
         case _:
-            return Drawn(_attack(adversary, stream), LInf(epsilon))
+            return BatchAttack(_draw_settings(adversary, stream), LInf(epsilon))
 
 
 def expected_passes(adversary: Adversary) -> float:
-    """Passes forwards and back to the pixels that an image is attacked with, on average over the draws."""
+    """Returns the forward (and backward) passes that attacking an image takes, on average over the draws."""
     match adversary:
         case CleanBatches():
             return 0.0
@@ -162,16 +145,16 @@ def expected_passes(adversary: Adversary) -> float:
             return sum(share * expected_passes(kind) for share, kind in zip(shares, adversary.of, strict=True))
 
 
-def _attack(
+def _draw_settings(
     adversary: NFgsmBatches | PgdBatches | PgdAtRadii | TradesBatches, stream: torch.Generator
 ) -> NFgsm | Pgd | Trades:
     if isinstance(adversary, NFgsmBatches):
         return NFgsm(kind="n-fgsm", noise=adversary.noise, step_size=adversary.step_size)
-    steps = _pick(adversary.steps, stream)
+    steps = _choose(adversary.steps, stream)
     if isinstance(adversary, TradesBatches):
         return Trades(kind="trades", steps=steps, step_size=adversary.step_size)
     return Pgd(kind="pgd", steps=steps, step_size=adversary.step_size, restarts=1, loss="ce", targets=0)
 
 
-def _pick(choices: Sequence[T], stream: torch.Generator) -> T:
+def _choose(choices: Sequence[T], stream: torch.Generator) -> T:
     return choices[int(torch.randint(len(choices), (), generator=stream))]

@@ -1,4 +1,4 @@
-"""The numbers of a training run, the same set for an expert, a baseline and the mixture."""
+"""The settings of a training run, the same for an expert, a baseline and the mixture; learning rate and optimizer."""
 
 import math
 from collections.abc import Iterable
@@ -29,10 +29,10 @@ class Schedule(Settings):
 
 
 class Validation(Settings):
-    """What is measured on the validation split after every epoch.
+    """The validation after each epoch.
 
-    `steps` and `step_size` (relative to epsilon) are PGD's; `gap`: how much better FGSM accuracy may be than PGD
-    accuracy before the overfitting alarm; `images`: at most so many.
+    `steps` and `step_size` (relative to epsilon) are PGD's; `gap`: how much FGSM accuracy may exceed PGD accuracy
+    before the overfitting alarm; `images`: how many are used, at most.
     """
 
     steps: PositiveInt
@@ -42,10 +42,10 @@ class Validation(Settings):
 
 
 class TrainingConfig(Settings):
-    """Everything a training run needs besides a model, an adversary and a seed. The last epoch is kept.
+    """The settings of a training run, except model, adversary and seed. The last epoch is kept.
 
-    `micro_batch`: largest number of images that are attacked and learned from at once, None for the whole batch (see
-    `advmoe.training.microbatches`); `clip`: largest gradient norm, 0 for none; `ema`: decay of the averaged weights,
+    `micro_batch`: maximum number of images attacked and learned from at once, None for the whole batch (see
+    `advmoe.training.microbatches`); `clip`: maximum gradient norm, 0 for none; `ema`: decay of the averaged weights,
     which are then the ones kept, 0 for none.
     """
 
@@ -59,11 +59,16 @@ class TrainingConfig(Settings):
     augmentation: Augmentation
     precision: Precision
 
+    @property
+    def gradients(self) -> int:
+        """Gradients that a step computes of its batch."""
+        return 1
+
 
 class ValidatedTrainingConfig(TrainingConfig):
-    """The same, watched on the validation split; `selection`: keep the last epoch or the best there; `sync_batchnorm`:
-    where several GPUs train, their BatchNorms normalise by what all of them have in hand, not each by its own share;
-    `awp`: how far weights are perturbed for each gradient, relative to their norm, 0 for not (see
+    """The same with validation; `selection`: keep the last epoch or the best one on the validation split;
+    `sync_batchnorm`: where several GPUs train, BatchNorm normalises over the images of all of them, not per process;
+    `awp`: how far weights are perturbed for each gradient, relative to their norm, 0 for none (see
     `advmoe.training.weight_perturbation`).
     """
 
@@ -74,12 +79,12 @@ class ValidatedTrainingConfig(TrainingConfig):
 
     @property
     def gradients(self) -> int:
-        """How many a step takes of its batch: one more where weights are perturbed along the first."""
+        """Gradients that a step computes of its batch: one more where weights are perturbed along the first."""
         return 2 if self.awp else 1
 
 
 def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
-    """The factor on the learning rate at `step` of `steps`, in (0, 1]."""
+    """Returns the factor on the learning rate at `step` of `steps`, in (0, 1]."""
     rising = schedule.warmup * steps
     if step < rising:
         return (step + 1) / (rising + 1)
@@ -89,7 +94,7 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
 
 
 def parameter_groups(modules: Iterable[tuple[nn.Module, float]], optimizer: Optimizer) -> list[dict[str, Any]]:
-    """SGD parameter groups for (module, peak learning rate) pairs, each split by whether weight decay applies."""
+    """Returns SGD parameter groups for (module, peak learning rate) pairs, split by whether weight decay applies."""
     groups: list[dict[str, Any]] = []
     for module, peak in modules:
         parameters = list(module.parameters())
@@ -101,6 +106,6 @@ def parameter_groups(modules: Iterable[tuple[nn.Module, float]], optimizer: Opti
 
 
 def sgd(modules: Iterable[tuple[nn.Module, float]], optimizer: Optimizer) -> torch.optim.SGD:
-    """The optimiser for (module, peak learning rate) pairs."""
+    """Returns the SGD optimizer for (module, peak learning rate) pairs."""
     groups = parameter_groups(modules, optimizer)
     return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum, nesterov=optimizer.momentum > 0)

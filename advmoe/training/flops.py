@@ -1,6 +1,6 @@
-"""What training costs, so that comparisons can be made at equal cost: counted work, which equal runs agree on.
+"""The cost of training in floating-point operations, for comparisons at equal cost. Equal runs have equal counts.
 
-Seconds and memory are of the circumstances and stand in an artifact's sidecar.
+Seconds and memory depend on the machine and are in an artifact's sidecar.
 
 Shapes: B batch, C channel, H/W pixels.
 """
@@ -24,27 +24,27 @@ from advmoe.models.classifiers import Classifier
 from advmoe.models.mixture import MixtureOfExperts
 
 SAMPLE_SIZE = 2  # images to count on: BatchNorm cannot learn from one
-ROUNDS = 2  # learning steps to count: who alternates between two parts has two kinds of steps
+STEPS = 2  # training steps to count: tasks that alternate between two parts have two kinds of steps
 
 
 class HasLoss(Protocol):
-    """What of a learner is needed to count its work."""
+    """The part of a TrainingTask that is needed to count its operations."""
 
     model: nn.Module
 
-    def begin(self) -> None:
-        """A step begins."""
+    def on_step_start(self) -> None:
+        """Called before each training step."""
         ...
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
-        """The scalar to minimise."""
+        """Returns the scalar to minimise."""
         ...
 
 
 @dataclass(frozen=True)
 class FlopsPerImage:
-    """Floating-point operations (a multiplication and an addition are two) that one image costs: `forward` as in use,
-    `pixels` backwards from the output to the pixels, `learning` for loss and gradients of a training step.
+    """Floating-point operations per image (a multiplication and an addition are two): `forward` in eval mode, `pixels`
+    of a backward pass to the pixels, `learning` for loss and gradients of a training step.
     """
 
     forward: int
@@ -52,41 +52,44 @@ class FlopsPerImage:
     learning: int
 
 
-def measure_flops(learner: HasLoss, images_BCHW: Tensor, labels_B: Tensor) -> FlopsPerImage:
-    """Counted on the first images of a batch of floats in [0, 1]; the learner is left as it was."""
+def measure_flops(task: HasLoss, images_BCHW: Tensor, labels_B: Tensor) -> FlopsPerImage:
+    """Counts on the first images of a batch of floats in [0, 1]; the task is left unchanged."""
     images, labels = images_BCHW[:SAMPLE_SIZE], labels_B[:SAMPLE_SIZE]
-    # as defined, not as attacks run it: what a machine saves, a matrix for a map of four pixels, is no smaller network
-    with inference.eval_mode(learner.model) as network:
-        with _counted() as forward, torch.no_grad():
+    # the network as defined, not as attacks run it: their optimisations do not make it a smaller network
+    with inference.eval_mode(task.model) as network:
+        with _flop_counter() as forward, torch.no_grad():
             network(images)
         pixels = images.clone().requires_grad_(True)
-        with _counted() as both, torch.enable_grad():
-            torch.autograd.backward(network(pixels).sum())  # the counter does not bear autograd.grad
-    trial = copy.deepcopy(learner)
+        with _flop_counter() as both, torch.enable_grad():
+            torch.autograd.backward(network(pixels).sum())  # the counter does not support autograd.grad
+    trial = copy.deepcopy(task)
     if isinstance(trial.model, MixtureOfExperts):
-        trial.model.checkpointing = False  # to compute again is a price of memory: equal training stays equal
-    with _counted() as learning:
-        for _ in range(ROUNDS):
-            trial.begin()
+        trial.model.checkpointing = (
+            False  # recomputation saves memory and is not counted, so that equal training has equal cost
+        )
+    with _flop_counter() as learning:
+        for _ in range(STEPS):
+            trial.on_step_start()
             torch.autograd.backward(trial.loss(images, labels, images))
     once = forward.get_total_flops()
     return FlopsPerImage(
         forward=once // len(images),
         pixels=(both.get_total_flops() - once) // len(images),
-        learning=learning.get_total_flops() // (ROUNDS * len(images)),
+        learning=learning.get_total_flops() // (STEPS * len(images)),
     )
 
 
 @contextmanager
-def _counted() -> Iterator[FlopCounterMode]:
+def _flop_counter() -> Iterator[FlopCounterMode]:
     with FlopCounterMode(display=False) as counter:
         yield counter
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """`parameters` of the network, `flops_per_image` of one forward pass; images gone through in training: attacked
-    forwards and backwards, and learned from; `training_flops` of all that, and with what the network was built from.
+    """`parameters` of the network and `flops_per_image` of one forward pass; numbers of images in forward and backward
+    passes of attacks and in training steps (`learning`); `training_flops` of all these, and the total that includes
+    what the network was built from.
     """
 
     parameters: int
@@ -98,31 +101,43 @@ class TrainingCost:
     total_training_flops: int
 
     def as_dict(self) -> dict[str, int]:
-        """For JSON."""
+        """Returns the fields for JSON."""
         return asdict(self)
 
 
-def parameters(model: nn.Module) -> int:
-    """Numbers that training may choose."""
+def count_parameters(model: nn.Module) -> int:
+    """Returns the number of parameters; BatchNorm statistics are not counted."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def training_cost(
-    model: nn.Module, each: FlopsPerImage, passes: engine.PassCount, learned: int, before: int
+    model: nn.Module, per_image: FlopsPerImage, passes: engine.PassCount, images_learned: int, prior: int
 ) -> TrainingCost:
-    """Of a training run that learned from `learned` images; `before`: operations spent on what it started from."""
-    own = each.forward * passes.forward + each.pixels * passes.backward + each.learning * learned
-    return TrainingCost(parameters(model), each.forward, passes.forward, passes.backward, learned, own, own + before)
+    """Returns the cost of a training run; `prior`: operations already spent on what it starts from."""
+    own = per_image.forward * passes.forward + per_image.pixels * passes.backward + per_image.learning * images_learned
+    return TrainingCost(
+        parameters=count_parameters(model),
+        flops_per_image=per_image.forward,
+        crafting_forward=passes.forward,
+        crafting_backward=passes.backward,
+        learning=images_learned,
+        training_flops=own,
+        total_training_flops=own + prior,
+    )
 
 
 def total_prior_flops(classifiers: Mapping[str, Classifier]) -> int:
-    """Operations that training these experts, by name, took in all. Raises UserError when one does not say."""
+    """Returns the operations that training these experts, by name, took in total. Raises UserError when a file does not
+    hold them.
+    """
     return sum(prior_flops(paths.artifact("pretrain", name), each) for name, each in classifiers.items())
 
 
 def prior_flops(path: Path, classifier: Classifier) -> int:
-    """Operations that training the classifier in this file took in all. Raises UserError when it does not say."""
+    """Returns the operations that training the classifier in this file took in total. Raises UserError when the file
+    does not hold them.
+    """
     try:
         return int(classifier.header.metrics["cost"]["total_training_flops"])
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: does not say what its training cost; `dvc repro` builds it again") from None
+        raise UserError(f"{path}: does not hold its training cost; run `dvc repro` to build it again") from None

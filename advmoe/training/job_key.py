@@ -4,14 +4,14 @@ from torch import nn
 
 from advmoe.core.artifacts import hash_tensors
 from advmoe.data.dataset import Dataset
-from advmoe.models.layers import plain, structure
-from advmoe.runtime.checkpoints.workdir import KEY_LENGTH, environment_fingerprint, hash_of
+from advmoe.models.layers import module_structure, simple_attributes
+from advmoe.runtime.checkpoints.workdir import KEY_LENGTH, environment_fingerprint, hash_values
 from advmoe.training.flops import HasLoss
 
 
-def checkpoint_name(name: str, learner: HasLoss, dataset: Dataset, settings: object) -> str:
-    """A file name that holds a hash of all that determines a training run: `settings`, the learner and its network as
-    they are now, the images learned from and watched, and what of the machine shows in the last bits.
+def checkpoint_name(name: str, task: HasLoss, dataset: Dataset, settings: object) -> str:
+    """Returns a file name with a hash of all that determines a training run: `settings`, the task and its network as
+    they are now, the training and validation images, and the properties of the machine that affect rounding.
     """
     images = {
         f"{split}.{part}": tensor
@@ -19,11 +19,11 @@ def checkpoint_name(name: str, learner: HasLoss, dataset: Dataset, settings: obj
         if split in {"train", "validation"}
         for part, tensor in (("images", rows.images), ("labels", rows.labels))
     }
-    key = hash_of(
+    key = hash_values(
         name,
         settings,
-        [type(learner).__qualname__, plain(vars(learner))],
-        model_fingerprint(learner.model),
+        [type(task).__qualname__, simple_attributes(vars(task))],
+        model_fingerprint(task.model),
         hash_tensors(images),
         environment_fingerprint(),
     )
@@ -31,5 +31,5 @@ def checkpoint_name(name: str, learner: HasLoss, dataset: Dataset, settings: obj
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """sha256 over all that determines what a network answers."""
-    return hash_of(structure(model), hash_tensors(model.state_dict()))
+    """Returns the sha256 over all that determines a network's outputs."""
+    return hash_values(module_structure(model), hash_tensors(model.state_dict()))

@@ -1,13 +1,12 @@
-"""A batch in pieces, so that large batches fit a small memory: crafted and learned from one after another, gradients
-added up. Several processes take a piece each.
+"""Gradient accumulation over micro-batches: large batches fit a small memory, and several processes share a batch.
 
-The batch stays the unit of everything else: one draw of the attack, one step of the optimiser, and one step of
-BatchNorm's running statistics. What a piece alone decides is what it is normalised by, and a mixture's load balance.
+The batch remains the unit of everything else: one attack, one optimizer step, and one step of BatchNorm's running
+statistics. A micro-batch alone determines its BatchNorm normalisation and a mixture's load balance.
 
-Shapes: B batch, b images of a piece, C channel, H/W pixels.
+Shapes: B batch, b images of a micro-batch, C channel, H/W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,62 +15,66 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from advmoe.runtime import distributed
 
-MIN_SIZE = 2  # images: BatchNorm cannot learn from one
+MIN_MICRO_BATCH = 2  # images: BatchNorm cannot learn from one
 
 
 class MicroBatch(NamedTuple):
-    """Clean and attacked images (b, C, H, W), labels (b,), and `share`: b / B, the weight of this piece's mean loss."""
+    """Clean and attacked images (b, C, H, W), labels (b,), and `weight`: b / B, the weight of this part's mean loss."""
 
     clean: Tensor
     images: Tensor
     labels: Tensor
-    share: float
+    weight: float
 
 
-def split_batch(count: int, most: int | None, processes: int = 1, smallest: int = MIN_SIZE) -> tuple[Tensor, ...]:
-    """Positions 0 to `count` - 1 in as few pieces of nearly equal size as keep each at `most`, None: at any size, and
-    give as many to each process. None has less than `smallest`, which may leave processes without, and a piece of three
-    where two are allowed.
+def split_batch(
+    count: int, max_size: int | None, processes: int = 1, min_size: int = MIN_MICRO_BATCH
+) -> tuple[Tensor, ...]:
+    """Returns the positions 0 to `count` - 1 in as few parts of nearly equal size as `max_size` (None: any) allows,
+    equally many for each process. No part is smaller than `min_size`; so a process may get none, and a part may have
+    three images where two are allowed.
     """
-    pieces = 1 if most is None else -(-count // most)
-    return torch.tensor_split(torch.arange(count), max(1, min(-(-pieces // processes) * processes, count // smallest)))
+    parts = 1 if max_size is None else -(-count // max_size)
+    return torch.tensor_split(torch.arange(count), max(1, min(-(-parts // processes) * processes, count // min_size)))
 
 
-def average_batchnorm_statistics(model: nn.Module, pieces: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
-    """The pieces in turn, to be learned from; BatchNorm's running statistics then move as in one step.
+def for_each_micro_batch(
+    model: nn.Module, micro_batches: Sequence[MicroBatch], backward: Callable[[MicroBatch], None]
+) -> None:
+    """Calls `backward` for each micro-batch; BatchNorm's running statistics then move as in one step.
 
-    Every piece starts from the statistics before the batch, and the batch leaves the weighted mean of what its pieces
-    made of them. So neither their number nor their order matters to how fast the statistics move.
+    Each micro-batch starts from the statistics before the batch, and the batch leaves their weighted mean. So neither
+    the number of micro-batches nor their order affects how fast the statistics move.
     """
-    if len(pieces) == 1 and not distributed.is_distributed():
-        yield from pieces
+    if len(micro_batches) == 1 and not distributed.is_distributed():
+        backward(micro_batches[0])
         return
-    statistics = _Statistics(model)
-    for piece in pieces:
-        yield piece
-        statistics.take(piece.share)
-    statistics.settle()
+    statistics = _BatchNormStatistics(model)
+    for micro_batch in micro_batches:
+        backward(micro_batch)
+        statistics.accumulate(micro_batch.weight)
+    statistics.apply()
 
 
-class _Statistics:
-    """Of those BatchNorms that learn; another piece begins where the first one did."""
+class _BatchNormStatistics:
+    """Running statistics of the BatchNorms in train mode, averaged over the micro-batches of a batch."""
 
     def __init__(self, model: nn.Module) -> None:
         layers = [layer for layer in model.modules() if isinstance(layer, BatchNorm) and layer.training]
-        moving = [found for layer in layers for found in (layer.running_mean, layer.running_var)]
-        self.moving = [tensor for tensor in moving if tensor is not None]
-        self.before = [tensor.clone() for tensor in self.moving]
-        self.after = [torch.zeros_like(tensor) for tensor in self.moving]
+        buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
+        self.buffers = [buffer for buffer in buffers if buffer is not None]
+        self.before = [buffer.clone() for buffer in self.buffers]
+        self.average = [torch.zeros_like(buffer) for buffer in self.buffers]
 
-    def take(self, share: float) -> None:
-        """A piece has moved them."""
-        for total, moved in zip(self.after, self.moving, strict=True):
-            total.add_(moved, alpha=share)
-        for tensor, before in zip(self.moving, self.before, strict=True):
-            tensor.copy_(before)
+    def accumulate(self, weight: float) -> None:
+        """Adds the statistics after a micro-batch to the average, and resets them."""
+        for average, buffer in zip(self.average, self.buffers, strict=True):
+            average.add_(buffer, alpha=weight)
+        for buffer, before in zip(self.buffers, self.before, strict=True):
+            buffer.copy_(before)
 
-    def settle(self) -> None:
-        """The batch is over, for all processes."""
-        distributed.all_reduce_sum_(self.after)
-        for tensor, total in zip(self.moving, self.after, strict=True):
-            tensor.copy_(total)
+    def apply(self) -> None:
+        """Sets the statistics to the average over all processes."""
+        distributed.all_reduce_sum_(self.average)
+        for buffer, average in zip(self.buffers, self.average, strict=True):
+            buffer.copy_(average)

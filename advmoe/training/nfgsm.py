@@ -1,10 +1,10 @@
-"""N-FGSM: one step from a point of wide noise, which does not overfit as plain FGSM can (de Jorge et al., NeurIPS 2022,
-arXiv 2202.01181).
+"""N-FGSM: one step from a point with large noise, without the catastrophic overfitting of plain FGSM (de Jorge et al.,
+NeurIPS 2022, arXiv 2202.01181).
 
     x' = clip(x + eta + step * sign(grad CE(x + eta)), 0, 1),    eta uniform in [-noise, noise]
 
-noise and step relative to epsilon, in the paper 2 and 1. Nothing brings x' back into the ball: what is trained on lies
-up to three times as far out as what is defended against, and that is the method.
+noise and step are relative to epsilon, in the paper 2 and 1. x' is not projected onto the ball: training images lie up
+to three epsilon away, by design of the method.
 
 Shapes: B batch, C channel, H/W pixels.
 """
@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from advmoe.attacks.ball import Ball, Draws
+from advmoe.attacks.ball import Ball, RandomStream
 from advmoe.attacks.interface import IsAdversarial, Model, input_gradient
 from advmoe.core.settings import PositiveFloat, Settings
 
@@ -33,11 +33,11 @@ def nfgsm(
     *,
     ball: Ball,
     settings: NFgsm,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """Training images with noise and one step, inside [0, 1]. Not for evaluation: it leaves the ball."""
-    del fooled
-    around_BCHW = images_BCHW + settings.noise * ball.epsilon * draws.uniform(images_BCHW)
-    gradient, _ = input_gradient(model, around_BCHW, labels_B, "ce")
-    return (around_BCHW + settings.step_size * ball.epsilon * ball.steepest(gradient)).clamp(0, 1).detach()
+    """Returns training images after noise and one step, in [0, 1]. Not for evaluation: they leave the ball."""
+    del is_adversarial
+    noisy_BCHW = images_BCHW + settings.noise * ball.epsilon * draws.uniform(images_BCHW)
+    gradient, _ = input_gradient(model, noisy_BCHW, labels_B, "ce")
+    return (noisy_BCHW + settings.step_size * ball.epsilon * ball.steepest(gradient)).clamp(0, 1).detach()

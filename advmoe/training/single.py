@@ -1,206 +1,190 @@
-"""Training one plain network: an expert or a baseline, the same code."""
+"""Trains one plain network, an expert or a baseline."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from advmoe.core.errors import UserError
+from advmoe.core.references import refuse_removed_keys
 from advmoe.core.settings import Epsilon, Seed, Settings
 from advmoe.data.dataset import Dataset
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Backbone, Plain
+from advmoe.models.classifiers import BackboneSettings, PlainArchitecture
 from advmoe.runtime.checkpoints import workdir
 from advmoe.runtime.machine import derive_seed
 from advmoe.training.batch_attacks import Adversary, CleanBatches, FgsmBatches, TradesBatches
 from advmoe.training.config import TrainingConfig, ValidatedTrainingConfig, sgd
+from advmoe.training.job import Row, TrainingJob, TrainingResult, TrainingTask
 from advmoe.training.stage_outputs import write_outputs
 from advmoe.training.trades import trades_loss
-from advmoe.training.trainer import Row, TrainingJob, TrainingResult, TrainingTask, fit
+from advmoe.training.trainer import fit
 
 
 class NetworkSpec(Settings):
-    """One network to train: its adversary, its own seed, and the top-level parameter it depends on.
-
-    `reads` is what dvc.yaml puts among the stage's params: `epsilon` for whoever meets the threat model in training,
-    `seed` (which everybody reads anyway) for the others, so that `-S epsilon=...` does not retrain them.
-    """
+    """One network to train: the adversary of its training batches, and a seed of its own."""
 
     adversary: Adversary
     seed: Seed
-    reads: Literal["seed", "epsilon"]
 
-    def model_post_init(self, context: object) -> None:
-        """Raises ValueError when `reads` hides a dependency from DVC, or invents one."""
-        del context
-        needed = "epsilon" if self.meets_threat_model else "seed"
-        if self.reads != needed:
-            raise ValueError(f"reads must be {needed} for a '{self.adversary.kind}' adversary")
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_removed_keys(cls, value: object) -> object:
+        return refuse_removed_keys(value)
 
     @property
     def meets_threat_model(self) -> bool:
-        """Whether training attacks at the top-level epsilon."""
+        """Whether training attacks at the epsilon of the threat model."""
         return not isinstance(self.adversary, CleanBatches | FgsmBatches)
 
 
 class SingleConfig(ValidatedTrainingConfig):
-    """A recipe, and the fixed radius at which networks that do not meet the threat model are validated."""
+    """A training config, with the radius that validates networks which do not meet the threat model in training."""
 
     validation_epsilon: Epsilon
 
 
-def baseline_recipe(pretrain: SingleConfig, joint_epochs: int) -> SingleConfig:
-    """The recipe of plain networks that stand beside the mixture: the experts', for as many epochs in total."""
+def baseline_config(pretrain: SingleConfig, joint_epochs: int) -> SingleConfig:
+    """Returns the config of plain baselines: the experts', for as many epochs as the mixture's two phases have."""
     return pretrain.model_copy(update={"epochs": pretrain.epochs + joint_epochs})
 
 
-class PlainLearner:
-    """Cross-entropy on whatever the batch was attacked with."""
+class PlainTask:
+    """Cross-entropy on the attacked images."""
 
-    def __init__(self, model: nn.Module, recipe: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         self.model = model
-        self.recipe = recipe
+        self.config = config
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """SGD over all parameters."""
-        return sgd([(self.model, self.recipe.optimizer.lr)], self.recipe.optimizer)
+        """Returns SGD over all parameters."""
+        return sgd([(self.model, self.config.optimizer.lr)], self.config.optimizer)
 
-    def begin(self) -> None:
-        """Train mode."""
+    def on_step_start(self) -> None:
+        """Puts the model into train mode."""
         self.model.train()
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
-        """Mean cross-entropy; what the images were before the attack does not matter."""
+        """Returns the mean cross-entropy; clean images play no part."""
         del clean_BCHW
         return functional.cross_entropy(self.model(images_BCHW), labels_B)
 
-    def after_backward(self) -> None:
-        """Nothing to look at: a plain network has no gate."""
+    def on_after_backward(self) -> None:
+        """Does nothing: a plain network has no gate."""
 
-    def health(self, model: nn.Module, clean_NCHW: Tensor, attacked_NCHW: Tensor) -> Row:
-        """No further columns."""
+    def validation_metrics(self, model: nn.Module, clean_NCHW: Tensor, attacked_NCHW: Tensor) -> Row:
+        """Returns no additional columns."""
         del model, clean_NCHW, attacked_NCHW
         return {}
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """None."""
+    def metric_names(self) -> tuple[str, ...]:
+        """No columns."""
         return ()
 
-    def epoch_ends(self) -> None:
-        """Nothing is counted."""
+    def on_epoch_end(self) -> None:
+        """Does nothing: there are no statistics to reset."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Nothing."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns no state."""
         return {}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to remember."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises UserError for any state."""
         if state:
-            raise UserError("remembers what a plain network does not")
+            raise UserError("holds tensors that a plain network does not have")
 
 
-class TradesLearner(PlainLearner):
-    """TRADES' two terms: right on clean images, and the same answer on attacked ones (Zhang et al. 2019)."""
+class TradesTask(PlainTask):
+    """The two terms of TRADES: accuracy on clean images, and the same output on attacked ones (Zhang et al. 2019)."""
 
-    def __init__(self, model: nn.Module, recipe: TrainingConfig, beta: float) -> None:
-        super().__init__(model, recipe)
+    def __init__(self, model: nn.Module, config: TrainingConfig, beta: float) -> None:
+        super().__init__(model, config)
         self.beta = beta
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
-        """Cross-entropy on the clean images plus beta times the divergence on the attacked ones."""
+        """Returns the cross-entropy on the clean images plus beta times the divergence on the attacked ones."""
         return trades_loss(self.model(clean_BCHW), self.model(images_BCHW), labels_B, self.beta)
 
 
-def task_for(student: NetworkSpec, model: nn.Module, recipe: TrainingConfig) -> TrainingTask:
-    """How this student learns: from cross-entropy, or as TRADES does."""
-    if isinstance(student.adversary, TradesBatches):
-        return TradesLearner(model, recipe, student.adversary.beta)
-    return PlainLearner(model, recipe)
+def task_for(spec: NetworkSpec, model: nn.Module, config: TrainingConfig) -> TrainingTask:
+    """Returns the task of a network: TRADES if its adversary is TRADES', else cross-entropy."""
+    if isinstance(spec.adversary, TradesBatches):
+        return TradesTask(model, config, spec.adversary.beta)
+    return PlainTask(model, config)
 
 
 TaskFactory = Callable[[NetworkSpec, nn.Module, TrainingConfig], TrainingTask]
 
 
-def train_single(
-    name: str,
-    student: NetworkSpec,
-    backbone: Backbone,
-    dataset: Dataset,
-    recipe: SingleConfig,
-    *,
-    seed: int,
-    epsilon: float | None,
-    shelf: Path | None = None,
-    learner: TaskFactory = task_for,
-    spent: int = 0,
-) -> TrainingResult:
-    """Train one plain network. `epsilon` is the threat model's, None for students that do not meet it; `shelf`: where
-    to keep what is unfinished; `learner`: makes the learner; `spent`: operations that went into what it learns from.
+@dataclass(frozen=True)
+class SingleRun:
+    """The training of one plain network. `name` seeds its random streams.
 
-    Students that meet the threat model are validated and selected at its epsilon, the others at the recipe's fixed
-    one; those are selected by clean accuracy.
+    `epsilon`: the threat model's, None for networks that do not meet it in training; `make_task`: creates the task;
+    `prior_flops`: operations already spent on what it learns from; `inputs`: hashes of what it learns from besides the
+    data set; `checkpoint_dir`: folder of checkpoints, None for none.
     """
-    meets = student.meets_threat_model
-    assert (epsilon is not None) == meets
-    model = classifiers.build(Plain(kind="plain", backbone=backbone), dataset.facts, seed, name, student.seed)
-    course = TrainingJob(
-        name=name,
-        seed=derive_seed(seed, student.seed),
-        dataset=dataset,
-        recipe=recipe,
-        adversary=student.adversary,
-        epsilon=recipe.validation_epsilon if epsilon is None else epsilon,
-        select_by="pgd" if meets else "clean",
-        spent=spent,
-        shelf=shelf,
-    )
-    return fit(learner(student, model, recipe), course)
 
+    name: str
+    spec: NetworkSpec
+    backbone: BackboneSettings
+    dataset: Dataset
+    config: SingleConfig
+    seed: int
+    epsilon: float | None
+    make_task: TaskFactory = task_for
+    prior_flops: int = 0
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    checkpoint_dir: Path | None = None
 
-def train_and_record(
-    stage: str,
-    name: str,
-    label: str,
-    student: NetworkSpec,
-    backbone: Backbone,
-    dataset: Dataset,
-    recipe: SingleConfig,
-    *,
-    seed: int,
-    epsilon: float | None,
-    learner: TaskFactory = task_for,
-    spent: int = 0,
-    made_from: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Train one plain network, its random numbers drawn under `label`, and write it as `name` of `stage`; `made_from`:
-    hashes of what else than the data it learns from, and the others as in `train_single`.
-    """
-    inputs = {"dataset": dataset.sha256, **made_from}
-    with workdir.open_workdir(f"{stage}-{name}", student, backbone, recipe, seed, epsilon, inputs) as shelf:
-        trained = train_single(
-            label,
-            student,
-            backbone,
-            dataset,
-            recipe,
-            seed=seed,
-            epsilon=epsilon,
-            shelf=shelf,
-            learner=learner,
-            spent=spent,
+    @property
+    def architecture(self) -> PlainArchitecture:
+        """The architecture of the network."""
+        return PlainArchitecture(kind="plain", backbone=self.backbone)
+
+    @property
+    def job(self) -> TrainingJob:
+        """Networks that meet the threat model are validated at its epsilon and selected by PGD accuracy, the others at
+        the config's fixed radius and by clean accuracy.
+        """
+        assert (self.epsilon is not None) == self.spec.meets_threat_model
+        return TrainingJob(
+            name=self.name,
+            seed=derive_seed(self.seed, self.spec.seed),
+            dataset=self.dataset,
+            config=self.config,
+            adversary=self.spec.adversary,
+            epsilon=self.config.validation_epsilon if self.epsilon is None else self.epsilon,
+            select_by="pgd" if self.spec.meets_threat_model else "clean",
+            prior_flops=self.prior_flops,
+            checkpoint_dir=self.checkpoint_dir,
         )
+
+
+def train_single(run: SingleRun) -> TrainingResult:
+    """Trains one plain network from random weights."""
+    model = classifiers.build(run.architecture, run.dataset.facts, run.seed, run.name, run.spec.seed)
+    return fit(run.make_task(run.spec, model, run.config), run.job)
+
+
+def train_and_save(stage: str, name: str, run: SingleRun) -> None:
+    """Trains one plain network and writes it as `name` of `stage`. Resumes a killed run."""
+    inputs = {"dataset": run.dataset.sha256, **run.inputs}
+    work = (run.spec, run.backbone, run.config, run.seed, run.epsilon, inputs)
+    with workdir.open_workdir(f"{stage}-{name}", *work) as checkpoint_dir:
+        result = train_single(replace(run, checkpoint_dir=checkpoint_dir))
         write_outputs(
             stage,
             name,
-            trained,
-            Plain(kind="plain", backbone=backbone),
-            dataset.facts,
-            params={"recipe": recipe, "student": student, "epsilon": epsilon},
+            result,
+            run.architecture,
+            run.dataset.facts,
+            params={"recipe": run.config, "student": run.spec, "epsilon": run.epsilon},
             inputs=inputs,
-            seed=seed,
+            seed=run.seed,
         )

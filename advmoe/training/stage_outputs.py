@@ -1,51 +1,51 @@
-"""What every training stage leaves behind: the artifact, its metrics, its history, and its alarms out loud."""
+"""Writes the outputs of a training stage: the artifact, its metrics and its history; prints its alarms."""
 
 from collections.abc import Mapping
 
 from pydantic import BaseModel
 
 from advmoe.core import console, files, paths
-from advmoe.data.dataset import Facts
+from advmoe.data.dataset import DatasetInfo
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Mixture, Plain
+from advmoe.models.classifiers import MixtureArchitecture, PlainArchitecture
 from advmoe.runtime import distributed
-from advmoe.training.trainer import TrainingResult
+from advmoe.training.job import TrainingResult
 
 
 def write_outputs(
     stage: str,
     name: str,
-    trained: TrainingResult,
-    architecture: Plain | Mixture,
-    facts: Facts,
+    result: TrainingResult,
+    architecture: PlainArchitecture | MixtureArchitecture,
+    facts: DatasetInfo,
     *,
     params: Mapping[str, object],
     inputs: Mapping[str, str],
     seed: int,
 ) -> None:
-    """Write a trained classifier with its numbers. The artifact comes last: where it is, all of it is. Of several
-    processes the first writes.
+    """Writes a trained classifier with its metrics and history, on rank 0. The artifact is written last: where it
+    exists, the other files do.
     """
     if not distributed.is_rank0():
         return
-    metrics = {"validation": trained.kept, "alarms": trained.alarms, "cost": trained.cost.as_dict()}
+    metrics = {"validation": result.kept, "alarms": result.alarms, "cost": result.cost.as_dict()}
     files.write_json(paths.metrics(stage, name), metrics)
-    files.write_csv(paths.plots(stage, name), trained.history)
+    files.write_csv(paths.plots(stage, name), result.history)
     classifiers.save(
         paths.artifact(stage, name),
-        trained.model,
+        result.model,
         architecture,
         facts,
-        params={key: _plain(value) for key, value in params.items()},
+        params={key: _jsonable(value) for key, value in params.items()},
         inputs=inputs,
         seed=seed,
         metrics=metrics,
-        seconds=trained.seconds,
+        seconds=result.seconds,
     )
-    for alarm in trained.alarms:
+    for alarm in result.alarms:
         console.warn(alarm)
-    console.say(f"written to {paths.artifact(stage, name)} after {trained.seconds:.0f} s")
+    console.info(f"written to {paths.artifact(stage, name)} after {result.seconds:.0f} s")
 
 
-def _plain(value: object) -> object:
+def _jsonable(value: object) -> object:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

@@ -1,7 +1,7 @@
 """TRADES: the trade-off between accuracy and robustness as two terms of one loss (Zhang et al. 2019, arXiv 1901.08573).
 
-Cross-entropy on the clean images plus beta * KL(p(. | clean) || p(. | attacked)); the attack climbs that KL, so labels
-play no part in it.
+Cross-entropy on the clean images plus beta * KL(p(. | clean) || p(. | attacked)); the attack maximises that KL, so
+labels play no part in it.
 
 Shapes: B batch, C channel, H/W pixels, K classes.
 """
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from advmoe.attacks.ball import Ball, Draws
+from advmoe.attacks.ball import Ball, RandomStream
 from advmoe.attacks.interface import IsAdversarial, Model, pixel_gradient
 from advmoe.core.settings import PositiveFloat, PositiveInt, Settings
 
-SPREAD = 1e-3  # of the normal noise that the ascent starts from: at the image itself the divergence has no slope
+START_STD = 1e-3  # of the normal noise at the start: at the image itself the gradient of the divergence is zero
 
 
 class Trades(Settings):
@@ -34,26 +34,26 @@ def trades(
     *,
     ball: Ball,
     settings: Trades,
-    draws: Draws,
-    fooled: IsAdversarial | None = None,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """The last point of the ascent on the divergence, inside the ball and [0, 1]; every image takes all steps."""
-    del labels_B, fooled
+    """Returns the last point of the ascent on the divergence, in the ball and [0, 1]; every image takes all steps."""
+    del labels_B, is_adversarial
     with torch.no_grad():
         clean_BK = functional.log_softmax(model(images_BCHW), dim=1)
-    points = ball.project(images_BCHW + SPREAD * draws.normal(images_BCHW), images_BCHW)
+    points = ball.project(images_BCHW + START_STD * draws.normal(images_BCHW), images_BCHW)
     for _ in range(settings.steps):
-        gradient, _logits = pixel_gradient(model, points, lambda logits_BK: divergence(clean_BK, logits_BK))
+        gradient, _logits = pixel_gradient(model, points, lambda logits_BK: kl_divergence(clean_BK, logits_BK))
         points = ball.project(points + settings.step_size * ball.epsilon * ball.steepest(gradient), images_BCHW)
     return points
 
 
-def divergence(clean_BK: Tensor, attacked_BK: Tensor) -> Tensor:
-    """KL(p(. | clean) || p(. | attacked)) of each image (B,), from logits or log-probabilities."""
+def kl_divergence(clean_BK: Tensor, attacked_BK: Tensor) -> Tensor:
+    """Returns KL(p(. | clean) || p(. | attacked)) of each image (B,), from logits or log-probabilities."""
     clean_BK, attacked_BK = functional.log_softmax(clean_BK, dim=1), functional.log_softmax(attacked_BK, dim=1)
     return functional.kl_div(attacked_BK, clean_BK, reduction="none", log_target=True).sum(dim=1)
 
 
 def trades_loss(clean_BK: Tensor, attacked_BK: Tensor, labels_B: Tensor, beta: float) -> Tensor:
-    """The outer loss, a mean over the batch."""
-    return functional.cross_entropy(clean_BK, labels_B) + beta * divergence(clean_BK, attacked_BK).mean()
+    """Returns the outer loss, a mean over the batch."""
+    return functional.cross_entropy(clean_BK, labels_B) + beta * kl_divergence(clean_BK, attacked_BK).mean()

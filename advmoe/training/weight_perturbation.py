@@ -1,7 +1,7 @@
-"""Adversarial weight perturbation: learn at the worst weights nearby (Wu et al. 2020, arXiv 2004.05884).
+"""Adversarial weight perturbation: gradients at adversarially perturbed weights (Wu et al. 2020, arXiv 2004.05884).
 
-Images are attacked so that hard ones are learned from; here the weights are, too, for the length of one gradient. What
-is learned there holds in a neighbourhood, and robustness in testing falls less short of that in training.
+The weights are perturbed for one gradient as images are for one step. That flattens the loss around the weights and
+reduces the robust generalisation gap.
 """
 
 from collections.abc import Iterator
@@ -15,16 +15,15 @@ from advmoe.attacks.ball import TINY
 
 @contextmanager
 def perturbed_weights(model: nn.Module, gamma: float) -> Iterator[None]:
-    """Inside, each layer's weights W stand at W + gamma * |W| * G / |G|: one step uphill along the gradient G that they
-    have, as long as their own norm allows (the paper's gamma is 0.005). Biases and BatchNorm's two vectors stay, as do
-    weights without a gradient.
+    """Inside, each layer's weights W are W + gamma * |W| * G / |G|, one ascent step along their gradient G (the paper's
+    gamma is 0.005). Biases, BatchNorm's two vectors and weights without a gradient are not perturbed.
 
-    Afterwards weights and BatchNorm statistics are as they were, to the bit: the statistics are those of the weights
-    that will be used. Gradients are the caller's.
+    Afterwards weights and BatchNorm statistics are restored exactly: the statistics are those of the unperturbed
+    weights. Gradients are left to the caller.
     """
     weights = [weight for weight in model.parameters() if weight.ndim > 1 and weight.grad is not None]
-    moving = [*weights, *model.buffers()]
-    before = [tensor.detach().clone() for tensor in moving]
+    tensors = [*weights, *model.buffers()]
+    before = [tensor.detach().clone() for tensor in tensors]
     with torch.no_grad():
         for weight in weights:
             assert weight.grad is not None
@@ -33,5 +32,5 @@ def perturbed_weights(model: nn.Module, gamma: float) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for tensor, old in zip(moving, before, strict=True):
+            for tensor, old in zip(tensors, before, strict=True):
                 tensor.copy_(old)

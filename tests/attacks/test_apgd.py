@@ -11,10 +11,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from advmoe.attacks.apgd import ApgdCe, ApgdT, apgd_ce, apgd_t, checkpoints, dlr, start, targeted_dlr
+from advmoe.attacks.apgd import ApgdCe, ApgdT, apgd_ce, apgd_t, dlr, random_start, step_size_checkpoints, targeted_dlr
 from advmoe.attacks.ball import L2, Ball, LInf, Norm
 from advmoe.attacks.interface import IsAdversarial, Model
-from advmoe.attacks.random_streams import ImageDraws
+from advmoe.attacks.random_streams import ImageStreams
 from advmoe.runtime.machine import generator
 from benchmarks import checkpoints as published
 
@@ -101,19 +101,19 @@ def attack(
     images: Tensor,
     labels: Tensor,
     ball: Ball,
-    fooled: IsAdversarial | None = None,
+    is_adversarial: IsAdversarial | None = None,
     *,
     steps: int = 20,
     targets: int = 9,
     restarts: int = 1,
     numbers: Tensor | None = None,
 ) -> Tensor:
-    draws = ImageDraws(0, "apgd", torch.arange(len(images)) if numbers is None else numbers)
+    draws = ImageStreams(0, "apgd", torch.arange(len(images)) if numbers is None else numbers)
     if kind == "ce":
         ce = ApgdCe(kind="apgd-ce", steps=steps, restarts=restarts)
-        return apgd_ce(model, images, labels, ball=ball, settings=ce, draws=draws, fooled=fooled)
+        return apgd_ce(model, images, labels, ball=ball, settings=ce, draws=draws, is_adversarial=is_adversarial)
     t = ApgdT(kind="apgd-t", steps=steps, targets=targets, restarts=restarts)
-    return apgd_t(model, images, labels, ball=ball, settings=t, draws=draws, fooled=fooled)
+    return apgd_t(model, images, labels, ball=ball, settings=t, draws=draws, is_adversarial=is_adversarial)
 
 
 # ---- settings
@@ -190,12 +190,12 @@ def test_only_the_untargeted_dlr_vanishes_where_the_true_class_ranks_third() -> 
 
 
 def test_checkpoints_of_a_hundred_steps_are_those_of_the_paper() -> None:
-    assert checkpoints(100) == {22: 22, 41: 19, 57: 16, 70: 13, 80: 10, 87: 7, 93: 6, 99: 6}
+    assert step_size_checkpoints(100) == {22: 22, 41: 19, 57: 16, 70: 13, 80: 10, 87: 7, 93: 6, 99: 6}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 17, 50, 101, 1000])
 def test_checkpoints_come_ever_closer(steps: int) -> None:
-    found = checkpoints(steps)
+    found = step_size_checkpoints(steps)
     gaps = list(found.values())
     assert list(found) == [sum(gaps[: place + 1]) for place in range(len(gaps))]
     assert gaps == sorted(gaps, reverse=True)
@@ -230,7 +230,7 @@ class Transcript:
             self.points.append(ball.project(point + share * (aim - point) + (1 - share) * (point - old), image))
             look()
             there, here = here, step
-            if step in checkpoints(steps):
+            if step in step_size_checkpoints(steps):
                 rises = sum(self.losses[i + 1] > self.losses[i] for i in range(last, step))
                 slow = rises <= 0.75 * (step - last)
                 stuck = not fresh and max(self.losses) == max(self.losses[: last + 1])
@@ -370,7 +370,7 @@ def test_a_wrong_class_is_aimed_at_where_the_model_is_wrong_already() -> None:
 @every_norm
 def test_start_is_on_the_surface_of_the_ball(norm: Norm) -> None:
     images = inner(300)
-    change = start(make_ball(norm), images, ImageDraws(0, "start", torch.arange(300))) - images
+    change = random_start(make_ball(norm), images, ImageStreams(0, "start", torch.arange(300))) - images
     torch.testing.assert_close(size(change, norm), torch.full((300,), EPSILONS[norm], dtype=torch.float64))
     assert len({tuple(row) for row in change.flatten(1).tolist()}) == 300
     assert change.mean(dim=0).abs().max() < 0.2 * EPSILONS[norm]
@@ -588,10 +588,10 @@ def test_every_point_is_inside_ball_and_box(kind: str, norm: Norm) -> None:
 # ---- the authors' decisions on a real network
 
 
-@pytest.mark.skipif(not published.available(), reason=f"needs {published.FOLDER}")
+@pytest.mark.skipif(not published.is_available(), reason=f"needs {published.FOLDER}")
 def test_decisions_agree_with_the_reference() -> None:
-    model, theirs = published.model("wk-fmnist").requires_grad_(False), published.reference("wk-fmnist")
-    images, labels = published.images("wk-fmnist", 30)
+    model, theirs = published.load_model("wk-fmnist").requires_grad_(False), published.load_reference("wk-fmnist")
+    images, labels = published.load_images("wk-fmnist", 30)
     standing = labels_of(model, images) == labels
     for kind in ("ce", "t"):
         rows = standing.nonzero()[:, 0]

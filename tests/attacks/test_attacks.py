@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from advmoe.attacks import presets, registry
 from advmoe.attacks.apgd import ApgdCe, ApgdT
-from advmoe.attacks.ball import L2, Ball, Draws, LInf, Norm, length
+from advmoe.attacks.ball import L2, Ball, LInf, Norm, RandomStream, perturbation_norm
 from advmoe.attacks.custom import Custom
 from advmoe.attacks.engine import FrozenModel, PassCount
 from advmoe.attacks.fab import FabT
@@ -25,10 +25,10 @@ from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.gate_aware import Experts, GateFrozen, Misrouting, Transfer
 from advmoe.attacks.interface import AttackFn, IsAdversarial, Loss, Model, cross_entropy, input_gradient, margin
 from advmoe.attacks.noise import Noise
-from advmoe.attacks.pgd import Pgd, likeliest, pgd
-from advmoe.attacks.random_streams import BatchDraws, ImageDraws
+from advmoe.attacks.pgd import Pgd, pgd, top_wrong_classes
+from advmoe.attacks.random_streams import BatchStream, ImageStreams
 from advmoe.attacks.rays import RayS
-from advmoe.attacks.registry import AnyAttack
+from advmoe.attacks.registry import AttackSettings
 from advmoe.attacks.square import Square
 from advmoe.models.mixture import MixtureOfExperts, UniformGate
 from advmoe.runtime.machine import generator
@@ -140,11 +140,11 @@ class Entrant:
         labels_B: Tensor,
         ball: Ball,
         rows: Tensor | None = None,
-        fooled: IsAdversarial | None = None,
+        is_adversarial: IsAdversarial | None = None,
     ) -> Tensor:
         """`rows`: the numbers of the images, which their random draws follow."""
-        draws = ImageDraws(0, "attack", torch.arange(len(images_BCHW)) if rows is None else rows)
-        return self.bind(model)(model, images_BCHW, labels_B, ball=ball, draws=draws, fooled=fooled)
+        draws = ImageStreams(0, "attack", torch.arange(len(images_BCHW)) if rows is None else rows)
+        return self.bind(model)(model, images_BCHW, labels_B, ball=ball, draws=draws, is_adversarial=is_adversarial)
 
 
 def pgd_settings(
@@ -153,9 +153,9 @@ def pgd_settings(
     return Pgd(kind="pgd", steps=steps, step_size=step_size, restarts=restarts, loss=loss, targets=targets)
 
 
-def catalogued(settings: AnyAttack) -> Entrant:
+def catalogued(settings: AttackSettings) -> Entrant:
     """A transfer crafts on the model itself here; test_gated.py has sources that differ."""
-    victim = Crowd if registry.ENTRIES[type(settings)].needs_gate else Linear
+    victim = Crowd if registry.REGISTRY[type(settings)].needs_gate else Linear
     return Entrant(lambda model: registry.bind(settings, {"twin": model}), victim)
 
 
@@ -163,7 +163,7 @@ OWN = "one_step.py:attack"
 OWN_CODE = """
 from advmoe.attacks.interface import input_gradient
 
-def attack(model, images, labels, *, ball, draws, fooled=None):
+def attack(model, images, labels, *, ball, draws, is_adversarial=None):
     gradient, _ = input_gradient(model, images, labels, "margin")
     return images + 3 * ball.epsilon * ball.steepest(gradient)
 """
@@ -183,7 +183,7 @@ class _Climb(TypedDict):
 
 
 CLIMB: _Climb = {"steps": 8, "step_size": 0.25, "restarts": 1}
-TABLE: dict[str, AnyAttack] = {
+TABLE: dict[str, AttackSettings] = {
     "fgsm": Fgsm(kind="fgsm"),
     "pgd": pgd_settings(),
     "pgd-margin": pgd_settings(loss="margin"),
@@ -227,10 +227,10 @@ def planted(draft: Draft) -> Entrant:
         /,
         *,
         ball: Ball,
-        draws: Draws,
-        fooled: IsAdversarial | None = None,
+        draws: RandomStream,
+        is_adversarial: IsAdversarial | None = None,
     ) -> Tensor:
-        del draws, fooled
+        del draws, is_adversarial
         return draft(model, images, labels, ball)
 
     return Entrant(lambda _: craft)
@@ -274,10 +274,10 @@ def meddling(model: Model, images_BCHW: Tensor, labels_B: Tensor, ball: Ball) ->
 # ---- the table: checks every attack must pass, and planted attacks that must not
 
 
-def is_inside(attack: Entrant, norm: Norm, shape: tuple[int, ...], fooled: IsAdversarial | None = None) -> bool:
+def is_inside(attack: Entrant, norm: Norm, shape: tuple[int, ...], is_adversarial: IsAdversarial | None = None) -> bool:
     """In the ball and in the box, after a round trip through float32, what a file would hold."""
     model, images, epsilon = attack.victim(shape[1:], 3), anywhere(shape), EPSILONS[norm]
-    found = attack(model, images, model.labels(images), make_ball(norm, epsilon), fooled=fooled)
+    found = attack(model, images, model.labels(images), make_ball(norm, epsilon), is_adversarial=is_adversarial)
     assert found.shape == images.shape
     assert found.dtype == images.dtype
     in_ball = (size(found.double() - images.double(), norm) <= epsilon + TOLERANCE).all()
@@ -326,9 +326,29 @@ def leaves_its_inputs_alone(attack: Entrant) -> bool:
     return torch.equal(images, before) and not images.requires_grad and torch.equal(labels, model.labels(before))
 
 
-def test_every_catalogued_attack_has_a_row() -> None:
+@pytest.mark.parametrize("keyword", ["is_adversarial", "fooled"])
+def test_a_custom_attack_receives_the_check_by_either_name(keyword: str) -> None:
+    code = (
+        f"def attack(model, images, labels, *, ball, draws, {keyword}):\n    assert {keyword}(images, labels).all()\n"
+    )
+    Path("checks.py").write_text(f"{code}    return images\n")
+    settings, images, labels = Custom(kind="own", function="checks.py:attack"), torch.rand(3, 1, 2, 2), torch.arange(3)
+    attack = registry.bind(settings, {})
+
+    def is_adversarial(points: Tensor, labels: Tensor) -> Tensor:
+        del points
+        return labels >= 0
+
+    draws = BatchStream(torch.Generator())
+    found = attack(Linear((1, 2, 2)), images, labels, ball=LInf(0.1), draws=draws, is_adversarial=is_adversarial)
+    assert torch.equal(found, images)
+
+
+def test_every_registered_attack_has_a_row() -> None:
     assert {settings.kind for settings in TABLE.values()} == set(registry.KINDS)
-    assert {settings.kind for settings in presets.STANDARD.values()} | {"transfer", "own"} == set(registry.KINDS)
+    assert {settings.kind for settings in presets.STANDARD_ATTACKS.values()} | {"transfer", "own"} == set(
+        registry.KINDS
+    )
 
 
 # its one step is three epsilons long: the harness brings it back, see test_harness.py
@@ -360,8 +380,10 @@ def test_attack_is_never_weaker_with_more_budget(attack: Entrant, norm: Norm) ->
 @built_in
 @every_norm
 def test_attack_stays_inside_whatever_its_caller_says(attack: Entrant, norm: Norm) -> None:
-    assert is_inside(attack, norm, SHAPES[1], fooled=lambda points, _: torch.zeros(len(points), dtype=torch.bool))
-    assert is_inside(attack, norm, SHAPES[1], fooled=lambda points, _: points.flatten(1).sum(1) > 6)
+    assert is_inside(
+        attack, norm, SHAPES[1], is_adversarial=lambda points, _: torch.zeros(len(points), dtype=torch.bool)
+    )
+    assert is_inside(attack, norm, SHAPES[1], is_adversarial=lambda points, _: points.flatten(1).sum(1) > 6)
 
 
 @real
@@ -399,7 +421,7 @@ def test_attack_retires_an_image_at_its_first_confirmed_point(attack: Entrant, n
     model, images = attack.victim(shape[1:], 2), 0.3 + 0.4 * torch.rand(shape, generator=stream("retires"))
     labels, ball = model.labels(images), make_ball(norm, 0.45 * EPSILONS[norm])
     referee = Referee(model, least=0.1)
-    found = attack(model, images, labels, ball, fooled=referee)
+    found = attack(model, images, labels, ball, is_adversarial=referee)
     assert not all(referee.judge(found, labels))  # some never fall
     points = torch.stack(referee.confirmed)
     whose = torch.cdist(points.flatten(1), images.flatten(1)).argmin(1)
@@ -420,19 +442,19 @@ class Unmoved(nn.Module):
 
 
 @each_of_the_settings([name for name in TABLE if name != "own"])
-def test_passes_of_an_image_that_survives_are_as_announced(settings: AnyAttack) -> None:
+def test_passes_of_an_image_that_survives_are_as_announced(settings: AttackSettings) -> None:
     count, passes = 5, PassCount()
     mixture = MixtureOfExperts([Unmoved()], UniformGate(1), "probabilities")
     model, images = FrozenModel(mixture, "float32", passes), anywhere((count, 1, 4, 4))
 
-    def fooled(points: Tensor, labels: Tensor) -> Tensor:
+    def is_adversarial(points: Tensor, labels: Tensor) -> Tensor:
         passes.forward += len(points)
         return torch.zeros_like(labels, dtype=torch.bool)
 
-    draws, labels = ImageDraws(0, "cost", torch.arange(count)), torch.zeros(count, dtype=torch.long)
+    draws, labels = ImageStreams(0, "cost", torch.arange(count)), torch.zeros(count, dtype=torch.long)
     craft = registry.bind(settings, {"twin": model})
-    craft(model, images, labels, ball=LInf(0.1), draws=draws, fooled=fooled)
-    forward, backward = registry.ENTRIES[type(settings)].passes(settings)
+    craft(model, images, labels, ball=LInf(0.1), draws=draws, is_adversarial=is_adversarial)
+    forward, backward = registry.REGISTRY[type(settings)].passes(settings)
     spent = (passes.forward / count, passes.backward / count)
     assert spent == (forward, backward)
 
@@ -442,7 +464,7 @@ def test_passes_of_an_image_that_survives_are_as_announced(settings: AnyAttack) 
 
 @each_of_the_settings(["fgsm", "pgd", "pgd-margin", "pgd-targeted", "transfer"])
 @every_shape
-def test_linf_attacks_reach_the_optimum_of_a_linear_model(settings: AnyAttack, shape: tuple[int, ...]) -> None:
+def test_linf_attacks_reach_the_optimum_of_a_linear_model(settings: AttackSettings, shape: tuple[int, ...]) -> None:
     epsilon, images, model = EPSILONS["linf"], inner(shape), Linear(shape[1:], scale=0.3)
     labels = model.labels(images)
     found = catalogued(settings)(model, images, labels, LInf(epsilon))
@@ -450,7 +472,7 @@ def test_linf_attacks_reach_the_optimum_of_a_linear_model(settings: AnyAttack, s
     torch.testing.assert_close(found, best, atol=TOLERANCE, rtol=0)
 
 
-L2_ATTACKS: dict[str, AnyAttack] = {
+L2_ATTACKS: dict[str, AttackSettings] = {
     "fgsm": TABLE["fgsm"],
     # a step as long as the radius halves the angle to the optimum each time: 40 steps leave nothing
     "pgd": pgd_settings(steps=40, step_size=1.0),
@@ -461,7 +483,7 @@ L2_ATTACKS: dict[str, AnyAttack] = {
 
 @pytest.mark.parametrize("settings", L2_ATTACKS.values(), ids=L2_ATTACKS.keys())
 @every_shape
-def test_l2_attacks_reach_the_optimum_of_a_linear_model(settings: AnyAttack, shape: tuple[int, ...]) -> None:
+def test_l2_attacks_reach_the_optimum_of_a_linear_model(settings: AttackSettings, shape: tuple[int, ...]) -> None:
     epsilon, images, model = EPSILONS["l2"], inner(shape), Linear(shape[1:], scale=0.3)
     labels = model.labels(images)
     found = catalogued(settings)(model, images, labels, L2(epsilon))
@@ -544,9 +566,11 @@ class Counted:
         return self.model(images_BCHW)
 
 
-def run_pgd(model: Model, labels: Tensor, images: Tensor, settings: Pgd, fooled: IsAdversarial | None = None) -> Tensor:
-    draws = ImageDraws(0, "pgd", torch.arange(len(images)))
-    return pgd(model, images, labels, ball=LInf(0.05), settings=settings, draws=draws, fooled=fooled)
+def run_pgd(
+    model: Model, labels: Tensor, images: Tensor, settings: Pgd, is_adversarial: IsAdversarial | None = None
+) -> Tensor:
+    draws = ImageStreams(0, "pgd", torch.arange(len(images)))
+    return pgd(model, images, labels, ball=LInf(0.05), settings=settings, draws=draws, is_adversarial=is_adversarial)
 
 
 def pgd_case() -> tuple[Linear, Tensor, Tensor]:
@@ -609,7 +633,7 @@ def test_pgd_start_is_random_and_can_be_repeated() -> None:
     model, images, labels = pgd_case()
 
     def once(seed: int) -> Tensor:
-        draws = ImageDraws(seed, "pgd", torch.arange(len(images)))
+        draws = ImageStreams(seed, "pgd", torch.arange(len(images)))
         # one tiny step leaves the start visible
         return pgd(model, images, labels, ball=LInf(0.05), settings=pgd_settings(1, 1e-3), draws=draws)
 
@@ -626,8 +650,10 @@ def test_random_numbers_stay_with_their_image_when_others_have_fallen() -> None:
         return points.flatten(1).mean(1) > 0.5
 
     def attacked(rows: Tensor) -> Tensor:
-        draws, settings = ImageDraws(0, "pgd", rows), pgd_settings(steps=1, step_size=1e-3, restarts=3)
-        return pgd(model, images[rows], labels[rows], ball=LInf(0.05), settings=settings, draws=draws, fooled=bright)
+        draws, settings = ImageStreams(0, "pgd", rows), pgd_settings(steps=1, step_size=1e-3, restarts=3)
+        return pgd(
+            model, images[rows], labels[rows], ball=LInf(0.05), settings=settings, draws=draws, is_adversarial=bright
+        )
 
     everyone = attacked(torch.arange(48))
     left = int((~bright(everyone, labels)).sum())
@@ -644,7 +670,7 @@ def test_likeliest_are_the_wrong_classes_by_falling_logit() -> None:
     labels_B = torch.tensor([0, 2])
     expected = [[2, 3], [1, 1], [3, 0]]
     for targets in (1, 2, 3, 9):  # more than there are wrong classes are cut
-        found = likeliest(lambda _: logits_BK, torch.zeros(2, 1, 1, 1), labels_B, targets)
+        found = top_wrong_classes(lambda _: logits_BK, torch.zeros(2, 1, 1, 1), labels_B, targets)
         assert [goals_B.tolist() for goals_B in found] == expected[:targets]
 
 
@@ -702,9 +728,9 @@ def test_targeted_pgd_spends_its_steps_on_every_target_and_restart() -> None:
 
 def test_length_is_the_norm_of_each_images_change() -> None:
     changes = torch.tensor([[0.3, 0.4], [-0.5, 0.0]]).view(2, 1, 1, 2)
-    torch.testing.assert_close(length(changes, "linf"), torch.tensor([0.4, 0.5]))
-    torch.testing.assert_close(length(changes, "l2"), torch.tensor([0.5, 0.5]))
-    assert length(changes.double(), "l2").dtype == torch.double
+    torch.testing.assert_close(perturbation_norm(changes, "linf"), torch.tensor([0.4, 0.5]))
+    torch.testing.assert_close(perturbation_norm(changes, "l2"), torch.tensor([0.5, 0.5]))
+    assert perturbation_norm(changes.double(), "l2").dtype == torch.double
 
 
 @every_norm
@@ -759,14 +785,14 @@ def test_the_smallest_gradient_points_somewhere_too() -> None:
 
 def test_linf_start_fills_the_cube() -> None:
     images, epsilon = torch.full((200, 1, 8, 8), 0.5), 0.1
-    change = LInf(epsilon).start(images, BatchDraws(stream("start"))) - images
+    change = LInf(epsilon).start(images, BatchStream(stream("start"))) - images
     assert float(change.abs().max()) == pytest.approx(epsilon, rel=0.01)
     assert float(change.std()) == pytest.approx(epsilon / 3**0.5, rel=0.05)
 
 
 def test_l2_start_fills_the_ball_evenly() -> None:
     images, epsilon = torch.full((2000, 1, 2, 2), 0.5), 0.1
-    change = L2(epsilon).start(images, BatchDraws(stream("start"))) - images
+    change = L2(epsilon).start(images, BatchStream(stream("start"))) - images
     # the volume inside radius r grows like r^4 in four dimensions, so this share is uniform in [0, 1]
     share = (size(change, "l2") / epsilon) ** 4
     assert float(share.mean()) == pytest.approx(0.5, abs=0.03)
@@ -777,16 +803,16 @@ def test_l2_start_fills_the_ball_evenly() -> None:
 # ---- draws
 
 
-def batch_draws() -> Draws:
-    return BatchDraws(stream("draws"))
+def batch_draws() -> RandomStream:
+    return BatchStream(stream("draws"))
 
 
-def image_draws() -> Draws:
-    return ImageDraws(0, "draws", torch.arange(100))
+def image_draws() -> RandomStream:
+    return ImageStreams(0, "draws", torch.arange(100))
 
 
 @pytest.mark.parametrize("make", [batch_draws, image_draws])
-def test_uniform_draws_fill_minus_one_to_one(make: Callable[[], Draws]) -> None:
+def test_uniform_draws_fill_minus_one_to_one(make: Callable[[], RandomStream]) -> None:
     drawn = make().uniform(torch.zeros(100, 1, 10, 10))
     assert drawn.shape == (100, 1, 10, 10)
     assert -1 <= float(drawn.min()) < -0.99
@@ -796,21 +822,21 @@ def test_uniform_draws_fill_minus_one_to_one(make: Callable[[], Draws]) -> None:
 
 
 @pytest.mark.parametrize("make", [batch_draws, image_draws])
-def test_normal_draws_are_standard(make: Callable[[], Draws]) -> None:
+def test_normal_draws_are_standard(make: Callable[[], RandomStream]) -> None:
     drawn = make().normal(torch.zeros(100, 1, 10, 10))
     assert float(drawn.mean()) == pytest.approx(0, abs=0.04)
     assert float(drawn.std()) == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize("make", [batch_draws, image_draws])
-def test_draws_differ_between_images_and_between_calls(make: Callable[[], Draws]) -> None:
+def test_draws_differ_between_images_and_between_calls(make: Callable[[], RandomStream]) -> None:
     draws, like = make(), torch.zeros(100, 1, 3, 3)
     first, second = draws.uniform(like), draws.uniform(like)
     assert len({tuple(row) for row in torch.cat([first, second]).flatten(1).tolist()}) == 200
 
 
 def test_an_image_draws_the_same_in_any_company() -> None:
-    together, alone = ImageDraws(5, "pgd", torch.tensor([3, 7, 9])), ImageDraws(5, "pgd", torch.tensor([7]))
+    together, alone = ImageStreams(5, "pgd", torch.tensor([3, 7, 9])), ImageStreams(5, "pgd", torch.tensor([7]))
     three, one = torch.zeros(3, 2, 4, 4), torch.zeros(1, 2, 4, 4)
     for _ in range(3):  # later draws must agree too
         assert torch.equal(together.uniform(three)[1:2], alone.uniform(one))
@@ -819,11 +845,11 @@ def test_an_image_draws_the_same_in_any_company() -> None:
 
 def test_batch_draws_do_depend_on_company() -> None:
     """What the test above would look like for one stream per batch: the reason why evaluation has one per image."""
-    together, alone = BatchDraws(stream("company")), BatchDraws(stream("company"))
+    together, alone = BatchStream(stream("company")), BatchStream(stream("company"))
     assert not torch.equal(together.uniform(torch.zeros(3, 1, 4, 4))[1:2], alone.uniform(torch.zeros(1, 1, 4, 4)))
 
 
-@pytest.mark.parametrize("other", [ImageDraws(6, "pgd", torch.tensor([7])), ImageDraws(5, "x", torch.tensor([7]))])
-def test_image_draws_depend_on_seed_and_purpose(other: ImageDraws) -> None:
+@pytest.mark.parametrize("other", [ImageStreams(6, "pgd", torch.tensor([7])), ImageStreams(5, "x", torch.tensor([7]))])
+def test_image_draws_depend_on_seed_and_purpose(other: ImageStreams) -> None:
     one = torch.zeros(1, 1, 4, 4)
-    assert not torch.equal(ImageDraws(5, "pgd", torch.tensor([7])).uniform(one), other.uniform(one))
+    assert not torch.equal(ImageStreams(5, "pgd", torch.tensor([7])).uniform(one), other.uniform(one))

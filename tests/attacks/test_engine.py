@@ -1,4 +1,4 @@
-"""Where attacks run: what crafting must leave alone, and what counts as a decision.
+"""The attack engine: it leaves the model unchanged, and success is decided in float32.
 
 Shapes: B batch, N images, C channel, H/W pixels, K classes.
 """
@@ -14,13 +14,13 @@ import torch._dynamo.utils
 from torch import Tensor, nn
 
 from advmoe.attacks import engine, registry
-from advmoe.attacks.ball import L2, Ball, Draws, LInf
+from advmoe.attacks.ball import L2, Ball, LInf, RandomStream
 from advmoe.attacks.engine import AttackResult, PassCount
 from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.interface import AttackFn, IsAdversarial, Model, input_gradient
 from advmoe.attacks.pgd import Pgd, pgd
-from advmoe.attacks.random_streams import BatchDraws, ImageDraws
-from advmoe.attacks.registry import AnyAttack
+from advmoe.attacks.random_streams import BatchStream, ImageStreams
+from advmoe.attacks.registry import AttackSettings
 from advmoe.core.errors import UserError
 from advmoe.models import inference
 from advmoe.models.gate import Gate
@@ -69,51 +69,51 @@ def decisions(model: nn.Module, images_NCHW: Tensor) -> Tensor:
     return inference.predict(model, images_NCHW, COUNT).argmax(1)
 
 
-# ---- crafting leaves the model as it was
+# ---- attacks leave the model as it was
 
 
-Crafter = Callable[[nn.Module, Tensor, Tensor], Tensor]
+AttackModel = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def crafted(precision: Precision) -> Crafter:
-    def craft(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-        with engine.attack_mode(model, precision) as cheap:
-            return crafted_in_train_mode(cheap, images_BCHW, labels_B)
+def attacked_in_attack_mode(precision: Precision) -> AttackModel:
+    def attack(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        with engine.attack_mode(model, precision) as frozen_model:
+            return attacked_in_train_mode(frozen_model, images_BCHW, labels_B)
 
-    return craft
+    return attack
 
 
-def crafted_in_train_mode(model: Model, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+def attacked_in_train_mode(model: Model, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
     """Planted: the classic BatchNorm bug, adversarial batches that pass through the running statistics."""
-    draws = BatchDraws(stream("craft"))
+    draws = BatchStream(stream("craft"))
     return pgd(model, images_BCHW, labels_B, ball=LInf(0.1), settings=PGD, draws=draws)
 
 
-def struck_with_pgd(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-    return struck(model, images_BCHW, labels_B, LInf(0.1), precision="bfloat16").images
+def attacked_by_run_attack(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+    return attacked(model, images_BCHW, labels_B, LInf(0.1), precision="bfloat16").images
 
 
-def crafted_and_left_in_eval_mode(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+def attacked_and_left_in_eval_mode(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
     """Planted: statistics are safe, but the next update would run with them frozen."""
-    return crafted_in_train_mode(model.eval(), images_BCHW, labels_B)
+    return attacked_in_train_mode(model.eval(), images_BCHW, labels_B)
 
 
-def crafted_and_left_frozen(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+def attacked_and_left_frozen(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
     """Planted: a model that can no longer learn."""
-    found = crafted("float32")(model, images_BCHW, labels_B)
+    found = attacked_in_attack_mode("float32")(model, images_BCHW, labels_B)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return found
 
 
-def leaves_the_model_as_it_was(craft: Crafter, model: nn.Module) -> bool:
+def leaves_the_model_as_it_was(attack: AttackModel, model: nn.Module) -> bool:
     """Weights, BatchNorm statistics, gradients, and every layer's and parameter's own mode."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     learning = [parameter.requires_grad for parameter in model.parameters()]
     images = pixels(8)
-    found = craft(model, images, torch.arange(8) % CLASSES)
-    assert not torch.equal(found, images), "nothing was crafted, so nothing was tested"
+    found = attack(model, images, torch.arange(8) % CLASSES)
+    assert not torch.equal(found, images), "the attack changed nothing, so nothing was tested"
     return (
         all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         and [module.training for module in model.modules()] == modes
@@ -125,32 +125,32 @@ def leaves_the_model_as_it_was(craft: Crafter, model: nn.Module) -> bool:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("make", [make_resnet, make_mixture])
-def test_crafting_leaves_the_model_as_it_was(make: Callable[[], nn.Module], precision: Precision) -> None:
-    assert leaves_the_model_as_it_was(crafted(precision), make().train())
+def test_attack_mode_leaves_the_model_as_it_was(make: Callable[[], nn.Module], precision: Precision) -> None:
+    assert leaves_the_model_as_it_was(attacked_in_attack_mode(precision), make().train())
 
 
 @pytest.mark.parametrize("make", [make_resnet, make_mixture])
-def test_striking_leaves_the_model_as_it_was(make: Callable[[], nn.Module]) -> None:
-    assert leaves_the_model_as_it_was(struck_with_pgd, make().train())
+def test_run_attack_leaves_the_model_as_it_was(make: Callable[[], nn.Module]) -> None:
+    assert leaves_the_model_as_it_was(attacked_by_run_attack, make().train())
 
 
-def test_crafting_puts_back_mixed_modes() -> None:
+def test_attack_mode_puts_back_mixed_modes() -> None:
     """Part of the model in eval mode, part of it not to be trained: that is what must come back."""
     mixture = make_mixture().train()
     mixture.experts[0].eval()
     for parameter in mixture.experts[1].parameters():
         parameter.requires_grad_(False)
-    assert leaves_the_model_as_it_was(crafted("float32"), mixture)
+    assert leaves_the_model_as_it_was(attacked_in_attack_mode("float32"), mixture)
     assert mixture.gate.training
     assert not mixture.experts[0].training
 
 
-@pytest.mark.parametrize("bug", [crafted_in_train_mode, crafted_and_left_in_eval_mode, crafted_and_left_frozen])
-def test_planted_crafting_bugs_are_caught(bug: Crafter) -> None:
+@pytest.mark.parametrize("bug", [attacked_in_train_mode, attacked_and_left_in_eval_mode, attacked_and_left_frozen])
+def test_planted_attack_bugs_are_caught(bug: AttackModel) -> None:
     assert not leaves_the_model_as_it_was(bug, make_resnet().train())
 
 
-def test_crafting_puts_the_model_back_after_an_error() -> None:
+def test_attack_mode_puts_the_model_back_after_an_error() -> None:
     model = make_resnet().train()
     with pytest.raises(RuntimeError, match="planted"), engine.attack_mode(model, "float32"):
         raise RuntimeError("planted")
@@ -159,73 +159,76 @@ def test_crafting_puts_the_model_back_after_an_error() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_crafting_sees_the_model_in_eval_mode() -> None:
+def test_attack_mode_sees_the_model_in_eval_mode() -> None:
     model = make_resnet().train()
-    with engine.attack_mode(model, "float32") as cheap, torch.no_grad():
-        found = cheap(pixels())
+    with engine.attack_mode(model, "float32") as frozen_model, torch.no_grad():
+        found = frozen_model(pixels())
     torch.testing.assert_close(found, inference.predict(model, pixels(), COUNT), atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         assert not torch.allclose(model(pixels()), found, atol=1e-2)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_crafting_gives_float32_logits_and_no_gradients_for_weights(precision: Precision) -> None:
-    with engine.attack_mode(make_resnet(), precision) as cheap:
-        assert cheap(pixels()).dtype == torch.float32
-        assert not cheap(pixels()).requires_grad
-        assert cheap(pixels().requires_grad_(True)).requires_grad
+def test_attack_mode_gives_float32_logits_and_no_gradients_for_weights(precision: Precision) -> None:
+    with engine.attack_mode(make_resnet(), precision) as frozen_model:
+        assert frozen_model(pixels()).dtype == torch.float32
+        assert not frozen_model(pixels()).requires_grad
+        assert frozen_model(pixels().requires_grad_(True)).requires_grad
 
 
-def test_crafting_does_not_depend_on_the_mode_before() -> None:
+def test_attack_mode_does_not_depend_on_the_mode_before() -> None:
     model = make_resnet()
     labels = torch.arange(8) % CLASSES
-    trained = crafted("float32")(model.train(), pixels(8), labels)
-    assert torch.equal(crafted("float32")(model.eval(), pixels(8), labels), trained)
+    trained = attacked_in_attack_mode("float32")(model.train(), pixels(8), labels)
+    assert torch.equal(attacked_in_attack_mode("float32")(model.eval(), pixels(8), labels), trained)
 
 
-# ---- the cheap form of a mixture, and what passes cost
+# ---- the frozen model of a mixture, and counted passes
 
 
 def test_passes_are_counted_in_images() -> None:
     passes = PassCount()
     labels = torch.arange(8) % CLASSES
-    with engine.attack_mode(make_resnet(), "float32", passes) as cheap:
+    with engine.attack_mode(make_resnet(), "float32", passes) as frozen_model:
         with torch.no_grad():
-            cheap(pixels(5))
-            cheap(pixels(5).requires_grad_(True))  # nothing can flow back from here
+            frozen_model(pixels(5))
+            frozen_model(pixels(5).requires_grad_(True))  # nothing can flow back from here
         assert passes == PassCount(forward=10, backward=0)
-        input_gradient(cheap, pixels(8), labels, "ce")
+        input_gradient(frozen_model, pixels(8), labels, "ce")
         assert passes == PassCount(forward=18, backward=8)
 
 
-def test_passes_through_a_mixture_are_counted_however_it_is_taken_apart() -> None:
+def test_passes_through_parts_of_a_mixture_are_counted() -> None:
     passes = PassCount()
-    with engine.attack_mode(make_mixture(), "float32", passes) as cheap, torch.no_grad():
-        cheap.parts(pixels(3))
+    with engine.attack_mode(make_mixture(), "float32", passes) as frozen_model, torch.no_grad():
+        frozen_model.forward_parts(pixels(3))
         assert passes == PassCount(forward=3)
-        for vote in cheap.votes():
-            vote(pixels(4))
+        for expert_model in frozen_model.expert_models():
+            expert_model(pixels(4))
     assert passes == PassCount(forward=11)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_cheap_mixture_taken_apart_is_the_mixture(precision: Precision) -> None:
+def test_parts_of_a_frozen_mixture_are_those_of_the_mixture(precision: Precision) -> None:
     mixture = make_mixture()
-    with engine.attack_mode(mixture, precision) as cheap, torch.no_grad():
-        assert cheap.mixing == "probabilities"
-        parts, whole = cheap.parts(pixels()), cheap(pixels())
-        votes = torch.stack([vote(pixels()) for vote in cheap.votes()], dim=1)
+    with engine.attack_mode(mixture, precision) as frozen_model, torch.no_grad():
+        assert frozen_model.mixing == "probabilities"
+        parts, whole = frozen_model.forward_parts(pixels()), frozen_model(pixels())
+        expert_logits = torch.stack([expert_model(pixels()) for expert_model in frozen_model.expert_models()], dim=1)
     assert {part.dtype for part in parts} == {torch.float32}
     atol, rtol = (1e-4, 1e-4) if precision == "float32" else (0.2, 0.1)
     torch.testing.assert_close(parts.log_probs_BK, whole, atol=atol, rtol=rtol)
-    torch.testing.assert_close(parts.logits_BEK, votes, atol=atol, rtol=rtol)
-    for expert, vote_BK in zip(mixture.experts, votes.unbind(1), strict=True):
-        torch.testing.assert_close(vote_BK, inference.predict(expert, pixels(), COUNT), atol=atol, rtol=rtol)
+    torch.testing.assert_close(parts.logits_BEK, expert_logits, atol=atol, rtol=rtol)
+    for expert, logits_BK in zip(mixture.experts, expert_logits.unbind(1), strict=True):
+        torch.testing.assert_close(logits_BK, inference.predict(expert, pixels(), COUNT), atol=atol, rtol=rtol)
 
 
-def test_what_is_no_mixture_is_not_taken_apart() -> None:
-    with engine.attack_mode(make_resnet(), "float32") as cheap, pytest.raises(AssertionError, match="mixtures only"):
-        cheap.votes()
+def test_a_single_network_has_no_expert_models() -> None:
+    with (
+        engine.attack_mode(make_resnet(), "float32") as frozen_model,
+        pytest.raises(AssertionError, match="need a mixture"),
+    ):
+        frozen_model.expert_models()
 
 
 # ---- predictions
@@ -275,20 +278,20 @@ every_ball = pytest.mark.parametrize("ball", [LInf(0.15), L2(0.8)], ids=["linf",
 every_attack = pytest.mark.parametrize("settings", [FGSM, PGD], ids=["fgsm", "pgd"])
 
 
-def struck(
+def attacked(
     model: nn.Module,
     images_BCHW: Tensor,
     labels_B: Tensor,
     ball: Ball,
     *,
-    settings: AnyAttack = PGD,
-    craft: AttackFn | None = None,
+    settings: AttackSettings = PGD,
+    attack_fn: AttackFn | None = None,
     precision: Precision = "float32",
     seed: int = 0,
     passes: PassCount | None = None,
 ) -> AttackResult:
-    draws = ImageDraws(seed, "strike", torch.arange(len(images_BCHW)))
-    attack = craft or registry.bind(settings, {})
+    draws = ImageStreams(seed, "strike", torch.arange(len(images_BCHW)))
+    attack = attack_fn or registry.bind(settings, {})
     return engine.run_attack(
         model, images_BCHW, labels_B, attack, ball=ball, draws=draws, precision=precision, passes=passes
     )
@@ -308,28 +311,30 @@ def is_inside(found: Tensor, images: Tensor, ball: Ball) -> bool:
 @every_attack
 @every_precision
 @every_ball
-def test_strike_stays_inside_and_moves_every_image(settings: AnyAttack, precision: Precision, ball: Ball) -> None:
+def test_run_attack_stays_inside_and_moves_every_image(
+    settings: AttackSettings, precision: Precision, ball: Ball
+) -> None:
     model = make_resnet()
-    found = struck(model, pixels(), decisions(model, pixels()), ball, settings=settings, precision=precision)
+    found = attacked(model, pixels(), decisions(model, pixels()), ball, settings=settings, precision=precision)
     assert is_inside(found.images, pixels(), ball)
     assert not found.images.requires_grad
     assert (norm_of(found.images - pixels(), ball) > 0).all()
     assert (found.overshoot < 1e-6).all()
 
 
-def test_strike_is_repeatable_and_its_start_follows_the_draws() -> None:
+def test_run_attack_is_repeatable_and_its_start_follows_the_draws() -> None:
     model = make_resnet()
     labels = decisions(model, pixels())
-    first = struck(model, pixels(), labels, LInf(0.1)).images
-    assert torch.equal(struck(model, pixels(), labels, LInf(0.1)).images, first)
-    assert not torch.equal(struck(model, pixels(), labels, LInf(0.1), seed=1).images, first)
+    first = attacked(model, pixels(), labels, LInf(0.1)).images
+    assert torch.equal(attacked(model, pixels(), labels, LInf(0.1)).images, first)
+    assert not torch.equal(attacked(model, pixels(), labels, LInf(0.1), seed=1).images, first)
 
 
-def test_stronger_strike_leaves_fewer_correct() -> None:
+def test_stronger_attack_leaves_fewer_correct() -> None:
     model = make_resnet()
     labels = decisions(model, pixels())
-    struck_at = [struck(model, pixels(), labels, LInf(epsilon)).images for epsilon in (0.0, 0.03, 0.1, 0.3)]
-    left = [int((decisions(model, images) == labels).sum()) for images in struck_at]
+    attacked_at = [attacked(model, pixels(), labels, LInf(epsilon)).images for epsilon in (0.0, 0.03, 0.1, 0.3)]
+    left = [int((decisions(model, images) == labels).sum()) for images in attacked_at]
     assert left[0] == COUNT
     assert left == sorted(left, reverse=True)
     assert left[-1] < COUNT / 2
@@ -347,18 +352,18 @@ class TwoFaced(nn.Module):
 def test_pgd_goes_on_until_float32_agrees() -> None:
     """Retired at the first point that bfloat16 gets wrong, the images would be the random starts, inside the ball."""
     labels = torch.zeros(COUNT, dtype=torch.long)
-    with engine.attack_mode(TwoFaced(), "bfloat16") as cheap:
-        assert (cheap(pixels()).argmax(1) == 1).all()  # the attack believes that it has won
+    with engine.attack_mode(TwoFaced(), "bfloat16") as frozen_model:
+        assert (frozen_model(pixels()).argmax(1) == 1).all()  # the attack believes that it has won
     long = PGD.model_copy(update={"steps": 10})
-    found = struck(TwoFaced(), pixels(), labels, LInf(0.01), settings=long, precision="bfloat16")
+    found = attacked(TwoFaced(), pixels(), labels, LInf(0.01), settings=long, precision="bfloat16")
     change = (found.images - pixels()).abs()
     # all steps go one way on this model, so nearly every pixel that the box does not hold has reached the wall
     assert (change > 0.0099).double().mean() > 0.9
 
 
 @dataclass
-class Asking:
-    """An attack that only asks: what the verdict on the clean images is, under labels of its choice."""
+class RecordsCheck:
+    """An attack that records `is_adversarial` on the clean images, with shifted labels."""
 
     shift: int
     answers: list[Tensor] = field(default_factory=list)
@@ -371,25 +376,25 @@ class Asking:
         /,
         *,
         ball: Ball,
-        draws: Draws,
-        fooled: IsAdversarial | None = None,
+        draws: RandomStream,
+        is_adversarial: IsAdversarial | None = None,
     ) -> Tensor:
         del model, ball, draws
-        assert fooled is not None
-        assert fooled(images[:0], labels[:0]).shape == (0,)
-        self.answers.append(fooled(images, (labels + self.shift) % CLASSES))
+        assert is_adversarial is not None
+        assert is_adversarial(images[:0], labels[:0]).shape == (0,)
+        self.answers.append(is_adversarial(images, (labels + self.shift) % CLASSES))
         return images
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-def test_the_verdict_is_that_of_a_float32_forward_pass(shift: int) -> None:
-    model, passes, asking = make_resnet().train(), PassCount(), Asking(shift)
+def test_is_adversarial_is_a_float32_forward_pass(shift: int) -> None:
+    model, passes, records_check = make_resnet().train(), PassCount(), RecordsCheck(shift)
     labels = torch.arange(COUNT) % CLASSES
-    struck(model, pixels(), labels, LInf(0.1), craft=asking, precision="bfloat16", passes=passes)
-    assert torch.equal(asking.answers[0], decisions(model, pixels()) != (labels + shift) % CLASSES)
-    assert passes == PassCount(forward=COUNT)  # a verdict is a pass too
+    attacked(model, pixels(), labels, LInf(0.1), attack_fn=records_check, precision="bfloat16", passes=passes)
+    assert torch.equal(records_check.answers[0], decisions(model, pixels()) != (labels + shift) % CLASSES)
+    assert passes == PassCount(forward=COUNT)  # a check is a pass too
     with torch.no_grad():
-        assert torch.equal(asking.answers[0], model.eval()(pixels()).argmax(1) != (labels + shift) % CLASSES)
+        assert torch.equal(records_check.answers[0], model.eval()(pixels()).argmax(1) != (labels + shift) % CLASSES)
 
 
 def test_an_image_leaves_at_its_first_point_that_float32_gets_wrong() -> None:
@@ -397,34 +402,48 @@ def test_an_image_leaves_at_its_first_point_that_float32_gets_wrong() -> None:
     model = make_resnet()
     labels = (decisions(model, pixels()) + 1) % CLASSES
     passes = PassCount()
-    found = struck(model, pixels(), labels, LInf(1e-4), passes=passes).images
-    draws = ImageDraws(0, "strike", torch.arange(COUNT))
+    found = attacked(model, pixels(), labels, LInf(1e-4), passes=passes).images
+    draws = ImageStreams(0, "strike", torch.arange(COUNT))
     assert torch.equal(found, LInf(1e-4).start(pixels(), draws))
     assert passes == PassCount(forward=2 * COUNT, backward=COUNT)
 
 
 def outside(
-    model: Model, images: Tensor, labels: Tensor, /, *, ball: Ball, draws: Draws, fooled: IsAdversarial | None = None
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    /,
+    *,
+    ball: Ball,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
     """Planted: far outside ball and box."""
-    del model, labels, ball, draws, fooled
+    del model, labels, ball, draws, is_adversarial
     return 1 - 2 * images
 
 
 def in_place(
-    model: Model, images: Tensor, labels: Tensor, /, *, ball: Ball, draws: Draws, fooled: IsAdversarial | None = None
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    /,
+    *,
+    ball: Ball,
+    draws: RandomStream,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
-    """Planted: the same, and what it was given is overwritten, so that nothing seems to have moved."""
-    images.copy_(outside(model, images, labels, ball=ball, draws=draws, fooled=fooled))
+    """Planted: the same, and the inputs are overwritten, so that the points seem unchanged."""
+    images.copy_(outside(model, images, labels, ball=ball, draws=draws, is_adversarial=is_adversarial))
     labels.zero_()
     return images
 
 
-@pytest.mark.parametrize("craft", [outside, in_place])
+@pytest.mark.parametrize("attack_fn", [outside, in_place])
 @every_ball
-def test_a_cheating_attack_is_brought_back_and_found_out(craft: AttackFn, ball: Ball) -> None:
+def test_points_outside_the_ball_are_projected_and_reported(attack_fn: AttackFn, ball: Ball) -> None:
     images, labels = pixels(), torch.arange(COUNT) % CLASSES
-    found = struck(make_resnet(), images, labels, ball, craft=craft)
+    found = attacked(make_resnet(), images, labels, ball, attack_fn=attack_fn)
     assert torch.equal(images, pixels())
     assert torch.equal(labels, torch.arange(COUNT) % CLASSES)
     assert is_inside(found.images, pixels(), ball)
@@ -435,10 +454,10 @@ def test_a_cheating_attack_is_brought_back_and_found_out(craft: AttackFn, ball: 
 
 
 @every_attack
-def test_passes_of_a_strike_are_those_of_its_steps(settings: AnyAttack) -> None:
-    """On a model that nothing fools: every step once forward and once back, and one verdict at the end of PGD."""
+def test_passes_of_an_attack_are_those_of_its_steps(settings: AttackSettings) -> None:
+    """On a robust model: every step is one forward and one backward pass, and PGD checks once at the end."""
     passes, labels = PassCount(), torch.zeros(COUNT, dtype=torch.long)
-    struck(TwoFaced(), pixels(), labels, LInf(0.1), settings=settings, passes=passes)
+    attacked(TwoFaced(), pixels(), labels, LInf(0.1), settings=settings, passes=passes)
     expected = {"fgsm": PassCount(COUNT, COUNT), "pgd": PassCount((PGD.steps + 1) * COUNT, PGD.steps * COUNT)}
     assert passes == expected[settings.kind]
 
@@ -468,7 +487,7 @@ def test_frozen_spares_parameters_that_did_not_learn_before() -> None:
 
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The machine compiles what attacks differentiate."""
+    """Enables torch.compile for attacks."""
     monkeypatch.setenv("ADVMOE_COMPILE", "1")
     machine.machine.cache_clear()
     yield
@@ -476,15 +495,15 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def lines() -> nn.Module:
-    """Quickly compiled."""
+    """A network that compiles quickly."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
 def gradient(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    with engine.attack_mode(model, "float32") as cheap:
+    with engine.attack_mode(model, "float32") as frozen_model:
         leaf = images.clone().requires_grad_(True)
-        logits = cheap(leaf)
+        logits = frozen_model(leaf)
         return logits.detach(), torch.autograd.grad(logits[:, 0].sum(), leaf)[0]
 
 
@@ -506,5 +525,5 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch) 
         raise torch._dynamo.exc.BackendCompilerFailed(fails, RuntimeError("no compiler"), None)
 
     monkeypatch.setattr(torch, "compile", lambda _: fails)
-    with pytest.raises(UserError, match=r"^environment: ADVMOE_COMPILE is set, but PyTorch cannot compile here \("):
+    with pytest.raises(UserError, match=r"^environment: ADVMOE_COMPILE is set, but torch.compile failed \("):
         gradient(lines(), torch.rand(2, 1, 8, 8))

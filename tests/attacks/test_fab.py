@@ -13,10 +13,10 @@ import torch
 from scipy import optimize
 from torch import Tensor
 
-from advmoe.attacks.ball import L2, Ball, Draws, LInf, Norm
-from advmoe.attacks.fab import FabT, closest, fab_t, to_plane
+from advmoe.attacks.ball import L2, Ball, LInf, Norm, RandomStream
+from advmoe.attacks.fab import FabT, closest_adversarial, fab_t, project_onto_plane
 from advmoe.attacks.interface import IsAdversarial, Model, margin
-from advmoe.attacks.random_streams import ImageDraws
+from advmoe.attacks.random_streams import ImageStreams
 from advmoe.runtime.machine import generator
 from benchmarks import checkpoints
 
@@ -119,8 +119,8 @@ def settings(steps: int = 20, targets: int = 9, restarts: int = 1) -> FabT:
     return FabT(kind="fab-t", steps=steps, targets=targets, restarts=restarts)
 
 
-def draws_for(count: int) -> Draws:
-    return ImageDraws(0, "fab", torch.arange(count))
+def draws_for(count: int) -> RandomStream:
+    return ImageStreams(0, "fab", torch.arange(count))
 
 
 def nearest(
@@ -129,10 +129,12 @@ def nearest(
     labels: Tensor,
     norm: Norm,
     how: FabT | None = None,
-    fooled: IsAdversarial | None = None,
+    is_adversarial: IsAdversarial | None = None,
 ) -> tuple[Tensor, Tensor]:
     draws = draws_for(len(images))
-    return closest(model, images, labels, norm=norm, settings=how or settings(), draws=draws, fooled=fooled)
+    return closest_adversarial(
+        model, images, labels, norm=norm, settings=how or settings(), draws=draws, is_adversarial=is_adversarial
+    )
 
 
 def attacked(
@@ -141,10 +143,12 @@ def attacked(
     labels: Tensor,
     ball: Ball,
     how: FabT | None = None,
-    fooled: IsAdversarial | None = None,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
     draws = draws_for(len(images))
-    return fab_t(model, images, labels, ball=ball, settings=how or settings(), draws=draws, fooled=fooled)
+    return fab_t(
+        model, images, labels, ball=ball, settings=how or settings(), draws=draws, is_adversarial=is_adversarial
+    )
 
 
 def confirmed(model: Model) -> IsAdversarial:
@@ -188,7 +192,7 @@ def solved(point: Tensor, normal: Tensor, gap: float, norm: Norm) -> Any:
 @pytest.mark.parametrize("reach", [0.02, 0.5, 0.98])
 def test_projection_is_as_short_as_a_solver_s(norm: Norm, reach: float) -> None:
     points, normals, gaps = planes(20, 7, reach)
-    change = to_plane(points, normals, gaps, norm)
+    change = project_onto_plane(points, normals, gaps, norm)
     expected = torch.stack(
         [torch.from_numpy(solved(x, w, float(gap), norm)) for x, w, gap in zip(points, normals, gaps, strict=True)]
     )
@@ -215,7 +219,7 @@ def bisected(points: Tensor, normals: Tensor, gaps: Tensor, norm: Norm) -> Tenso
 @pytest.mark.parametrize("reach", [0.001, 0.3, 0.9, 0.999])
 def test_projection_is_exact_for_large_images(norm: Norm, reach: float) -> None:
     points, normals, gaps = planes(16, 3072, reach)
-    change = to_plane(points, normals, gaps, norm)
+    change = project_onto_plane(points, normals, gaps, norm)
     gained = (change.double() * normals.double()).sum(1)
     torch.testing.assert_close(gained, gaps.double(), atol=0, rtol=2e-5)
     torch.testing.assert_close(change.double(), bisected(points, normals, gaps, norm), atol=1e-4, rtol=1e-3)
@@ -226,7 +230,7 @@ def test_projection_is_exact_for_large_images(norm: Norm, reach: float) -> None:
 @every_norm
 def test_projection_out_of_reach_goes_to_the_walls(norm: Norm) -> None:
     points, normals, gaps = planes(16, 30, 1.5)
-    change = to_plane(points, normals, gaps, norm)
+    change = project_onto_plane(points, normals, gaps, norm)
     walls = torch.where(normals * gaps[:, None] > 0, 1.0, 0.0)
     torch.testing.assert_close((points + change)[normals != 0], walls[normals != 0])
     assert (change[normals == 0] == 0).all()
@@ -235,33 +239,33 @@ def test_projection_out_of_reach_goes_to_the_walls(norm: Norm) -> None:
 @every_norm
 def test_projection_of_a_point_on_the_plane_is_the_point(norm: Norm) -> None:
     points, normals, _ = planes(4, 30, 0.5)
-    assert torch.equal(to_plane(points, normals, torch.zeros(4), norm), torch.zeros(4, 30))
+    assert torch.equal(project_onto_plane(points, normals, torch.zeros(4), norm), torch.zeros(4, 30))
 
 
 @every_norm
 def test_projection_without_a_normal_is_finite(norm: Norm) -> None:
     points, normals, gaps = planes(4, 30, 0.5)
-    assert torch.equal(to_plane(points, 0 * normals, gaps, norm), torch.zeros(4, 30))
+    assert torch.equal(project_onto_plane(points, 0 * normals, gaps, norm), torch.zeros(4, 30))
 
 
 @every_norm
 @pytest.mark.parametrize("scale", [1e-25, 1e-9, 1e9])
 def test_projection_does_not_depend_on_the_scale_of_the_normal(norm: Norm, scale: float) -> None:
     points, normals, gaps = planes(8, 30, 0.4)
-    change = to_plane(points, normals, gaps, norm)
+    change = project_onto_plane(points, normals, gaps, norm)
     if scale >= 1e-12:
-        torch.testing.assert_close(to_plane(points, scale * normals, scale * gaps, norm), change)
+        torch.testing.assert_close(project_onto_plane(points, scale * normals, scale * gaps, norm), change)
     else:
-        assert to_plane(points, scale * normals, scale * gaps, norm).isfinite().all()
+        assert project_onto_plane(points, scale * normals, scale * gaps, norm).isfinite().all()
 
 
 @every_norm
 def test_projection_of_a_row_does_not_depend_on_the_others(norm: Norm) -> None:
     points, normals, gaps = planes(8, 30, 0.7)
-    together = to_plane(points, normals, gaps, norm)
+    together = project_onto_plane(points, normals, gaps, norm)
     for row in range(8):
         one = slice(row, row + 1)
-        torch.testing.assert_close(to_plane(points[one], normals[one], gaps[one], norm), together[one])
+        torch.testing.assert_close(project_onto_plane(points[one], normals[one], gaps[one], norm), together[one])
 
 
 # ---- minimal distances on linear models
@@ -362,8 +366,8 @@ def test_bent_boundary_is_approached_closely(norm: Norm) -> None:
 @pytest.mark.parametrize("epsilon", [0.0, 0.02, 0.3])
 def test_result_is_inside_ball_and_box(norm: Norm, epsilon: float) -> None:
     model, images, labels = case()
-    for fooled in (None, confirmed(model)):
-        found = attacked(model, images, labels, make_ball(norm, epsilon), settings(restarts=2), fooled)
+    for is_adversarial in (None, confirmed(model)):
+        found = attacked(model, images, labels, make_ball(norm, epsilon), settings(restarts=2), is_adversarial)
         assert (size(found - images, norm) <= epsilon + TOLERANCE).all()
         assert ((found >= 0) & (found <= 1)).all()
         assert not found.requires_grad
@@ -376,15 +380,19 @@ def test_result_is_inside_ball_and_box(norm: Norm, epsilon: float) -> None:
 def test_result_does_not_depend_on_batch_neighbours(norm: Norm) -> None:
     model, images, labels = case()
 
-    def found(rows: Tensor, fooled: IsAdversarial | None) -> Tensor:
-        draws = ImageDraws(0, "fab", rows)
+    def found(rows: Tensor, is_adversarial: IsAdversarial | None) -> Tensor:
+        draws = ImageStreams(0, "fab", rows)
         ball = make_ball(norm, 0.1)
         how = settings(restarts=2)
-        return fab_t(model, images[rows], labels[rows], ball=ball, settings=how, draws=draws, fooled=fooled)
+        return fab_t(
+            model, images[rows], labels[rows], ball=ball, settings=how, draws=draws, is_adversarial=is_adversarial
+        )
 
     few = torch.tensor([30, 3, 11])
-    for fooled in (None, confirmed(model)):
-        torch.testing.assert_close(found(few, fooled), found(torch.arange(40), fooled)[few], atol=1e-4, rtol=0)
+    for is_adversarial in (None, confirmed(model)):
+        torch.testing.assert_close(
+            found(few, is_adversarial), found(torch.arange(40), is_adversarial)[few], atol=1e-4, rtol=0
+        )
 
 
 def test_inputs_and_grad_mode_are_left_alone() -> None:
@@ -407,14 +415,14 @@ def test_image_that_is_wrong_already_is_its_own_closest_point(norm: Norm) -> Non
 def test_first_restart_draws_nothing_and_later_ones_do() -> None:
     model, images, labels = case()
 
-    def found(draws: Draws, restarts: int) -> Tensor:
+    def found(draws: RandomStream, restarts: int) -> Tensor:
         how = settings(steps=3, restarts=restarts)
-        return closest(model, images, labels, norm="l2", settings=how, draws=draws)[0]
+        return closest_adversarial(model, images, labels, norm="l2", settings=how, draws=draws)[0]
 
     found(NoDraws(), 1)
     with pytest.raises(AssertionError, match="drew"):
         found(NoDraws(), 2)
-    first, second = (found(ImageDraws(seed, "fab", torch.arange(40)), 2) for seed in (0, 1))
+    first, second = (found(ImageStreams(seed, "fab", torch.arange(40)), 2) for seed in (0, 1))
     assert not torch.equal(first, second)
 
 
@@ -428,7 +436,9 @@ def test_random_start_is_half_as_far_as_the_closest_point(norm: Norm) -> None:
         seen.append(points.detach().clone())
         return model(points)
 
-    closest(remembering, images, labels, norm=norm, settings=settings(steps=1, restarts=2), draws=draws_for(10))
+    closest_adversarial(
+        remembering, images, labels, norm=norm, settings=settings(steps=1, restarts=2), draws=draws_for(10)
+    )
     step, start = seen[2], seen[3]
     assert (model(step).argmax(1) != labels).all()
     torch.testing.assert_close(size(start - images, norm), size(step - images, norm) / 2, atol=1e-5, rtol=1e-4)
@@ -440,11 +450,11 @@ def test_random_start_is_half_as_far_as_the_closest_point(norm: Norm) -> None:
 @every_norm
 def test_denied_points_do_not_count(norm: Norm) -> None:
     model, images, labels = case()
-    points, distances = nearest(model, images, labels, norm, fooled=Referee(model, least=torch.inf))
+    points, distances = nearest(model, images, labels, norm, is_adversarial=Referee(model, least=torch.inf))
     assert distances.isinf().all()
     assert (margin(model(points), labels) > 0).all()  # the best that there is
     epsilon = 0.05
-    found = attacked(model, images, labels, make_ball(norm, epsilon), fooled=Referee(model, least=torch.inf))
+    found = attacked(model, images, labels, make_ball(norm, epsilon), is_adversarial=Referee(model, least=torch.inf))
     assert (size(found - images, norm) <= epsilon + TOLERANCE).all()
 
 
@@ -467,7 +477,7 @@ def test_image_leaves_at_its_first_confirmed_point_in_the_ball(norm: Norm) -> No
     referee, whole, spared = Referee(model, 0.0), Counted(model), Counted(model)
     ball = make_ball(norm, epsilon)
     full = attacked(whole, images, labels, ball)
-    early = attacked(spared, images, labels, ball, fooled=referee)
+    early = attacked(spared, images, labels, ball, is_adversarial=referee)
     fallen = model(early).argmax(1) != labels
     assert 0.3 < float(fallen.float().mean()) < 0.7
     assert (model(full).argmax(1) != labels)[fallen].all()
@@ -487,7 +497,7 @@ def test_final_search_stops_in_the_ball_too(norm: Norm) -> None:
     inside = 0
     for row in range(10):
         one, referee, epsilon = slice(row, row + 1), Referee(model, 0.0), 1.002 * float(best[row])
-        found = attacked(model, images[one], labels[one], make_ball(norm, epsilon), fooled=referee)
+        found = attacked(model, images[one], labels[one], make_ball(norm, epsilon), is_adversarial=referee)
         inside += sum(bool(size(asked - images[one], norm) <= epsilon) for asked in referee.asked)
         assert model(found).argmax(1) != labels[one]
     assert inside == 10
@@ -557,11 +567,11 @@ def test_walk_does_not_end_on_a_tie(norm: Norm) -> None:
 # ---- a network trained by others
 
 
-@pytest.mark.skipif(not checkpoints.available(), reason=f"needs {checkpoints.FOLDER}")
+@pytest.mark.skipif(not checkpoints.is_available(), reason=f"needs {checkpoints.FOLDER}")
 def test_agrees_with_the_reference_on_a_trained_network() -> None:
-    model, theirs = checkpoints.model("wk-fmnist").requires_grad_(False), checkpoints.reference("wk-fmnist")
+    model, theirs = checkpoints.load_model("wk-fmnist").requires_grad_(False), checkpoints.load_reference("wk-fmnist")
     right, robust = theirs.clean[:100], theirs.autoattack[:100]
-    images, labels = (part[right] for part in checkpoints.images("wk-fmnist", 100))
+    images, labels = (part[right] for part in checkpoints.load_images("wk-fmnist", 100))
     found = attacked(model, images, labels, LInf(theirs.epsilon), settings(steps=20, targets=4), confirmed(model))
     standing = model(found).argmax(1) == labels
     assert not (~standing & robust[right]).any()

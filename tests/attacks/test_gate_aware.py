@@ -17,8 +17,8 @@ from advmoe.attacks.engine import FrozenModel, PassCount
 from advmoe.attacks.gate_aware import Experts, GateFrozen, Misrouting, Transfer, gate_loss
 from advmoe.attacks.interface import IsAdversarial, Model
 from advmoe.attacks.pgd import Pgd
-from advmoe.attacks.random_streams import ImageDraws
-from advmoe.attacks.registry import AnyAttack
+from advmoe.attacks.random_streams import ImageStreams
+from advmoe.attacks.registry import AttackSettings
 from advmoe.models.mixture import Mixing, MixtureOfExperts, MixtureOutput, mix
 from advmoe.runtime.machine import generator
 
@@ -82,7 +82,7 @@ def dense_mixture(mixing: Mixing = "probabilities") -> MixtureOfExperts:
     return MixtureOfExperts(experts, Dense("gate", 2, normed=True), mixing)
 
 
-def cheap(model: nn.Module, passes: PassCount | None = None) -> FrozenModel:
+def frozen(model: nn.Module, passes: PassCount | None = None) -> FrozenModel:
     return FrozenModel(model.eval(), "float32", passes or PassCount())
 
 
@@ -93,27 +93,27 @@ def decisions(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def run(
-    settings: AnyAttack,
+    settings: AttackSettings,
     model: Model,
     labels: Tensor,
     ball: Ball,
-    fooled: IsAdversarial | None = None,
+    is_adversarial: IsAdversarial | None = None,
     sources: Mapping[str, Model] | None = None,
 ) -> Tensor:
-    craft = registry.bind(settings, sources or {})
-    draws = ImageDraws(0, "gated", torch.arange(COUNT))
-    return craft(model, pixels(), labels, ball=ball, draws=draws, fooled=fooled)
+    attack_fn = registry.bind(settings, sources or {})
+    draws = ImageStreams(0, "gated", torch.arange(COUNT))
+    return attack_fn(model, pixels(), labels, ball=ball, draws=draws, is_adversarial=is_adversarial)
 
 
 def starts(ball: Ball) -> Tensor:
     """Where all of these attacks begin."""
-    return ball.start(pixels(), ImageDraws(0, "gated", torch.arange(COUNT)))
+    return ball.start(pixels(), ImageStreams(0, "gated", torch.arange(COUNT)))
 
 
-def one_step(settings: AnyAttack, model: nn.Module, labels: Tensor) -> Tensor:
+def one_step(settings: AttackSettings, model: nn.Module, labels: Tensor) -> Tensor:
     """The direction of the first step, (B, D); in L2 that is the gradient's."""
     ball = L2(4.0)  # so wide that neither ball nor projection bends a short step
-    moved = run(settings, cheap(model), labels, L2Inside(ball.epsilon)) - starts(L2Inside(ball.epsilon))
+    moved = run(settings, frozen(model), labels, L2Inside(ball.epsilon)) - starts(L2Inside(ball.epsilon))
     return moved.flatten(1)
 
 
@@ -158,8 +158,8 @@ def test_gate_frozen_climbs_the_mixture_whose_gate_stays_as_on_the_clean_image(m
         clean_gate = precise.gate(pixels().double())
 
     def frozen_loss(points: Tensor) -> Tensor:
-        votes = torch.stack([expert(points) for expert in precise.experts], dim=1)
-        return functional.cross_entropy(mix(clean_gate, votes, mixing), labels, reduction="none")
+        logits_BEK = torch.stack([expert(points) for expert in precise.experts], dim=1)
+        return functional.cross_entropy(mix(clean_gate, logits_BEK, mixing), labels, reduction="none")
 
     def whole_loss(points: Tensor) -> Tensor:
         return functional.cross_entropy(precise(points), labels, reduction="none")
@@ -184,8 +184,8 @@ def only_the_gate_moves(mixing: Mixing = "probabilities") -> MixtureOfExperts:
 
 def test_gate_frozen_finds_nothing_to_climb_where_only_the_gate_moves() -> None:
     ball = LInf(0.1)
-    assert torch.equal(run(FROZEN, cheap(only_the_gate_moves()), ZEROS, ball), starts(ball))
-    assert not torch.equal(run(PGD, cheap(only_the_gate_moves()), ZEROS, ball), starts(ball))
+    assert torch.equal(run(FROZEN, frozen(only_the_gate_moves()), ZEROS, ball), starts(ball))
+    assert not torch.equal(run(PGD, frozen(only_the_gate_moves()), ZEROS, ball), starts(ball))
 
 
 def test_gate_frozen_is_judged_on_a_gate_that_moves() -> None:
@@ -193,12 +193,12 @@ def test_gate_frozen_is_judged_on_a_gate_that_moves() -> None:
     model, ball = only_the_gate_moves(), LInf(0.3)
     asked: list[Tensor] = []
 
-    def fooled(points: Tensor, labels: Tensor) -> Tensor:
+    def is_adversarial(points: Tensor, labels: Tensor) -> Tensor:
         asked.append(decisions(model, points) != labels)
         return asked[-1]
 
     labels = decisions(model, pixels())
-    found = run(FROZEN.model_copy(update={"steps": 1}), cheap(model), labels, ball, fooled)
+    found = run(FROZEN.model_copy(update={"steps": 1}), frozen(model), labels, ball, is_adversarial)
     suspects, everybody_left = asked
     assert suspects.all()  # during the climb: points that the whole mixture gets wrong, and only they
     assert 0 < len(suspects) == int((decisions(model, starts(ball)) != labels).sum())
@@ -220,8 +220,8 @@ def test_gate_loss_is_the_mean_loss_of_the_experts_under_the_gate() -> None:
     parts, labels = some_parts()
     with torch.no_grad():
         expected = []
-        for gate_E, votes_EK, label in zip(parts.log_gate_BE.exp(), parts.logits_BEK, labels.tolist(), strict=True):
-            losses = [-(vote.exp() / vote.exp().sum()).log()[label] for vote in votes_EK]
+        for gate_E, logits_EK, label in zip(parts.log_gate_BE.exp(), parts.logits_BEK, labels.tolist(), strict=True):
+            losses = [-(row.exp() / row.exp().sum()).log()[label] for row in logits_EK]
             expected.append(sum(share * loss for share, loss in zip(gate_E, losses, strict=True)))
     torch.testing.assert_close(gate_loss(parts, labels).detach(), torch.stack(expected))
 
@@ -250,10 +250,10 @@ def test_gate_loss_is_highest_where_the_gate_trusts_the_worst_expert() -> None:
 def test_misrouting_without_a_gate_loss_is_plain_pgd(mixing: Mixing, restarts: int, ball: Ball) -> None:
     model = dense_mixture(mixing)
     labels = decisions(model, pixels())
-    plain = run(PGD.model_copy(update={"restarts": restarts}), cheap(model), labels, ball)
+    plain = run(PGD.model_copy(update={"restarts": restarts}), frozen(model), labels, ball)
     none = MISROUTING.model_copy(update={"restarts": restarts, "lambdas": (0.0,)})
-    torch.testing.assert_close(run(none, cheap(model), labels, ball), plain, atol=1e-6, rtol=0)
-    assert not torch.allclose(run(MISROUTING, cheap(model), labels, ball), plain, atol=1e-3)
+    torch.testing.assert_close(run(none, frozen(model), labels, ball), plain, atol=1e-6, rtol=0)
+    assert not torch.allclose(run(MISROUTING, frozen(model), labels, ball), plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("weight", [0.5, 50.0])
@@ -280,7 +280,7 @@ def test_every_lambda_gets_its_restarts() -> None:
     model = dense_mixture()
     labels, passes = decisions(model, pixels()), PassCount()
     settings = MISROUTING.model_copy(update={"restarts": 2, "lambdas": (0.0, 1.0, 10.0)})
-    run(settings, cheap(model, passes), labels, LInf(0.1))
+    run(settings, frozen(model, passes), labels, LInf(0.1))
     assert passes == PassCount(forward=3 * 2 * 10 * COUNT, backward=3 * 2 * 10 * COUNT)
 
 
@@ -288,11 +288,11 @@ def test_a_lambda_later_in_the_list_does_not_spoil_what_an_earlier_one_found() -
     model, ball = dense_mixture(), LInf(0.005)
     labels = decisions(model, pixels())
 
-    def fooled(points: Tensor, labels: Tensor) -> Tensor:
+    def is_adversarial(points: Tensor, labels: Tensor) -> Tensor:
         return decisions(model, points) != labels
 
     def fallen(*lambdas: float) -> Tensor:
-        found = run(MISROUTING.model_copy(update={"lambdas": lambdas}), cheap(model), labels, ball, fooled)
+        found = run(MISROUTING.model_copy(update={"lambdas": lambdas}), frozen(model), labels, ball, is_adversarial)
         return decisions(model, found) != labels
 
     assert 0 < fallen(0.0).sum() < COUNT
@@ -316,7 +316,7 @@ def expert(answer: float) -> Lambda:
 def test_misrouting_finds_the_gate_that_is_the_weak_spot_and_gate_frozen_does_not() -> None:
     model, ball = MixtureOfExperts([expert(4.0), expert(-4.0)], Lambda(weak_gate), "probabilities"), LInf(0.1)
     assert torch.equal(decisions(model, pixels()), ZEROS)
-    found = {settings.kind: run(settings, cheap(model), ZEROS, ball) for settings in (FROZEN, MISROUTING, EXPERTS)}
+    found = {settings.kind: run(settings, frozen(model), ZEROS, ball) for settings in (FROZEN, MISROUTING, EXPERTS)}
     fallen = {kind: int(decisions(model, points).sum()) for kind, points in found.items()}
     assert fallen == {"gate-frozen": 0, "misrouting": COUNT, "experts": 0}
     for kind, points in found.items():
@@ -365,7 +365,7 @@ def test_an_expert_that_falls_is_no_mixture_that_falls() -> None:
     labels, verdict = ZEROS, Verdict(model)
     assert decisions(model.experts[0], pixels()).all()
     assert not decisions(model, pixels()).any()
-    found = run(EXPERTS, cheap(model), labels, ball, verdict)
+    found = run(EXPERTS, frozen(model), labels, ball, verdict)
     assert decisions(model, found).all()
     assert (verdict.asked, verdict.denied) == (COUNT, 0)  # asked only about what the mixture itself gets wrong
 
@@ -376,7 +376,7 @@ def test_an_expert_that_nobody_hears_gives_nothing() -> None:
     whole = two_lines(heard=1)
 
     class OnlyFirst(FrozenModel):
-        def votes(self) -> list[Model]:
+        def expert_models(self) -> list[Model]:
             return [FrozenModel(whole.experts[0], "float32", self.passes)]
 
     found = run(EXPERTS, OnlyFirst(whole, "float32", PassCount()), ZEROS, LInf(0.1), verdict)
@@ -392,12 +392,12 @@ def transfer_settings(*sources: str) -> Transfer:
 def test_a_transfer_is_judged_on_the_model_and_takes_every_source() -> None:
     target, ball = lines(1, gap=0.08), LInf(0.1)
     sources = {"decoy": lines(0, gap=-0.2), "twin": lines(1, gap=-0.3)}
-    surrogates = {name: cheap(source) for name, source in sources.items()}
+    surrogates = {name: frozen(source) for name, source in sources.items()}
     assert all(decisions(source, pixels()).all() for source in sources.values())
     fallen = {}
     for names in (("decoy",), ("twin",), ("decoy", "twin")):
         verdict = Verdict(target)
-        found = run(transfer_settings(*names), cheap(target), ZEROS, ball, verdict, surrogates)
+        found = run(transfer_settings(*names), frozen(target), ZEROS, ball, verdict, surrogates)
         fallen[names] = int(decisions(target, found).sum())
         assert verdict.denied == 0
         assert verdict.asked == fallen[names]
@@ -406,10 +406,10 @@ def test_a_transfer_is_judged_on_the_model_and_takes_every_source() -> None:
 
 def test_a_transfer_takes_no_gradient_of_its_target() -> None:
     passes = PassCount()
-    surrogates = {"twin": cheap(lines(1, gap=0.0))}
+    surrogates = {"twin": frozen(lines(1, gap=0.0))}
     run(
         transfer_settings("twin"),
-        cheap(lines(1, gap=0.08), passes),
+        frozen(lines(1, gap=0.08), passes),
         ZEROS,
         LInf(0.1),
         Verdict(lines(1, 0.08)),
@@ -423,7 +423,7 @@ def test_experts_climbs_each_expert_on_its_own() -> None:
     """Without a verdict the last expert's point comes back: that of plain PGD on it, with its turn of the draws."""
     model, ball = dense_mixture(), LInf(0.1)
     labels = decisions(model, pixels())
-    draws = ImageDraws(0, "gated", torch.arange(COUNT))
+    draws = ImageStreams(0, "gated", torch.arange(COUNT))
     for member in model.experts:
-        alone = registry.bind(PGD, {})(cheap(member), pixels(), labels, ball=ball, draws=draws)
-    torch.testing.assert_close(run(EXPERTS, cheap(model), labels, ball), alone, atol=1e-6, rtol=0)
+        alone = registry.bind(PGD, {})(frozen(member), pixels(), labels, ball=ball, draws=draws)
+    torch.testing.assert_close(run(EXPERTS, frozen(model), labels, ball), alone, atol=1e-6, rtol=0)

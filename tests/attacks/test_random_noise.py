@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.ball import L2, Ball, LInf
-from advmoe.attacks.interface import IsAdversarial, Model, confirmed, margin
+from advmoe.attacks.interface import IsAdversarial, Model, confirm_adversarial, margin
 from advmoe.attacks.noise import Noise, noise
-from advmoe.attacks.random_streams import BatchDraws, ImageDraws
+from advmoe.attacks.random_streams import BatchStream, ImageStreams
 from advmoe.runtime.machine import generator
 
 BALLS = [LInf(0.1), L2(0.4)]
@@ -32,14 +32,16 @@ def linear(gap: float) -> Linear:
 
 
 def run(
-    model: Model, ball: Ball, rows: Tensor | None = None, points: int = 20, fooled: IsAdversarial | None = None
+    model: Model, ball: Ball, rows: Tensor | None = None, points: int = 20, is_adversarial: IsAdversarial | None = None
 ) -> tuple[Tensor, Tensor]:
     """The images and what noise makes of them, all of class 0."""
     rows = torch.arange(24) if rows is None else rows
     images = (0.5 + 0.05 * torch.randn(24, 1, 4, 4, generator=generator("test_noise", "images")))[rows]
-    settings, draws = Noise(kind="noise", draws=points), ImageDraws(0, "noise", rows)
+    settings, draws = Noise(kind="noise", draws=points), ImageStreams(0, "noise", rows)
     labels = torch.zeros(len(rows), dtype=torch.long)
-    return images, noise(model, images, labels, ball=ball, settings=settings, draws=draws, fooled=fooled)
+    return images, noise(
+        model, images, labels, ball=ball, settings=settings, draws=draws, is_adversarial=is_adversarial
+    )
 
 
 @every_ball
@@ -99,7 +101,7 @@ def test_noise_goes_on_where_the_caller_denies() -> None:
         asked.append(points)
         return torch.zeros(len(points), dtype=torch.bool)
 
-    _, denied = run(model, LInf(0.1), fooled=never)
+    _, denied = run(model, LInf(0.1), is_adversarial=never)
     _, best = run(linear(100.0), LInf(0.1))
     assert asked
     assert torch.equal(denied, best)
@@ -109,7 +111,7 @@ def test_noise_is_random_and_can_be_repeated() -> None:
     images, labels = torch.full((3, 1, 4, 4), 0.5), torch.zeros(3, dtype=torch.long)
 
     def once(seed: int) -> Tensor:
-        settings, draws = Noise(kind="noise", draws=2), BatchDraws(generator("test_noise", seed))
+        settings, draws = Noise(kind="noise", draws=2), BatchStream(generator("test_noise", seed))
         return noise(linear(100.0), images, labels, ball=LInf(0.1), settings=settings, draws=draws)
 
     assert torch.equal(once(0), once(0))
@@ -121,7 +123,7 @@ def test_noise_is_random_and_can_be_repeated() -> None:
 
 def test_suspects_are_believed_when_nobody_else_judges() -> None:
     suspect = torch.tensor([True, False, True])
-    assert torch.equal(confirmed(suspect, torch.zeros(3, 1, 1, 1), torch.zeros(3).long(), None), suspect)
+    assert torch.equal(confirm_adversarial(suspect, torch.zeros(3, 1, 1, 1), torch.zeros(3).long(), None), suspect)
 
 
 def test_only_suspects_are_judged() -> None:
@@ -132,7 +134,7 @@ def test_only_suspects_are_judged() -> None:
         assert some.flatten().tolist() == theirs.tolist() == [0, 2, 3]
         return theirs != 2
 
-    assert confirmed(suspect, points, labels, judge).tolist() == [True, False, False, True]
+    assert confirm_adversarial(suspect, points, labels, judge).tolist() == [True, False, False, True]
     assert suspect.tolist() == [True, False, True, True]
 
 
@@ -141,4 +143,4 @@ def test_without_a_suspect_nobody_is_asked() -> None:
         raise AssertionError((points, labels))
 
     nobody = torch.zeros(2, dtype=torch.bool)
-    assert not confirmed(nobody, torch.zeros(2, 1, 1, 1), torch.zeros(2).long(), judge).any()
+    assert not confirm_adversarial(nobody, torch.zeros(2, 1, 1, 1), torch.zeros(2).long(), judge).any()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from advmoe.attacks.ball import L2, Ball, LInf
 from advmoe.attacks.interface import IsAdversarial, Model
-from advmoe.attacks.random_streams import ImageDraws
-from advmoe.attacks.rays import RayS, along, begin, next_radius, rays, sweeps
+from advmoe.attacks.random_streams import ImageStreams
+from advmoe.attacks.rays import RayS, initial_state, next_radius, ray_points, rays, sign_blocks
 from advmoe.runtime.machine import generator
 
 SHAPES = [(1, 1, 8, 8), (5, 3, 4, 6), (16, 2, 3, 1), (3, 1, 1, 1)]
@@ -74,14 +74,14 @@ def run(
     images: Tensor,
     ball: Ball,
     queries: int = 300,
-    fooled: IsAdversarial | None = None,
+    is_adversarial: IsAdversarial | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
     """The attack on images that are all of class 0."""
-    draws = ImageDraws(0, "rays", torch.arange(len(images)) if rows is None else rows)
+    draws = ImageStreams(0, "rays", torch.arange(len(images)) if rows is None else rows)
     labels = torch.zeros(len(images), dtype=torch.long)
     settings = RayS(kind="rays", queries=queries)
-    return rays(model, images, labels, ball=ball, settings=settings, draws=draws, fooled=fooled)
+    return rays(model, images, labels, ball=ball, settings=settings, draws=draws, is_adversarial=is_adversarial)
 
 
 @every_ball
@@ -215,7 +215,7 @@ def test_the_caller_is_asked_about_wrong_points_inside_only() -> None:
         assert (nearest <= ball.epsilon + 1e-6).all()
         return torch.ones(len(points), dtype=torch.bool)
 
-    assert torch.equal(run(model, images, ball, fooled=judge), run(model, images, ball))
+    assert torch.equal(run(model, images, ball, is_adversarial=judge), run(model, images, ball))
 
 
 def test_denied_images_go_on_until_the_verdict() -> None:
@@ -264,14 +264,14 @@ def test_rays_of_an_image_with_hardly_a_way_out_take_every_second_flip() -> None
 def test_the_first_ray_is_as_long_as_the_box() -> None:
     images = anywhere((3, 2, 4, 5))
     for ball in (LInf(0.1), L2(0.1)):
-        search = begin(images)
-        ends = along(images, search.signs_bCHW, next_radius(search, ball), ball)
+        search = initial_state(images)
+        ends = ray_points(images, search.signs_bCHW, next_radius(search, ball), ball)
         torch.testing.assert_close(ends, torch.ones_like(images), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("pixels", [1, 2, 3, 7, 64, 100])
 def test_sweeps_cover_all_pixels_in_ever_finer_blocks(pixels: int) -> None:
-    blocks = sweeps(pixels)
+    blocks = sign_blocks(pixels)
     assert next(blocks) == (0, 0)
     widest = pixels
     while widest > 1:

@@ -10,8 +10,18 @@ from torch import Tensor
 
 from advmoe.attacks.ball import L2, Ball, LInf
 from advmoe.attacks.interface import IsAdversarial, Model, margin
-from advmoe.attacks.random_streams import ImageDraws
-from advmoe.attacks.square import CHUNK, Square, Window, distances, pyramids, recolour, shift, square, window_side
+from advmoe.attacks.random_streams import ImageStreams
+from advmoe.attacks.square import (
+    QUERIES_PER_DRAW,
+    Square,
+    Window,
+    change_window_l2,
+    change_window_linf,
+    offsets_in_window,
+    pyramids,
+    square,
+    window_side,
+)
 from advmoe.runtime.machine import generator
 
 SHAPES = [(1, 1, 8, 8), (5, 3, 4, 6), (16, 2, 3, 1), (3, 1, 1, 1), (2, 3, 11, 5)]
@@ -84,12 +94,14 @@ def run(
     ball: Ball,
     numbers: Square | None = None,
     rows: Tensor | None = None,
-    fooled: IsAdversarial | None = None,
+    is_adversarial: IsAdversarial | None = None,
 ) -> Tensor:
     """The attack on images that are all of class 0."""
-    draws = ImageDraws(0, "square", torch.arange(len(images)) if rows is None else rows)
+    draws = ImageStreams(0, "square", torch.arange(len(images)) if rows is None else rows)
     labels = torch.zeros(len(images), dtype=torch.long)
-    return square(model, images, labels, ball=ball, settings=numbers or settings(), draws=draws, fooled=fooled)
+    return square(
+        model, images, labels, ball=ball, settings=numbers or settings(), draws=draws, is_adversarial=is_adversarial
+    )
 
 
 @every_ball
@@ -171,7 +183,9 @@ def test_who_never_falls_gets_the_best_point_seen(ball: Ball) -> None:
 
 
 @every_ball
-@pytest.mark.parametrize("queries", [1, 2, CHUNK, CHUNK + 1, CHUNK + 2, 2 * CHUNK + 7])
+@pytest.mark.parametrize(
+    "queries", [1, 2, QUERIES_PER_DRAW, QUERIES_PER_DRAW + 1, QUERIES_PER_DRAW + 2, 2 * QUERIES_PER_DRAW + 7]
+)
 def test_the_budget_is_hard(ball: Ball, queries: int) -> None:
     model = Linear((1, 4, 4))
     run(model, inner((7, 1, 4, 4)), ball, settings(queries))
@@ -186,7 +200,7 @@ def test_fallen_images_cost_nothing_and_stay_fallen(ball: Ball, gap: float) -> N
     fallen = model(found).argmax(1) == 1
     assert 5 < fallen.sum() < 40
     # an image leaves at its first such point, which need not be the best one of all
-    best = run(model, images, ball, fooled=never)
+    best = run(model, images, ball, is_adversarial=never)
     assert (model.gain(best, images) >= model.gain(found, images) - 1e-5).all()
     assert torch.equal(best[~fallen], found[~fallen])
 
@@ -195,9 +209,9 @@ def test_fallen_images_cost_nothing_and_stay_fallen(ball: Ball, gap: float) -> N
 def test_square_on_an_image_does_not_depend_on_its_neighbours(ball: Ball, gap: float) -> None:
     """Some images fall early, so that later ones move up in the batch: their random numbers must not."""
     images, few, model = cloud(), torch.tensor([30, 3, 11, 12]), Linear((1, 6, 6), gap)
-    together = run(model, images, ball, settings(2 * CHUNK + 20))
+    together = run(model, images, ball, settings(2 * QUERIES_PER_DRAW + 20))
     assert (model(together).argmax(1) == 1).any()
-    assert torch.equal(run(model, images[few], ball, settings(2 * CHUNK + 20), few), together[few])
+    assert torch.equal(run(model, images[few], ball, settings(2 * QUERIES_PER_DRAW + 20), few), together[few])
 
 
 # ---- with a caller who confirms
@@ -214,7 +228,7 @@ def test_denied_images_go_on_and_the_verdict_ends_them() -> None:
         believed.extend(points[losses > 0.3])
         return losses > 0.3
 
-    found = run(model, images, ball, fooled=strict)
+    found = run(model, images, ball, is_adversarial=strict)
     fallen = margin(model(found), labels) > 0.3
     assert 0 < fallen.sum() < 40
     assert (margin(model(found), labels)[~fallen] > 0).any()  # denied to the end
@@ -227,7 +241,7 @@ def key(point: Tensor) -> list[float]:
 
 def test_who_is_always_denied_gets_the_whole_search() -> None:
     images, model = inner((9, 1, 6, 6)), Linear((1, 6, 6), 1.0)
-    denied = run(model, images, LInf(0.1), fooled=never)
+    denied = run(model, images, LInf(0.1), is_adversarial=never)
     assert model.seen == 9 * 200
     assert (model(denied).argmax(1) == 1).all()
     assert (model.gain(denied, images) > model.gain(run(model, images, LInf(0.1)), images)).all()
@@ -276,11 +290,11 @@ def test_a_window_fits_the_image() -> None:
 
 def test_every_place_of_a_window_is_alike_likely() -> None:
     numbers = torch.rand(6000, generator=generator("test_square", "places")) * 2 - 1
-    first = distances(numbers, 3, 8)[:, 0]
+    first = offsets_in_window(numbers, 3, 8)[:, 0]
     counts = torch.bincount(-first, minlength=6)
     assert len(counts) == 6
     assert ((counts - 1000).abs() < 120).all()
-    assert distances(torch.tensor([-1.0, 1.0]), 3, 8)[:, 0].tolist() == [0, -5]
+    assert offsets_in_window(torch.tensor([-1.0, 1.0]), 3, 8)[:, 0].tolist() == [0, -5]
 
 
 def test_a_mask_is_a_square_of_its_side() -> None:
@@ -305,7 +319,7 @@ def test_a_stamp_lies_inside_its_mask_in_either_orientation() -> None:
 def test_an_linf_change_pushes_one_window_to_the_ends() -> None:
     images = inner((2, 3, 6, 6))
     numbers = torch.tensor([[1.0, -1, 1, -1, -1, 0, 0, 0], [-1.0, 1, 1, 1, 1, 0, 0, 0]])
-    change = recolour(images + 0.1, images, numbers, 2, LInf(0.1)) - images
+    change = change_window_linf(images + 0.1, images, numbers, 2, LInf(0.1)) - images
     expected = torch.full_like(change, 0.1)
     expected[0, 1, :2, :2] = -0.1
     expected[1, 0, 4:, 4:] = -0.1
@@ -317,7 +331,7 @@ def test_an_l2_change_keeps_the_radius_and_touches_two_windows_only() -> None:
     noise = torch.randn(images.shape, generator=generator("test_square", "l2"))
     points = ball.project(images + noise, images)
     numbers = torch.rand(5, 7, generator=generator("test_square", "numbers")) * 2 - 1
-    moved = shift(points, images, numbers, 3, ball)
+    moved = change_window_l2(points, images, numbers, 3, ball)
     torch.testing.assert_close((moved - images).flatten(1).norm(dim=1), torch.full((5,), 0.4), atol=1e-5, rtol=0)
     gains, loses = (Window.at(numbers[:, at:], 3, images).mask() for at in (2, 4))
     untouched = (~(gains | loses)).expand_as(images)

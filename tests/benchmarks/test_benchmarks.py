@@ -1,11 +1,11 @@
-"""What the benchmarks measure with: cases in turn, and ratios of rounds that belong together."""
+"""Interleaved timing, and ratios of paired rounds."""
 
 import time
 from collections.abc import Callable
 
 import pytest
 
-from benchmarks.timing import Ratio, Seconds, Timed, interleaved, measured, ratio
+from benchmarks.timing import Ratio, Seconds, Timed, ratio, time_call, time_interleaved
 
 
 def timed(*walls: float) -> Timed[None]:
@@ -13,7 +13,7 @@ def timed(*walls: float) -> Timed[None]:
 
 
 def noted(names: str, notes: list[str]) -> dict[str, Callable[[], int]]:
-    """Cases that note when they run, and return how much has run by then."""
+    """Cases that record when they run, and return the number of runs so far."""
 
     def case(name: str) -> Callable[[], int]:
         def work() -> int:
@@ -25,29 +25,29 @@ def noted(names: str, notes: list[str]) -> dict[str, Callable[[], int]]:
     return {name: case(name) for name in names}
 
 
-def test_cases_take_turns_and_no_case_always_follows_another() -> None:
+def test_cases_are_interleaved_in_alternating_order() -> None:
     notes: list[str] = []
-    found = interleaved(noted("abc", notes), 3, warm=False)
+    found = time_interleaved(noted("abc", notes), 3, warmup=False)
     assert "".join(notes) == "abc" + "cba" + "abc"
     assert {name: len(case.rounds) for name, case in found.items()} == {"a": 3, "b": 3, "c": 3}
     assert {name: case.result for name, case in found.items()} == {"a": 7, "b": 8, "c": 9}
 
 
-def test_warming_up_is_off_the_clock() -> None:
+def test_warmup_is_not_timed() -> None:
     notes: list[str] = []
-    found = interleaved(noted("ab", notes), 1)
+    found = time_interleaved(noted("ab", notes), 1)
     assert "".join(notes) == "ab" + "ab"
     assert all(len(case.rounds) == 1 for case in found.values())
 
 
-def test_nothing_is_measured_in_no_round() -> None:
+def test_at_least_one_round_is_needed() -> None:
     with pytest.raises(ValueError, match="at least 1 is needed, not 0"):
-        interleaved(noted("a", []), 0)
+        time_interleaved(noted("a", []), 0)
 
 
-def test_waiting_costs_wall_time_and_computing_costs_both() -> None:
-    _, waited = measured(lambda: time.sleep(0.05))
-    total, worked = measured(lambda: sum(range(3_000_000)))
+def test_sleeping_takes_wall_time_and_computing_takes_both() -> None:
+    _, waited = time_call(lambda: time.sleep(0.05))
+    total, worked = time_call(lambda: sum(range(3_000_000)))
     assert total == 3_000_000 * 2_999_999 // 2
     assert waited.wall >= 0.05
     assert waited.cpu < 0.02
@@ -55,8 +55,8 @@ def test_waiting_costs_wall_time_and_computing_costs_both() -> None:
     assert worked.wall > 0.9 * worked.cpu
 
 
-def test_a_ratio_compares_rounds_that_belong_together() -> None:
-    """A machine that is three times as slow in one round leaves no trace."""
+def test_a_ratio_pairs_rounds() -> None:
+    """A machine that is three times as slow in one round does not change the ratio."""
     found = ratio(timed(2, 6, 8), timed(1, 3, 2), "wall")
     assert found == Ratio(median=2, low=2, high=4)
     assert str(found) == "2.00 [2.00 to 4.00]"

@@ -1,4 +1,4 @@
-"""The contest's yardstick: which validation images networks get right, and how far they are apart."""
+"""benchmarks.contest: which validation images networks classify correctly, and their differences."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, save_tiny_mixture
 from torch import Tensor, nn
 
-from advmoe.attacks.registry import AnyAttack
+from advmoe.attacks.registry import AttackSettings
 from advmoe.core import paths
 from advmoe.data import dataset
 from advmoe.evaluation import harness
@@ -20,13 +20,13 @@ from advmoe.evaluation.harness import EvaluationConfig, EvaluationResult, Evalua
 from advmoe.models import classifiers, inference
 from advmoe.runtime.machine import generator
 from advmoe.statistics.decisions import CLEAN, WORST
-from advmoe.statistics.paired_tests import compare
+from advmoe.statistics.paired_tests import compare_paired
 from benchmarks import contest
 
-ON_RECORD = ROOT / "docs/contest-cifar10.json"
-SCREENED = ROOT / "docs/contest-digits.json"
+CIFAR10_LEDGER = ROOT / "docs/contest-cifar10.json"
+DIGITS_LEDGER = ROOT / "docs/contest-digits.json"
 OTHER = Path("artifacts/train/other.safetensors")
-KEPT: dict[str, object] = {"dataset": "0", "epsilon": 0.1, "images": 3, "attacks": ["pgd"]}
+LEDGER: dict[str, object] = {"dataset": "0", "epsilon": 0.1, "images": 3, "attacks": ["pgd"]}
 NETWORK = {"training_flops": 1, "clean": "7", "worst": "0"}
 
 
@@ -44,21 +44,21 @@ def cells(row: list[str]) -> list[float]:
 
 
 @pytest.mark.usefixtures("two")
-def test_every_network_stands_beside_the_first_on_validation_images() -> None:
-    first, other = contest.standings(contest.measured([paths.MIXTURE, OTHER]))
+def test_the_table_compares_every_network_with_the_first() -> None:
+    first, other = contest.table_rows(contest.evaluate_networks([paths.MIXTURE, OTHER]))
     validation = dataset.load(paths.DATASET)["validation"]
     assert (first[0], other[0]) == (str(paths.MIXTURE), str(OTHER))
     assert first[4:] == [""] * 4
-    found = [contest.right(name, load(name), validation, 0.1) for name in (str(paths.MIXTURE), str(OTHER))]
+    found = [contest.evaluate_network(name, load(name), validation, 0.1) for name in (str(paths.MIXTURE), str(OTHER))]
     for row, each in zip((first, other), found, strict=True):
         assert cells(row) == [round(100 * float(each[kind].double().mean()), 1) for kind in (CLEAN, WORST)]
-    paired = compare(found[0][WORST], found[1][WORST], contest.SEED)
+    paired = compare_paired(found[0][WORST], found[1][WORST], contest.SEED)
     assert other[5:] == [str(paired), f"{paired.only_first} : {paired.only_second}", f"{paired.p:.3f}"]
 
 
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *asked: str) -> list[str]:
-    """What the command says, line by line, as it ends with exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["contest", *asked])
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
+    """Returns the lines of standard error of a command that ends with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["contest", *options])
     with pytest.raises(SystemExit) as ended:
         contest.main()
     assert ended.value.code == 2
@@ -70,9 +70,9 @@ def load(name: str) -> nn.Module:
 
 
 @pytest.mark.usefixtures("two")
-def test_what_is_right_when_clean_is_what_the_network_says_of_the_validation_split() -> None:
+def test_clean_correctness_is_that_of_the_network_on_the_validation_split() -> None:
     validation, model = dataset.load(paths.DATASET)["validation"], load(str(paths.MIXTURE))
-    found = contest.right("mixture", model, validation, 0.1)
+    found = contest.evaluate_network("mixture", model, validation, 0.1)
     expected: Tensor = inference.predict(model, validation.pixels(), 120).argmax(1) == validation.labels
     assert found[CLEAN].tolist() == expected.tolist()
     assert not (found[WORST] & ~found[CLEAN]).any()
@@ -87,7 +87,7 @@ def test_the_command_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 @pytest.mark.usefixtures("two")
-def test_what_was_kept_gives_the_same_table_again(
+def test_a_saved_ledger_gives_the_same_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["contest", str(paths.MIXTURE), str(OTHER), "--save", "ledger.json"])
@@ -96,9 +96,9 @@ def test_what_was_kept_gives_the_same_table_again(
     monkeypatch.setattr(sys, "argv", ["contest", "--ledger", "ledger.json", "--figure", "figure.svg"])
     contest.main()
     assert capsys.readouterr().out == said
-    spent = classifiers.load(paths.MIXTURE).header.metrics["cost"]["total_training_flops"]
-    kept = contest.read(Path("ledger.json"))
-    assert kept.networks[str(paths.MIXTURE)].training_flops == spent
+    training_flops = classifiers.load(paths.MIXTURE).header.metrics["cost"]["total_training_flops"]
+    kept = contest.read_record(Path("ledger.json"))
+    assert kept.networks[str(paths.MIXTURE)].training_flops == training_flops
     assert (kept.epsilon, kept.attacks) == (0.1, tuple(contest.ATTACKS))
     assert kept.dataset == dataset.load(paths.DATASET).sha256
     drawn = ET.parse("figure.svg").getroot()  # noqa: S314  (our own)
@@ -109,18 +109,18 @@ def test_what_was_kept_gives_the_same_table_again(
 
 
 @pytest.mark.usefixtures("two")
-def test_presets_ask_harder_and_of_so_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_presets_add_attacks_and_images_limits_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[str], int]] = []
     measure = harness.evaluate
 
     def measured(
-        target: EvaluationTarget, attacks: Mapping[str, AnyAttack], terms: EvaluationConfig
+        target: EvaluationTarget, attacks: Mapping[str, AttackSettings], terms: EvaluationConfig
     ) -> EvaluationResult:
         asked.append((list(attacks), len(target.labels)))
         return measure(target, {name: contest.ATTACKS.get(name, contest.ATTACKS["pgd"]) for name in attacks}, terms)
 
     monkeypatch.setattr(harness, "evaluate", measured)
-    found = contest.measured([paths.MIXTURE], ["autoattack", "adaptive"], 7)
+    found = contest.evaluate_networks([paths.MIXTURE], ["autoattack", "adaptive"], 7)
     ((names, images),) = asked
     assert {"square", "fab-t", "misrouting", "experts", "gate-frozen", "pgd-margin"} <= set(names)
     assert images == found.images == 7
@@ -128,11 +128,11 @@ def test_presets_ask_harder_and_of_so_many_images(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 1500])
-def test_which_images_are_right_survives_being_kept(count: int) -> None:
+def test_packed_bits_are_unpacked_unchanged(count: int) -> None:
     stream = generator("test_contest", count)
     clean, worst = (torch.rand(count, generator=stream) < share for share in (0.7, 0.3))
-    network = NETWORK | {"clean": contest.packed(clean), "worst": contest.packed(worst)}
-    again = contest.Ledger.model_validate(KEPT | {"images": count, "networks": {"a": network}}).correct("a")
+    network = NETWORK | {"clean": contest.pack_bits(clean), "worst": contest.pack_bits(worst)}
+    again = contest.ContestRecord.model_validate(LEDGER | {"images": count, "networks": {"a": network}}).correct("a")
     assert torch.equal(again[CLEAN], clean)
     assert torch.equal(again[WORST], worst)
 
@@ -140,78 +140,78 @@ def test_which_images_are_right_survives_being_kept(count: int) -> None:
 @pytest.mark.parametrize(
     ("kept", "expected"),
     [
-        ("{", "is no ledger: "),
-        ("[]", "is no ledger: "),
-        (KEPT, "networks: is missing"),
-        (KEPT | {"networks": {}}, "networks: "),
-        (KEPT | {"networks": {"a": NETWORK | {"clean": "8"}}}, "networks.a: tells of more than 3 images"),
-        (KEPT | {"networks": {"a": NETWORK | {"worst": "x"}}}, "networks.a.worst: "),
-        (KEPT | {"networks": {"a": NETWORK | {"training_flops": None}}}, "networks.a.training_flops: "),
-        (KEPT | {"images": 0, "networks": {"a": NETWORK}}, "images: "),
+        ("{", "is not a ledger: "),
+        ("[]", "is not a ledger: "),
+        (LEDGER, "networks: is missing"),
+        (LEDGER | {"networks": {}}, "networks: "),
+        (LEDGER | {"networks": {"a": NETWORK | {"clean": "8"}}}, "networks.a: has bits for more than 3 images"),
+        (LEDGER | {"networks": {"a": NETWORK | {"worst": "x"}}}, "networks.a.worst: "),
+        (LEDGER | {"networks": {"a": NETWORK | {"training_flops": None}}}, "networks.a.training_flops: "),
+        (LEDGER | {"images": 0, "networks": {"a": NETWORK}}, "images: "),
     ],
 )
-def test_what_is_no_ledger_ends_in_a_sentence(
+def test_an_invalid_ledger_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kept: object, expected: str
 ) -> None:
     path = tmp_path / "ledger.json"
     path.write_text(kept if isinstance(kept, str) else json.dumps(kept))
     (said,) = refused(monkeypatch, capsys, "--ledger", str(path))
-    assert said.startswith(f"error: {path}: is no ledger: ")
+    assert said.startswith(f"error: {path}: is not a ledger: ")
     assert expected in said
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("options", "expected"),
     [
-        (["a", "--images", "0"], "--images is at least 1"),
-        (["a", "--ledger", "b"], "either networks or --ledger"),
-        (["--ledger", "b", "--presets", "adaptive"], "asked of networks"),
-        (["--ledger", "b", "--images", "3"], "asked of networks"),
-        (["a", "--only", "C1"], "--only chooses what --figure draws"),
-        (["--ledger", str(ON_RECORD), "--figure", "f.svg", "--only", "C1", "C77"], "there is no network C77"),
+        (["a", "--images", "0"], "--images must be at least 1"),
+        (["a", "--ledger", "b"], "either networks or --ledger is required"),
+        (["--ledger", "b", "--presets", "adaptive"], "cannot be combined with --ledger"),
+        (["--ledger", "b", "--images", "3"], "cannot be combined with --ledger"),
+        (["a", "--only", "C1"], "--only needs --figure"),
+        (["--ledger", str(CIFAR10_LEDGER), "--figure", "f.svg", "--only", "C1", "C77"], "there is no network C77"),
     ],
 )
-def test_questions_that_make_no_sense_are_mistakes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: list[str], expected: str
+def test_incompatible_options_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], expected: str
 ) -> None:
-    assert expected in refused(monkeypatch, capsys, *asked)[-1]
+    assert expected in refused(monkeypatch, capsys, *options)[-1]
     assert not Path("f.svg").exists()
 
 
 def rows_of(page: str, letters: str) -> dict[str, list[str]]:
-    """The cells of a ledger's rows by the name of the run, without bold type."""
+    """Returns the cells of the page's table rows by the name of the run, without bold type."""
     lines = [line.replace("**", "") for line in page.splitlines() if re.match(rf"\| [{letters}]\d+ \|", line)]
     return {
         cells[0].strip("| "): [cell.strip() for cell in cells[1:]] for cells in (line.split(" | ") for line in lines)
     }
 
 
-def in_words(p: str) -> str:
-    """A p-value as the page writes it."""
+def format_p(p: str) -> str:
+    """Formats a p-value as on the page."""
     if float(p) < 0.001:
         return "p < 0.001"
     return f"p = {float(p):.2f}" if float(p) >= 0.01 else f"p = {p}"
 
 
-@pytest.mark.parametrize(("record", "letters", "unit"), [(ON_RECORD, "C", 1000), (SCREENED, "SE", 1)])
-def test_the_page_tells_what_the_ledger_on_record_tells(record: Path, letters: str, unit: int) -> None:
-    """Every network has its row, and every row its network; every number is the one that the decisions give."""
+@pytest.mark.parametrize(("record", "letters", "unit"), [(CIFAR10_LEDGER, "C", 1000), (DIGITS_LEDGER, "SE", 1)])
+def test_the_page_agrees_with_the_ledger(record: Path, letters: str, unit: int) -> None:
+    """The page has a row for every network of the ledger and no other, with the numbers computed from the decisions."""
     rows = rows_of((ROOT / "docs/contest.md").read_text(), letters)
-    found = {row[0].split(" ")[0]: row for row in contest.standings(contest.read(record))}
+    found = {row[0].split(" ")[0]: row for row in contest.table_rows(contest.read_record(record))}
     assert list(rows) == list(found)
-    for name, (_, spent, clean, robust, *behind) in found.items():
-        spending = f"{float(spent) / unit:.2f}" if unit > 1 else spent
-        assert rows[name][1:4] == [spending, clean, robust]
+    for name, (_, training_flops, clean, robust, *behind) in found.items():
+        expected_flops = f"{float(training_flops) / unit:.2f}" if unit > 1 else training_flops
+        assert rows[name][1:4] == [expected_flops, clean, robust]
         if any(behind):
             on_clean, on_robust, pairs, p = behind
-            assert rows[name][4:6] == [on_clean, f"{on_robust}, {pairs}, {in_words(p)}"]
+            assert rows[name][4:6] == [on_clean, f"{on_robust}, {pairs}, {format_p(p)}"]
 
 
 @pytest.mark.usefixtures("two")
 @pytest.mark.parametrize(
     ("path", "expected"), [("nothing.safetensors", "no such file"), ("strange", "trained on other data")]
 )
-def test_a_file_that_is_missing_or_of_other_data_ends_in_a_sentence(
+def test_a_file_that_is_missing_or_of_other_data_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: str, expected: str
 ) -> None:
     if path == "strange":
@@ -224,7 +224,7 @@ def test_a_file_that_is_missing_or_of_other_data_ends_in_a_sentence(
 
 
 @pytest.mark.usefixtures("two")
-def test_a_network_that_keeps_no_account_is_refused_before_any_attack(
+def test_a_network_without_training_cost_is_refused_before_any_attack(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old, data = classifiers.load(OTHER), dataset.load(paths.DATASET)

@@ -1,15 +1,15 @@
-"""The short form of `python -m benchmarks.kills`: real processes, SIGKILL, and what is left in the end."""
+"""`python -m benchmarks.kills` with two kills per stage."""
 
 import random
 
 import pytest
 
-from benchmarks.kills import STAGES, kill
+from benchmarks.kills import STAGES, kill_repeatedly
 
 KILLS = 2
 
 
 @pytest.mark.pipeline
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_killed_at_random_moments_leaves_what_an_undisturbed_one_leaves(stage: str) -> None:
-    assert kill(stage, KILLS, random.Random(stage)) == []  # noqa: S311  (moments, no secrets)
+def test_a_stage_killed_at_random_times_writes_the_same_files(stage: str) -> None:
+    assert kill_repeatedly(stage, KILLS, random.Random(stage)) == []  # noqa: S311  (not for cryptography)

@@ -26,7 +26,7 @@ from advmoe.data import dataset
 from advmoe.evaluation import verdict
 from advmoe.models import classifiers, inference
 from advmoe.runtime import machine
-from advmoe.statistics.intervals import Share
+from advmoe.statistics.intervals import Proportion
 from advmoe.threats import victim_training
 
 COMMANDS = (
@@ -298,7 +298,7 @@ def test_a_question_is_answered_beside_the_tracked_results(advmoe: Advmoe, proje
     ran = advmoe("evaluate", "--attack", "pgd", "--epsilon", "4/255", "--steps", "3", "--limit", "30", "--no-checks")
     assert (ran.code, ran.err) == (
         0,
-        "warning: no checks were asked for: nothing says that these numbers can be believed\n",
+        "warning: no checks were run, so these numbers are not validated\n",
     )
     report = answer(project)
     assert (report["model"], report["epsilon"]) == (str(paths.MIXTURE), 4 / 255)
@@ -316,7 +316,7 @@ def test_the_answer_is_the_accuracy_of_the_model(advmoe: Advmoe, project: Path) 
     accuracy = answer(project)["accuracy"]
     split = dataset.load(paths.DATASET)["test"].first(30)
     right = inference.predict(classifiers.load(paths.MIXTURE).model, split.pixels(), 30).argmax(1) == split.labels
-    assert accuracy["clean"] == Share.of(right).as_dict()
+    assert accuracy["clean"] == Proportion.from_mask(right).as_dict()
     assert set(accuracy) == {"clean", "fgsm", "pgd", "worst"}  # without --attack all of params.yaml
     assert accuracy["worst"]["correct"] <= min(accuracy["fgsm"]["correct"], accuracy["pgd"]["correct"])
 
@@ -344,7 +344,7 @@ def test_a_question_with_checks_writes_its_verdict(advmoe: Advmoe, project: Path
     assert ran.code == 0  # whatever the verdict
     (file,) = (project / "runs").glob("*.verdict.json")
     judged = json.loads(file.read_text())["mixture"]
-    assert [check["check"] for check in judged["checks"]] == [check.__name__ for check in verdict.CHECKS]
+    assert [check["check"] for check in judged["checks"]] == list(verdict.TITLES)
     report = answer(project)
     assert report["verdict"] == judged["verdict"]
     assert (report["accuracy"]["worst"] is None) == (judged["verdict"] == "fail")
@@ -400,9 +400,9 @@ def test_a_users_own_attack_is_one_among_others(advmoe: Advmoe, project: Path) -
         (["--epsilon", "1/0"], "--epsilon: epsilon '1/0' divides by zero"),
         (["--epsilon", "-0.1"], "--epsilon: epsilon is a distance and cannot be negative, but is -0.1"),
         (["--epsilon", ""], "--epsilon: epsilon must be a number or a fraction such as 8/255, not ''"),
-        (["--epsilon", "0"], "epsilon 0 leaves an attack nothing to change"),
-        (["--attack", "fgsm", "--steps", "3"], "--steps: fgsm takes no number of steps"),
-        (["--attack", "carlini"], "--attack carlini: not known; attacks are fgsm, pgd, pgd-margin"),
+        (["--epsilon", "0"], "epsilon must be greater than 0"),
+        (["--attack", "fgsm", "--steps", "3"], "--steps: fgsm has no number of steps"),
+        (["--attack", "carlini"], "--attack carlini: unknown; attacks are fgsm, pgd, pgd-margin"),
         (["--attack", "none.py:attack"], "none.py:attack: no such file none.py"),
         (["--attack", "mine.py:missing"], "mine.py:missing: mine.py has no function 'missing'"),
         (["--attack", "mine.py:broken", "--limit", "100"], "mine.py:broken raised RuntimeError: out of ideas"),
@@ -416,7 +416,7 @@ def test_a_users_own_attack_is_one_among_others(advmoe: Advmoe, project: Path) -
             ["--expert", "fgsm-9"],
             "--expert fgsm-9: artifacts/train/mixture.safetensors has no such expert; it has clean, pgd-1",
         ),
-        (["--weights", "w.pt"], "--weights: artifacts/train/mixture.safetensors brings its own"),
+        (["--weights", "w.pt"], "--weights: artifacts/train/mixture.safetensors contains its weights"),
         (["--data", "none.npz"], "none.npz: no such file"),
     ],
 )
@@ -429,7 +429,7 @@ def test_an_impossible_question_is_refused(advmoe: Advmoe, project: Path, option
 
 def test_attacks_lists_what_there_is(advmoe: Advmoe) -> None:
     said = advmoe("attacks").out
-    for name in (*presets.STANDARD, "transfer", "autoattack", "adaptive", "path/to/file.py:function"):
+    for name in (*presets.STANDARD_ATTACKS, "transfer", "autoattack", "adaptive", "path/to/file.py:function"):
         assert name in said
 
 
@@ -441,7 +441,9 @@ def test_a_model_for_other_images_is_refused(advmoe: Advmoe, project: Path) -> N
     classifiers.save(
         other, mixture.model, architecture, facts, params={}, inputs={}, seed=0, metrics={}, seconds=0.0
     )  # fmt: skip
-    expected = "made for 10 classes of images (1, 16, 8), but artifacts/prepare/dataset.safetensors has 10 classes of"
+    expected = (
+        "trained for 10 classes of images (1, 16, 8), but artifacts/prepare/dataset.safetensors has 10 classes of"
+    )
     assert expected in sentence(advmoe("evaluate", "--model", other))
 
 
@@ -461,7 +463,7 @@ def few_images(project: Path, edit: Edit) -> Path:
         }
     )
     prepare.run()
-    victim_training._clean.cache_clear()
+    victim_training._clean_dataset.cache_clear()
     return project
 
 
@@ -796,7 +798,7 @@ def test_check_refuses_a_wrong_epsilon(advmoe: Advmoe, inputs_only: Path, edit: 
 
 
 def share(correct: int) -> dict[str, float]:
-    return Share.of(torch.arange(200) < correct).as_dict()
+    return Proportion.from_mask(torch.arange(200) < correct).as_dict()
 
 
 @pytest.fixture

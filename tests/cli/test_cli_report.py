@@ -39,7 +39,7 @@ def test_report_writes_page_markdown_card_and_findings(advmoe: Advmoe, evaluated
     claims = json.loads(paths.FINDINGS.read_text())["claims"]
     assert claims["more-robust-than-adversarial"]["status"] in {"supported", "not supported", "contradicted"}
     assert "mixture" in (paths.REPORT / "report.md").read_text()
-    assert paths.CARD.read_text().startswith("---\n")
+    assert paths.MODEL_CARD.read_text().startswith("---\n")
     assert "mixture beats baseline/adversarial under worst" in ran.out
 
 
@@ -47,7 +47,7 @@ def test_report_of_nothing_evaluated_says_so_and_breaks_nothing(advmoe: Advmoe, 
     del project
     ran = advmoe("report")
     assert ran.code == 0, ran.err
-    assert "Nothing was evaluated" in (paths.REPORT / "report.html").read_text()
+    assert "No results of an evaluation" in (paths.REPORT / "report.html").read_text()
     statuses = {claim["status"] for claim in json.loads(paths.FINDINGS.read_text())["claims"].values()}
     assert statuses == {"not judged"}
 
@@ -120,7 +120,7 @@ def test_export_to_a_folder_takes_the_card_along(advmoe: Advmoe, project: Path) 
     assert advmoe("report").code == 0
     ran = advmoe("export", "--hub", "out")
     assert ran.code == 0, ran.err
-    assert (Path("out") / "README.md").read_text() == paths.CARD.read_text()
+    assert (Path("out") / "README.md").read_text() == paths.MODEL_CARD.read_text()
     assert (Path("out") / "model.safetensors").read_bytes() == paths.MIXTURE.read_bytes()
 
 
@@ -135,4 +135,4 @@ def test_the_findings_in_the_readme_can_be_computed_again(advmoe: Advmoe) -> Non
 def test_findings_of_no_record_are_refused(advmoe: Advmoe, tmp_path: Path) -> None:
     assert "has no params.yaml" in sentence(advmoe("findings", tmp_path))
     (tmp_path / "params.yaml").write_text("seed: 0\n")
-    assert "makes no claims" in sentence(advmoe("findings", tmp_path))
+    assert "has no claims" in sentence(advmoe("findings", tmp_path))

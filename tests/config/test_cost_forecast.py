@@ -15,8 +15,9 @@ from advmoe.config.cost_forecast import Forecast, Job, Network, rows, sizes, tim
 from advmoe.config.schema import Params
 from advmoe.core import paths
 from advmoe.core.errors import UserError
+from advmoe.core.references import resolve_adversaries
 from advmoe.core.settings import validate
-from advmoe.data.registry import Prepare
+from advmoe.data.registry import PrepareSettings
 from advmoe.models import classifiers
 from advmoe.training.baselines import specs
 from advmoe.training.batch_attacks import CleanBatches, FgsmBatches, PgdBatches, TradesBatches
@@ -28,9 +29,9 @@ TRADES = {"kind": "trades", "steps": [2], "step_size": 0.25, "beta": 6.0}
 EACH = FlopsPerImage(forward=2, pixels=3, learning=7)
 
 
-def prepare(**source: Any) -> Prepare:
+def prepare(**source: Any) -> PrepareSettings:
     splits = {"pool": 270, "validation": 180, "test": 360}
-    return validate({"source": source, "splits": splits}, Prepare, "prepare")
+    return validate({"source": source, "splits": splits}, PrepareSettings, "prepare")
 
 
 @pytest.fixture
@@ -67,8 +68,8 @@ def small(inputs_only: Path, edit: Edit) -> Params:
     ids=lambda value: getattr(value, "kind", str(value)),
 )
 def test_an_image_costs_its_attack_and_the_learning(adversary: Any, expected: float) -> None:
-    assert specs.per_image(EACH, adversary, 1) == expected
-    assert specs.per_image(EACH, adversary, 2) == expected + 7
+    assert specs.flops_per_training_image(EACH, adversary, 1) == expected
+    assert specs.flops_per_training_image(EACH, adversary, 2) == expected + 7
 
 
 def test_a_stage_costs_its_epochs_and_the_looks_at_the_validation_split(small: Params) -> None:
@@ -108,8 +109,8 @@ def test_a_mixture_costs_what_all_of_it_counted_at_once_does(small: Params, chan
 
 def test_an_expert_that_learns_by_trades_is_dearer_and_no_other_for_it(small: Params) -> None:
     content = small.model_dump(mode="json")
-    dear = {"seed": 0, "reads": "epsilon", "adversary": {**TRADES, "steps": [3]}}
-    same = {"seed": 1, "reads": "epsilon", "adversary": {"kind": "pgd", "steps": [3], "step_size": 0.25}}
+    dear = {"seed": 0, "adversary": {**TRADES, "steps": [3]}}
+    same = {"seed": 1, "adversary": {"kind": "pgd", "steps": [3], "step_size": 0.25}}
     experts = {"clean": dear, "pgd-1": same, "fgsm-1": same}
     params = validate(content | {"experts": experts}, Params, "params.yaml")
     forecast = Forecast(params)
@@ -122,9 +123,10 @@ def test_an_expert_that_learns_by_trades_is_dearer_and_no_other_for_it(small: Pa
 def test_the_fair_comparators_cost_what_they_are_to_match(small: Params) -> None:
     profile = YAML().load(ROOT / "profiles" / "digits-full.yaml")
     entries = {**profile["baseline"], **YAML().load(ROOT / "params.yaml")["baseline"]}
-    taught = {"kind": "distilled", "alpha": 0.8, "needs": "train/mixture.safetensors", "beside": "train.epochs"}
+    taught = {"kind": "distilled", "alpha": 0.8}
     entries["distilled"] = {key: value for key, value in entries["adversarial"].items() if key != "match"} | taught
-    params = validate(small.model_dump(mode="json") | {"baseline": entries}, Params, "params.yaml")
+    content = resolve_adversaries(small.model_dump(mode="json") | {"baseline": entries})
+    params = validate(content, Params, "params.yaml")
     jobs = {job.stage: job for job in Forecast(params).jobs()}
     mixture = jobs["train"].operations + sum(jobs[f"pretrain@{name}"].operations for name in params.train.experts)
     assert jobs["baseline@equal-passes"].operations == mixture
@@ -167,7 +169,7 @@ def test_splits_that_leave_nothing_to_train_on_have_no_price(small: Params) -> N
     splits = small.prepare.splits.model_copy(update={"validation": 1500})
     wanted = 1500 + splits.pool + (splits.test or 0)
     assert wanted >= 1797
-    with pytest.raises(UserError, match=rf"^prepare.splits: {wanted} images asked for, but there are 1797 and "):
+    with pytest.raises(UserError, match=rf"^prepare.splits: {wanted} images requested, but there are 1797 and "):
         sizes(small.prepare.model_copy(update={"splits": splits}))
 
 
@@ -204,7 +206,7 @@ def test_operations_are_those_that_the_last_run_counted(monkeypatch: pytest.Monk
 def test_the_rate_of_this_machine_is_measured_on_training_steps(small: Params) -> None:
     ticks = iter(range(10**6))
     forecast = Forecast(small, lambda: float(next(ticks)))  # every step takes a second
-    assert forecast.expert.speed() == small.pretrain.batch_size * specs.per_image(
+    assert forecast.expert.speed() == small.pretrain.batch_size * specs.flops_per_training_image(
         forecast.expert.each, PgdBatches(kind="pgd", steps=(3,), step_size=0.25), 1
     )
 

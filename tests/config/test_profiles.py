@@ -23,7 +23,7 @@ model:
   width: 7           # reason for width
 
 experts:
-  pgd-2: {seed: 6, reads: epsilon, adversary: {kind: pgd, steps: [1, 9], step_size: 0.25}}   # reason for pgd-2
+  pgd-2: {seed: 6, adversary: {kind: pgd, steps: [1, 9], step_size: 0.25}}   # reason for pgd-2
 
 evaluate:
   limit: 33          # reason for limit
@@ -69,9 +69,13 @@ def refusal(*names: str) -> str:
     return str(caught.value)
 
 
+def use(*names: str) -> list[str]:
+    """The keys that a profile changes."""
+    return [change.key for change in profiles.use(*names)]
+
+
 def test_what_the_profile_names_is_changed(params: Path) -> None:
-    changed = profiles.use("mine")
-    assert {"epsilon", "model.width", "experts.pgd-2.adversary.steps", "evaluate.limit"} <= set(changed)
+    assert {"epsilon", "model.width", "experts.pgd-2.adversary", "evaluate.limit"} <= set(use("mine"))
     loaded = load_params()
     assert (loaded.epsilon, loaded.model.width, loaded.evaluate.limit) == (12 / 255, 7, 33)
     assert read_yaml(params)["experts"]["pgd-2"]["adversary"]["steps"] == [1, 9]
@@ -98,7 +102,7 @@ def test_the_reason_comes_with_the_number(params: Path) -> None:
 def test_a_value_without_a_comment_keeps_the_old_comment(params: Path) -> None:
     (old,) = [line for line in params.read_text().splitlines() if line.startswith("launcher:")]
     write_profile("terse", "launcher: nice python\n")
-    assert profiles.use("terse") == ["launcher"]
+    assert use("terse") == ["launcher"]
     (new,) = [line for line in params.read_text().splitlines() if line.startswith("launcher:")]
     assert new.partition("#")[2] == old.partition("#")[2] != ""
 
@@ -106,18 +110,18 @@ def test_a_value_without_a_comment_keeps_the_old_comment(params: Path) -> None:
 def test_using_a_profile_twice_changes_nothing_more(params: Path) -> None:
     profiles.use("mine")
     once = params.read_bytes()
-    assert profiles.use("mine") == []
+    assert use("mine") == []
     assert params.read_bytes() == once
 
 
 def test_a_thing_of_another_kind_is_replaced_as_a_whole(params: Path) -> None:
     write_profile("other", NPZ_SOURCE)
     write_profile("back", "prepare:\n  source:\n    kind: digits\n")
-    assert "prepare.source" in profiles.use("other")
+    assert "prepare.source" in use("other")
     expected = {"kind": "npz", "train": "data/a.npz", "test": None, "per_class": 5, "test_per_class": None}
     assert read_yaml(params)["prepare"]["source"] == expected
     assert "test: null" in params.read_text()  # not ruamel's empty value
-    assert profiles.use("back") == ["prepare.source"]
+    assert use("back") == ["prepare.source"]
     assert read_yaml(params)["prepare"]["source"] == {"kind": "digits"}
 
 
@@ -162,8 +166,8 @@ def test_the_overlays_of_the_contest_fit(inputs_only: Path, base: tuple[str, ...
 
 
 def test_a_new_expert_is_added(params: Path) -> None:
-    write_profile("more", "experts:\n  extra: {seed: 90, reads: seed, adversary: {kind: clean}}   # one more\n")
-    assert profiles.use("more") == ["experts.extra"]
+    write_profile("more", "experts:\n  extra: {seed: 90, adversary: {kind: clean}}   # one more\n")
+    assert use("more") == ["experts.extra"]
     assert load_params().experts["extra"].seed == 90
     assert "train:" in params.read_text()
 
@@ -188,7 +192,10 @@ def test_an_unknown_profile_lists_the_known(params: Path, name: str) -> None:
         ("epsilom: 0.1\n", "epsilom: is not a known key"),
         ("model: {width: 0}\n", "model.width: input should be greater than 0, got 0"),
         ("train: {experts: [nobody]}\n", "train.experts lists 'nobody', but experts has only clean"),
-        ("experts:\n  pgd-1: {reads: seed}\n", "experts.pgd-1: reads must be epsilon for a 'pgd' adversary"),
+        ("experts:\n  pgd-1: {reads: seed}\n", "experts.pgd-1: delete 'reads': what a stage depends on is derived"),
+        ("experts:\n  pgd-1: {adversary: pdg}\n", "experts.pgd-1.adversary: there is no 'pdg' under adversaries"),
+        ("extends: cifar10\n", "'extends' must be a list of profiles, for example [cifar10]"),
+        ("extends: [bad]\n", "extends itself (bad -> bad)"),
         ("- a\n", "must be a mapping of sections, found list"),
         ("", "must be a mapping of sections, found NoneType"),
         ("a: [1\n", "not valid YAML: "),
@@ -222,7 +229,7 @@ def test_every_shipped_profile_fits_and_is_idempotent(inputs_only: Path, name: s
     profiles.use(name)
     assert isinstance(load_params(), Params)
     once = (inputs_only / "params.yaml").read_bytes()
-    assert profiles.use(name) == []
+    assert use(name) == []
     assert (inputs_only / "params.yaml").read_bytes() == once
 
 
@@ -234,6 +241,8 @@ def test_every_shipped_profile_states_its_values(inputs_only: Path, name: str) -
 
     def compare(overlay: dict[str, object], base: dict[str, object], prefix: str) -> None:
         for key, value in overlay.items():
+            if key == "extends":
+                continue
             found = base[key]
             if isinstance(value, dict) and isinstance(found, dict):
                 compare(value, found, f"{prefix}{key}.")
@@ -242,6 +251,40 @@ def test_every_shipped_profile_states_its_values(inputs_only: Path, name: str) -
 
     compare(read_yaml(Path("profiles") / f"{name}.yaml"), read_yaml(inputs_only / "params.yaml"), "")
     assert not missing
+
+
+def test_a_profile_changes_the_one_that_it_extends(inputs_only: Path) -> None:
+    params = inputs_only / "params.yaml"
+    write_profile("child", "extends: [smoke]\n\nmodel:\n  width: 5   # of the child\n")
+    profiles.use("smoke")
+    parent = load_params()
+    profiles.use("child")
+    assert load_params().model.width == 5
+    assert load_params().model_copy(update={"model": parent.model}) == parent
+    assert "extends" not in params.read_text()
+
+
+def test_a_profile_that_extends_changes_single_entries_of_what_others_replace_as_a_whole(inputs_only: Path) -> None:
+    del inputs_only
+    profiles.use("cifar10")
+    cifar10 = load_params().extract.attacks
+    profiles.use("svhn")
+    svhn = load_params().extract.attacks
+    assert svhn.keys() == cifar10.keys()
+    assert {name for name in svhn if svhn[name] != cifar10[name]} == {"knockoff"}
+
+
+def test_profiles_say_only_what_differs() -> None:
+    lines = {name: len((ROOT / "profiles" / f"{name}.yaml").read_text().splitlines()) for name in SHIPPED}
+    assert lines["svhn"] < 50 < lines["cifar10"]
+
+
+def test_what_would_change_is_shown_and_nothing_is_written(params: Path) -> None:
+    before = params.read_bytes()
+    changes = profiles.use("mine", write=False)
+    assert params.read_bytes() == before
+    assert "model.width: 16 -> 7" in map(str, changes)
+    assert [change.key for change in changes] == use("mine")
 
 
 def test_the_attacks_on_training_data_are_replaced_as_a_whole(inputs_only: Path) -> None:

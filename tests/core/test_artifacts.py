@@ -1,4 +1,4 @@
-"""Artifacts: what goes in comes out, equal input gives equal bytes, and damage is noticed."""
+"""Artifacts: saving and loading, equal bytes for equal inputs, and detection of damage."""
 
 import errno
 import json
@@ -16,9 +16,9 @@ from torch import Tensor
 import advmoe
 from advmoe.core import artifacts
 from advmoe.core.errors import UserError
-from advmoe.data.dataset import Facts
+from advmoe.data.dataset import DatasetInfo
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Backbone, GateSettings, Mixture, Plain
+from advmoe.models.classifiers import BackboneSettings, GateSettings, MixtureArchitecture, PlainArchitecture
 from advmoe.models.mixture import MixtureOfExperts
 
 ABOUT: dict[str, Any] = {
@@ -28,10 +28,12 @@ ABOUT: dict[str, Any] = {
     "seed": 7,
     "metrics": {"pgd": 0.25},
 }
-FACTS = Facts(channels=3, height=8, width=8, class_names=("a", "b", "c"), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
-BACKBONE = Backbone(kind="resnet18", width=2)
-PLAIN = Plain(kind="plain", backbone=BACKBONE)
-MIXTURE = Mixture(
+FACTS = DatasetInfo(
+    channels=3, height=8, width=8, class_names=("a", "b", "c"), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25)
+)
+BACKBONE = BackboneSettings(kind="resnet18", width=2)
+PLAIN = PlainArchitecture(kind="plain", backbone=BACKBONE)
+MIXTURE = MixtureArchitecture(
     kind="mixture",
     backbone=BACKBONE,
     experts=("one", "two"),
@@ -41,7 +43,7 @@ MIXTURE = Mixture(
 
 
 def tensors() -> dict[str, Tensor]:
-    """All the types that artifacts hold, an empty tensor and a scalar among them."""
+    """Returns tensors of all types in artifacts, including an empty one and a scalar."""
     stream = torch.Generator().manual_seed(0)
     return {
         "weight": torch.randn(4, 3, 2, 2, generator=stream),
@@ -61,7 +63,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def refusal(path: Path, kind: str | None = "thing") -> str:
-    """The sentence with which loading is refused; it must name the file."""
+    """Returns the error message of loading, without the file name with which it must start."""
     with pytest.raises(UserError) as caught:
         artifacts.load(path, kind)
     message = str(caught.value)
@@ -71,7 +73,7 @@ def refusal(path: Path, kind: str | None = "thing") -> str:
 
 
 def raw_header(path: Path) -> dict[str, Any]:
-    """The safetensors header as it lies in the file."""
+    """Returns the safetensors header of the file."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header: dict[str, Any] = json.loads(content[8 : 8 + length])
@@ -79,19 +81,19 @@ def raw_header(path: Path) -> dict[str, Any]:
 
 
 def rewrite(path: Path, **changes: object) -> None:
-    """Save the same tensors under a changed advmoe header."""
+    """Saves the same tensors with a changed header."""
     header = artifacts.load(path).header.model_dump() | changes
     save_file(tensors(), path, {artifacts.METADATA_KEY: json.dumps(header)})
 
 
-def test_tensors_and_header_come_back(path: Path) -> None:
+def test_tensors_and_header_are_loaded_as_saved(path: Path) -> None:
     loaded = artifacts.load(path, "thing")
     assert loaded.tensors.keys() == tensors().keys()
     for name, tensor in tensors().items():
         assert loaded.tensors[name].dtype == tensor.dtype
         assert torch.equal(loaded.tensors[name], tensor)
     assert {key: getattr(loaded.header, key) for key in ABOUT} == ABOUT
-    assert (loaded.header.kind, loaded.header.schema_version) == ("thing", artifacts.SCHEMA)
+    assert (loaded.header.kind, loaded.header.schema_version) == ("thing", artifacts.SCHEMA_VERSION)
     assert loaded.header.torch == torch.__version__
 
 
@@ -111,7 +113,7 @@ def test_equal_input_gives_equal_bytes(path: Path, tmp_path: Path) -> None:
         assert again.read_bytes() == path.read_bytes()
 
 
-def test_the_layout_in_memory_does_not_show(path: Path, tmp_path: Path) -> None:
+def test_the_memory_format_does_not_change_the_file(path: Path, tmp_path: Path) -> None:
     turned = tensors()
     turned["weight"] = turned["weight"].to(memory_format=torch.channels_last)
     assert not turned["weight"].is_contiguous()
@@ -129,7 +131,7 @@ def test_other_input_gives_other_bytes(path: Path, tmp_path: Path, change: dict[
     assert (tmp_path / "other.safetensors").read_bytes() != path.read_bytes()
 
 
-def test_the_hash_sees_names_types_shapes_and_contents() -> None:
+def test_the_hash_depends_on_names_types_shapes_and_contents() -> None:
     variants = [
         {"a": torch.zeros(4)},
         {"b": torch.zeros(4)},
@@ -141,27 +143,27 @@ def test_the_hash_sees_names_types_shapes_and_contents() -> None:
     assert len({artifacts.hash_tensors(variant) for variant in variants}) == len(variants)
 
 
-def test_the_hash_does_not_see_the_order_of_names() -> None:
+def test_the_hash_does_not_depend_on_the_order_of_names() -> None:
     assert artifacts.hash_tensors(tensors()) == artifacts.hash_tensors(dict(reversed(tensors().items())))
 
 
-def test_circumstances_go_into_a_sidecar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provenance_is_written_to_a_sidecar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "somebodys-laptop")
     file = tmp_path / "fgsm-1.safetensors"
     artifacts.save(file, "thing", tensors(), **ABOUT, seconds=12.345)
-    circumstances = json.loads((tmp_path / "fgsm-1.run.json").read_text())
-    assert circumstances["seconds"] == 12.3
-    assert circumstances["threads"] == torch.get_num_threads()
-    assert {"commit", "dirty", "platform", "python"} <= circumstances.keys()
-    assert circumstances["host"] == "somebodys-laptop"
+    provenance = json.loads((tmp_path / "fgsm-1.run.json").read_text())
+    assert provenance["seconds"] == 12.3
+    assert provenance["threads"] == torch.get_num_threads()
+    assert {"commit", "dirty", "platform", "python"} <= provenance.keys()
+    assert provenance["host"] == "somebodys-laptop"
     assert b"somebodys-laptop" not in file.read_bytes()
 
 
 def test_saving_needs_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     artifacts.save(tmp_path / "a.safetensors", "thing", tensors(), **ABOUT, seconds=0.0)
-    circumstances = json.loads((tmp_path / "a.run.json").read_text())
-    assert (circumstances["commit"], circumstances["dirty"]) == (None, None)
+    provenance = json.loads((tmp_path / "a.run.json").read_text())
+    assert (provenance["commit"], provenance["dirty"]) == (None, None)
 
 
 def test_a_missing_file_says_what_builds_it(tmp_path: Path) -> None:
@@ -197,14 +199,16 @@ def test_a_changed_header_is_noticed(path: Path) -> None:
 
 def test_another_kind_is_refused(path: Path) -> None:
     assert refusal(path, "dataset") == "holds a thing, but a dataset is needed here"
-    assert artifacts.load(path).header.kind == "thing"  # without a wish any kind will do
+    assert artifacts.load(path).header.kind == "thing"  # without `kind` any kind is loaded
 
 
 def test_another_schema_is_refused(path: Path) -> None:
-    rewrite(path, schema_version=artifacts.SCHEMA + 1)
-    assert refusal(
-        path
-    ) == f"written in schema {artifacts.SCHEMA + 1}, this advmoe reads schema {artifacts.SCHEMA}; " + ("build it again")
+    rewrite(path, schema_version=artifacts.SCHEMA_VERSION + 1)
+    assert (
+        refusal(path)
+        == f"has schema version {artifacts.SCHEMA_VERSION + 1}, this advmoe reads version {artifacts.SCHEMA_VERSION}; "
+        + ("build it again")
+    )
 
 
 def test_an_unknown_header_key_is_refused(path: Path) -> None:
@@ -218,7 +222,7 @@ def test_a_broken_header_is_refused(path: Path, header: str) -> None:
     refusal(path)
 
 
-def test_a_safetensors_file_of_somebody_else_is_refused(path: Path) -> None:
+def test_a_safetensors_file_without_header_is_refused(path: Path) -> None:
     save_file(tensors(), path, {"format": "pt"})
     assert refusal(path).startswith("a safetensors file, but not written by advmoe")
 
@@ -244,8 +248,8 @@ def test_a_failed_save_leaves_the_old_artifact(path: Path, monkeypatch: pytest.M
 # ---- classifiers as artifacts ----------------------------------------------------------------------------------------
 
 
-def save_classifier(path: Path, architecture: Plain | Mixture) -> torch.nn.Module:
-    """A network whose BatchNorm statistics are not the initial ones, saved; in eval mode."""
+def save_classifier(path: Path, architecture: PlainArchitecture | MixtureArchitecture) -> torch.nn.Module:
+    """Saves a network with BatchNorm statistics of images; returns it in eval mode."""
     model = classifiers.build(architecture, FACTS, 3, "test")
     with torch.no_grad():
         model.train()(images())
@@ -259,7 +263,7 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("architecture", [PLAIN, MIXTURE], ids=["plain", "mixture"])
-def test_a_classifier_comes_back_the_same(tmp_path: Path, architecture: Plain | Mixture) -> None:
+def test_a_classifier_is_loaded_as_saved(tmp_path: Path, architecture: PlainArchitecture | MixtureArchitecture) -> None:
     file = tmp_path / "model.safetensors"
     model = save_classifier(file, architecture)
     loaded = classifiers.load(file)
@@ -282,21 +286,23 @@ def test_building_depends_on_the_seed_alone() -> None:
     torch.manual_seed(5)
     first, state = weights(0, "a"), torch.random.get_rng_state()
     torch.manual_seed(5)
-    assert torch.equal(state, torch.random.get_rng_state())  # the global random state is left alone
+    assert torch.equal(state, torch.random.get_rng_state())  # the global random state is unchanged
     torch.manual_seed(6)
     assert torch.equal(first, weights(0, "a"))
     assert not torch.equal(first, weights(1, "a"))
 
 
 @pytest.mark.parametrize("architecture", [PLAIN, MIXTURE], ids=["plain", "mixture"])
-def test_load_model_gives_log_probabilities(tmp_path: Path, architecture: Plain | Mixture) -> None:
+def test_load_model_gives_log_probabilities(
+    tmp_path: Path, architecture: PlainArchitecture | MixtureArchitecture
+) -> None:
     file = tmp_path / "model.safetensors"
     model = save_classifier(file, architecture)
     with torch.no_grad():
         found, raw = advmoe.load_model(str(file))(images()), model(images())
     assert torch.allclose(found.exp().sum(dim=1), torch.ones(6), atol=1e-5)
     assert torch.allclose(found, torch.log_softmax(raw, dim=1), atol=1e-6)
-    if isinstance(architecture, Mixture):  # a log-probability is a valid logit: the last step changes nothing
+    if isinstance(architecture, MixtureArchitecture):  # the logits are log-probabilities already
         assert torch.allclose(found, raw, atol=1e-6)
 
 
@@ -306,7 +312,7 @@ def test_load_model_refuses_with_a_value_error(tmp_path: Path) -> None:
 
 
 def spoil_classifier(path: Path, **changes: Tensor | None) -> None:
-    """Save a mixture with tensors changed; None takes one away."""
+    """Saves a mixture with tensors changed; None removes one."""
     model = save_classifier(path, MIXTURE)
     kept = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     kept |= {name: tensor for name, tensor in changes.items() if tensor is not None}
@@ -320,7 +326,7 @@ def test_wrong_tensors_are_refused_by_name(tmp_path: Path, change: Tensor | None
     file = tmp_path / "model.safetensors"
     name = next(name for name in save_classifier(file, MIXTURE).state_dict() if name.startswith("gate."))
     spoil_classifier(file, **{name: change})
-    with pytest.raises(UserError, match="does not fit the architecture") as caught:
+    with pytest.raises(UserError, match="does not match the architecture") as caught:
         classifiers.load(file)
     assert str(caught.value).startswith(f"{file}: tensor '{name}'")
 
@@ -328,7 +334,7 @@ def test_wrong_tensors_are_refused_by_name(tmp_path: Path, change: Tensor | None
 def test_a_tensor_too_many_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     spoil_classifier(file, surplus=torch.zeros(1))
-    with pytest.raises(UserError, match="tensor 'surplus' does not fit"):
+    with pytest.raises(UserError, match="tensor 'surplus' does not match"):
         classifiers.load(file)
 
 
@@ -344,18 +350,18 @@ def test_a_classifier_without_its_description_is_refused(tmp_path: Path) -> None
         classifiers.load(file)
 
 
-def test_a_mixture_assembled_from_experts_votes_as_they_do() -> None:
+def test_a_mixture_of_given_experts_has_their_logits() -> None:
     experts = [classifiers.build(PLAIN, FACTS, number).eval() for number in range(2)]
     mixture = classifiers.build_mixture(MIXTURE, FACTS, experts, 0).eval()
     with torch.no_grad():
-        logits_BEK = mixture.parts(images()).logits_BEK
+        logits_BEK = mixture.forward_parts(images()).logits_BEK
         assert torch.equal(logits_BEK[:, 0], experts[0](images()))
         assert torch.equal(logits_BEK[:, 1], experts[1](images()))
     next(mixture.experts[0].parameters()).data.zero_()
     assert next(experts[0].parameters()).abs().sum() > 0  # the experts were copied
 
 
-def test_the_uniform_average_shares_the_experts_and_weighs_them_alike() -> None:
+def test_the_uniform_mixture_shares_the_experts_with_equal_weights() -> None:
     mixture = classifiers.build(MIXTURE, FACTS, 0).eval()
     assert isinstance(mixture, MixtureOfExperts)
     average = classifiers.uniform_mixture(mixture).eval()

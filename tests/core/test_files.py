@@ -1,4 +1,4 @@
-"""A file is written whole or not at all, and equal values give equal bytes."""
+"""Atomic writes, and JSON and CSV formats."""
 
 import errno
 import math
@@ -18,7 +18,7 @@ def disk_is_full(*_: object, **__: object) -> NoReturn:
 
 
 def make_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is written goes where there is never room."""
+    """Redirects writes to /dev/full."""
     opened = tempfile.NamedTemporaryFile
 
     def onto_a_full_disk(*arguments: Any, **options: Any) -> Any:
@@ -31,11 +31,11 @@ def make_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    """Everything in a folder, hidden files too: a leftover partial would be hidden."""
+    """Returns all names in a folder, including hidden partial files."""
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_bytes_arrive_and_missing_folders_are_made(tmp_path: Path) -> None:
+def test_bytes_are_written_and_missing_folders_created(tmp_path: Path) -> None:
     path = tmp_path / "new" / "deeper" / "file.bin"
     files.write_bytes(path, b"\x00\xff")
     assert path.read_bytes() == b"\x00\xff"
@@ -54,7 +54,7 @@ def test_an_old_file_is_replaced(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("step", ["write", "fsync", "replace"])  # on the way, at the end, and while moving into place
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])  # during the write, at its end, and during the rename
 def test_a_full_disk_leaves_the_old_file_and_no_partial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -75,7 +75,7 @@ def test_a_folder_that_is_read_only_is_named(tmp_path: Path, monkeypatch: pytest
     def refuse(*_: object, **__: object) -> NoReturn:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(os, "open", refuse)  # the tests may be root's, whom no mode keeps out
+    monkeypatch.setattr(os, "open", refuse)  # root may write in spite of the mode
     with pytest.raises(UserError) as caught:
         files.write_bytes(tmp_path / "file", b"new")
     monkeypatch.undo()
@@ -93,18 +93,18 @@ def test_an_interrupted_write_leaves_no_partial(tmp_path: Path, monkeypatch: pyt
     assert names(tmp_path) == []
 
 
-def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_never_sees_a_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, seen = tmp_path / "file", list[bytes]()
     path.write_bytes(b"old")
     sync = os.fsync
 
-    def look(handle: int) -> None:
+    def fsync_and_read(handle: int) -> None:
         sync(handle)
         seen.append(path.read_bytes())
 
-    monkeypatch.setattr(os, "fsync", look)
+    monkeypatch.setattr(os, "fsync", fsync_and_read)
     files.write_bytes(path, b"new")
-    assert seen == [b"old"]  # all of the new content is on the disk, and the old file still stands
+    assert seen == [b"old"]  # the new content is on the disk, and the old file is still in place
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_canonical_json_does_not_depend_on_the_order_of_keys() -> None:
     assert files.canonical_json({"b": [1, 2], "a": {"d": 1, "c": 2}}) == '{"a":{"c":2,"d":1},"b":[1,2]}'
 
 
-def test_json_keeps_the_order_of_keys_and_comes_back(tmp_path: Path) -> None:
+def test_json_keeps_the_order_of_keys(tmp_path: Path) -> None:
     value = {"b": 0.1, "a": [None, True, "x"]}
     files.write_json(tmp_path / "file", value)
     assert list(files.read_json(tmp_path / "file")) == ["b", "a"]
@@ -137,7 +137,7 @@ def test_json_keeps_the_order_of_keys_and_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_json_has_no_word_for_nan(tmp_path: Path, number: float) -> None:
+def test_json_refuses_nan(tmp_path: Path, number: float) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(tmp_path / "file", {"loss": number})
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -145,7 +145,7 @@ def test_json_has_no_word_for_nan(tmp_path: Path, number: float) -> None:
     assert names(tmp_path) == []
 
 
-def test_csv_has_a_header_and_quotes_what_needs_it(tmp_path: Path) -> None:
+def test_csv_has_a_header_and_quotes_commas(tmp_path: Path) -> None:
     files.write_csv(tmp_path / "file", [{"epoch": 1, "name": "a,b"}, {"epoch": 2, "name": "c"}])
     assert (tmp_path / "file").read_bytes() == b'epoch,name\n1,"a,b"\n2,c\n'
 
@@ -170,4 +170,4 @@ def test_reading_a_folder_as_json_names_it(tmp_path: Path) -> None:
 
 
 def test_names_are_joined_for_a_sentence() -> None:
-    assert files.names(["a", 2, Path("c")]) == "a, 2, c"
+    assert files.join_names(["a", 2, Path("c")]) == "a, 2, c"

@@ -1,6 +1,7 @@
-"""params.yaml: epsilons are exact, every mistake has one sentence of its own that names file and key."""
+"""Parsing of params.yaml and epsilons, and error messages with file and key."""
 
 import copy
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from advmoe.attacks.registry import ENTRIES
+from advmoe.attacks.registry import REGISTRY
 from advmoe.config.schema import Params
 from advmoe.core.errors import UserError
 from advmoe.core.settings import (
@@ -20,6 +21,8 @@ from advmoe.core.settings import (
     format_epsilon,
     load_section,
     parse_epsilon,
+    parse_untrusted_yaml,
+    parse_yaml,
     read_yaml,
     validate,
 )
@@ -59,7 +62,7 @@ def sentence(action: Callable[[], object]) -> str:
         ("255/255", 1.0),
     ],
 )
-def test_epsilon_is_read_exactly(value: object, expected: float) -> None:
+def test_epsilon_is_parsed_exactly(value: object, expected: float) -> None:
     assert parse_epsilon(value) == expected
 
 
@@ -68,7 +71,7 @@ def test_epsilon_is_read_exactly(value: object, expected: float) -> None:
     [
         (8, f"epsilon 8{TOO_FAR}; did you mean 8/255?"),
         ("8", f"epsilon 8{TOO_FAR}; did you mean 8/255?"),
-        (256, f"epsilon 256{TOO_FAR}"),  # no number of pixel levels either
+        (256, f"epsilon 256{TOO_FAR}"),  # not a number of pixel levels either
         (-0.1, "epsilon is a distance and cannot be negative, but is -0.1"),
         ("-8/255", "epsilon is a distance and cannot be negative, but is -8/255"),
         (math.nan, "epsilon must be a finite number, not nan"),
@@ -84,7 +87,7 @@ def test_epsilon_is_read_exactly(value: object, expected: float) -> None:
         (None, f"{NO_NUMBER}None"),
     ],
 )
-def test_every_wrong_epsilon_has_its_own_sentence(value: object, expected: str) -> None:
+def test_each_invalid_epsilon_has_its_own_message(value: object, expected: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         parse_epsilon(value)
 
@@ -98,7 +101,7 @@ def test_every_wrong_epsilon_has_its_own_sentence(value: object, expected: str) 
         pytest.param("510/255"),
     ],
 )
-def test_what_the_hint_suggests_is_accepted(value: object) -> None:
+def test_the_suggested_epsilon_is_valid(value: object) -> None:
     with pytest.raises(ValueError, match="whole pixel range") as caught:
         parse_epsilon(value)
     hint = re.search(r"did you mean (.*)\?", str(caught.value))
@@ -113,7 +116,7 @@ def test_epsilon_is_printed_in_pixel_levels(epsilon: float, expected: str) -> No
     assert format_epsilon(epsilon) == expected
 
 
-def test_a_printed_epsilon_can_be_typed_back() -> None:
+def test_a_formatted_epsilon_can_be_parsed() -> None:
     assert parse_epsilon(format_epsilon(0.1)) == pytest.approx(0.1)
 
 
@@ -134,7 +137,7 @@ def test_epsilon_from_a_file(params_file: WriteParams, text: str, expected: floa
         ("true", f"{NO_NUMBER}True"),
         ("[8/255]", f"{NO_NUMBER}['8/255']"),
         ("", f"{NO_NUMBER}None"),
-        ("off", f"{NO_NUMBER}'off'"),  # YAML 1.2, as DVC reads it: a word, not false
+        ("off", f"{NO_NUMBER}'off'"),  # YAML 1.2, as DVC reads it: a string, not false
     ],
 )
 def test_a_wrong_epsilon_in_a_file_names_file_and_key(params_file: WriteParams, text: str, expected: str) -> None:
@@ -179,7 +182,7 @@ def test_a_file_that_is_no_mapping_is_refused(params_file: WriteParams, text: st
     [
         ("z", "key 'z' is missing; known there: a, seed"),
         ("a.z", "key 'a.z' is missing; known there: b"),
-        ("a.z.y", "key 'a.z' is missing; known there: b"),  # the first that is missing, not the last asked for
+        ("a.z.y", "key 'a.z' is missing; known there: b"),  # the first missing key, not the last
         ("seed.z", "key 'seed.z' is missing"),  # a number has no keys
     ],
 )
@@ -211,9 +214,30 @@ def test_a_section_that_is_no_mapping_names_file_and_key(params_file: WriteParam
     assert sentence(lambda: load_section("a", Inner, path)).startswith(f"{path}: a: input should be a valid dictionary")
 
 
-def test_a_long_value_is_cut_short(params_file: WriteParams) -> None:
+def test_a_long_value_is_truncated(params_file: WriteParams) -> None:
     path = params_file(f"a: {{steps: {'x' * 500}, size: 1.0}}\n")
     assert len(sentence(lambda: load_section("a", Inner, path))) < len(str(path)) + 150
+
+
+LEVELS = "abcdefghij"
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{after}: &{after} [{','.join([f'*{before}'] * 9)}]\n" for before, after in itertools.pairwise(LEVELS)
+)
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, "a: &a [*a]\n", "&a {a: *a}\n", f"a: 0x{'f' * 9000}\n", f"? 0x{'f' * 9000}\n: a\n"]
+)
+def test_untrusted_yaml_that_cannot_be_printed_is_refused(text: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^(expands to more than \d+ values|contains an integer of thousands of digits)$"
+    ):
+        parse_untrusted_yaml(text)
+
+
+def test_untrusted_yaml_may_contain_aliases() -> None:
+    text = "a: &a {b: [1, 2]}\nc: *a\n"
+    assert parse_untrusted_yaml(text) == parse_yaml(text) == {"a": {"b": [1, 2]}, "c": {"b": [1, 2]}}
 
 
 def test_settings_are_frozen() -> None:
@@ -231,7 +255,7 @@ def whole_file() -> dict[str, Any]:
 
 @pytest.fixture
 def content(whole_file: dict[str, Any]) -> dict[str, Any]:
-    """The repository's params.yaml, to be spoilt."""
+    """A copy of the repository's params.yaml, to be modified."""
     return copy.deepcopy(whole_file)
 
 
@@ -239,7 +263,7 @@ def complaint(content: dict[str, Any]) -> str:
     return sentence(lambda: validate(content, Params, "params.yaml"))
 
 
-def test_the_params_of_the_repository_are_sound(content: dict[str, Any]) -> None:
+def test_the_params_of_the_repository_are_valid(content: dict[str, Any]) -> None:
     params = validate(content, Params, "params.yaml")
     assert set(params.train.experts) <= set(params.experts)
 
@@ -247,7 +271,7 @@ def test_the_params_of_the_repository_are_sound(content: dict[str, Any]) -> None
 @pytest.mark.parametrize("section", list(Params.model_fields))
 def test_every_section_is_needed(content: dict[str, Any], section: str) -> None:
     del content[section]
-    assert complaint(content) == f"params.yaml: {section}: is missing"
+    assert complaint(content).startswith(f"params.yaml: {section}: is missing")
 
 
 def test_no_setting_has_a_default_that_dvc_would_not_see() -> None:
@@ -268,21 +292,27 @@ def test_experts_are_listed_once_each_and_at_least_one(content: dict[str, Any], 
 
 def test_an_unknown_baseline_in_evaluate_is_refused(content: dict[str, Any]) -> None:
     content["evaluate"]["baselines"] = ["madry"]
-    del content["evaluate"]["attacks"]["transfer"]  # which would be refused first, for its sources
+    del content["evaluate"]["attacks"]["transfer"]  # whose sources would be refused first
     assert complaint(content).startswith("params.yaml: evaluate.baselines lists 'madry', but baseline has only ")
 
 
 @pytest.mark.parametrize(
-    ("name", "reads", "expected"),
+    ("adversary", "expected"),
     [
-        ("pgd-1", "seed", "experts.pgd-1: reads must be epsilon for a 'pgd' adversary"),
-        ("clean", "epsilon", "experts.clean: reads must be seed for a 'clean' adversary"),
-        ("fgsm-1", "epsilon", "experts.fgsm-1: reads must be seed for a 'fgsm' adversary"),
+        ("pdg", "experts.pgd-1.adversary: there is no 'pdg' under adversaries; known are "),
+        ({"kind": "mixed", "weights": [1], "of": ["pdg"]}, "experts.pgd-1.adversary.of: there is no 'pdg' under"),
+        ({"kind": "pdg"}, "experts.pgd-1.adversary: input tag 'pdg'"),
     ],
 )
-def test_reads_must_fit_the_adversary(content: dict[str, Any], name: str, reads: str, expected: str) -> None:
-    content["experts"][name]["reads"] = reads
-    assert complaint(content) == f"params.yaml: {expected}"
+def test_an_adversary_must_be_there(content: dict[str, Any], adversary: object, expected: str) -> None:
+    content["experts"]["pgd-1"]["adversary"] = adversary
+    assert complaint(content).startswith(f"params.yaml: {expected}")
+
+
+def test_an_adversary_cannot_refer_to_itself(content: dict[str, Any]) -> None:
+    content["adversaries"]["loop"] = {"kind": "mixed", "weights": [1], "of": ["loop"]}
+    content["experts"]["pgd-1"]["adversary"] = "loop"
+    assert complaint(content).startswith("params.yaml: experts.pgd-1.adversary.of: there is no 'loop'")
 
 
 @pytest.mark.parametrize("name", ["a b", "../a", "a.b", "-a", ""])
@@ -329,7 +359,7 @@ def test_a_number_that_makes_no_attack_is_refused(content: dict[str, Any], name:
     assert complaint(content).startswith(f"params.yaml: evaluate.attacks.{name}.{key}")
 
 
-@pytest.mark.parametrize("attack", sorted(ENTRIES, key=str), ids=lambda settings: settings.__name__)
+@pytest.mark.parametrize("attack", sorted(REGISTRY, key=str), ids=lambda settings: settings.__name__)
 def test_no_attack_has_a_default_that_dvc_would_not_see(attack: type[Settings]) -> None:
     assert not [name for name, field in attack.model_fields.items() if not field.is_required()]
 
@@ -363,10 +393,10 @@ def test_a_wrong_value_of_an_attack_is_named_as_in_the_file(content: dict[str, A
 
 
 def test_an_unknown_key_of_an_adversary_is_named_as_in_the_file(content: dict[str, Any]) -> None:
-    content["experts"]["pgd-1"]["adversary"]["stepz"] = 3
+    content["experts"]["pgd-1"]["adversary"] = content["adversaries"]["pgd"] | {"stepz": 3}
     assert complaint(content) == "params.yaml: experts.pgd-1.adversary.stepz: is not a known key"
 
 
 def test_a_missing_key_of_an_adversary_is_named_as_in_the_file(content: dict[str, Any]) -> None:
-    del content["experts"]["pgd-1"]["adversary"]["steps"]
+    content["experts"]["pgd-1"]["adversary"] = {"kind": "pgd", "step_size": 0.25}
     assert complaint(content) == "params.yaml: experts.pgd-1.adversary.steps: is missing"

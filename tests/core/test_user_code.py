@@ -1,4 +1,4 @@
-"""Code that a user names: every mistake in it is one sentence that names the file, never a traceback."""
+"""User functions: every error becomes a UserError that names the file."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.custom import Custom, custom
-from advmoe.attacks.random_streams import ImageDraws
+from advmoe.attacks.random_streams import ImageStreams
 from advmoe.core import user_code
 from advmoe.core.errors import UserError
 
@@ -46,7 +46,7 @@ def test_a_file_may_lie_in_another_folder_and_define_classes() -> None:
     assert user_code.load_function("deep/mine.py:Point")().x == 3
 
 
-def test_two_files_of_one_name_are_not_mistaken_for_each_other() -> None:
+def test_two_files_of_the_same_name_are_separate_modules() -> None:
     for folder in ("left", "right"):
         Path(folder).mkdir()
         Path(folder, FILE).write_text(f"def where():\n    return {folder!r}\n")
@@ -69,22 +69,22 @@ def test_two_files_of_one_name_are_not_mistaken_for_each_other() -> None:
         ("", False),
     ],
 )
-def test_what_has_the_form_of_a_reference(text: str, expected: bool) -> None:
-    assert user_code.names_code(text) is expected
+def test_the_form_of_references(text: str, expected: bool) -> None:
+    assert user_code.is_code_reference(text) is expected
 
 
 @pytest.mark.parametrize("reference", ["mine.py", "mine.py:", "mine:attack", "mine.py:no name"])
-@pytest.mark.parametrize("use", [user_code.load_function, user_code.digest])
+@pytest.mark.parametrize("use", [user_code.load_function, user_code.file_digest])
 def test_another_form_is_refused(use: Callable[[str], object], reference: str) -> None:
     assert sentence(lambda: use(reference)) == f"{reference}: must have the form path/to/file.py:function"
 
 
-@pytest.mark.parametrize("use", [user_code.load_function, user_code.digest])
+@pytest.mark.parametrize("use", [user_code.load_function, user_code.file_digest])
 def test_a_missing_file_is_named(use: Callable[[str], object]) -> None:
     assert sentence(lambda: use(NAME)) == f"{NAME}: no such file {FILE}"
 
 
-@pytest.mark.parametrize("use", [user_code.load_function, user_code.digest])
+@pytest.mark.parametrize("use", [user_code.load_function, user_code.file_digest])
 def test_a_folder_in_place_of_the_file_is_named(use: Callable[[str], object]) -> None:
     Path(FILE).mkdir()
     assert sentence(lambda: use(NAME)).startswith(f"{NAME}: no such file {FILE}")
@@ -127,7 +127,7 @@ def test_a_user_error_inside_is_passed_on_as_it_is() -> None:
     assert sentence(lambda: user_code.call(NAME, complain)) == "params.yaml: seed: is missing"
 
 
-def test_nobody_keeps_a_user_from_stopping() -> None:
+def test_keyboard_interrupt_is_not_caught() -> None:
     def stop() -> None:
         raise KeyboardInterrupt
 
@@ -137,10 +137,10 @@ def test_nobody_keeps_a_user_from_stopping() -> None:
 
 def test_the_digest_is_that_of_the_file() -> None:
     Path(FILE).write_bytes(b"def attack(): pass\n")
-    assert user_code.digest(NAME) == hashlib.sha256(b"def attack(): pass\n").hexdigest()
+    assert user_code.file_digest(NAME) == hashlib.sha256(b"def attack(): pass\n").hexdigest()
 
 
-def test_a_changed_file_is_read_anew() -> None:
+def test_a_changed_file_is_imported_again() -> None:
     for answer in (1, 2):
         Path(FILE).write_text(f"def attack():\n    return {answer}\n")
         assert user_code.load_function(NAME)() == answer
@@ -152,20 +152,20 @@ def test_a_changed_file_is_read_anew() -> None:
 def run_own(body: str, images: Tensor | None = None) -> Tensor:
     Path(FILE).write_text("import torch\n" + ATTACK + body + "\n")
     images = torch.full((2, 1, 3, 3), 0.5) if images is None else images
-    draws, labels = ImageDraws(0, "own", torch.arange(2)), torch.tensor([0, 1])
+    draws, labels = ImageStreams(0, "own", torch.arange(2)), torch.tensor([0, 1])
     settings = Custom(kind="own", function=NAME)
     return custom(lambda pixels: pixels.flatten(1), images, labels, ball=LInf(0.1), settings=settings, draws=draws)
 
 
-def test_an_own_attack_gets_what_every_attack_gets() -> None:
+def test_a_custom_attack_receives_the_arguments_of_every_attack() -> None:
     body = "return images + ball.epsilon * draws.uniform(images) * (model(images).argmax(1) == 0)[:, None, None, None]"
     found = run_own(body)
     images = torch.full((2, 1, 3, 3), 0.5)
-    noise = 0.1 * ImageDraws(0, "own", torch.arange(2)).uniform(images)
+    noise = 0.1 * ImageStreams(0, "own", torch.arange(2)).uniform(images)
     torch.testing.assert_close(found, images + noise)
 
 
-def test_an_own_attack_may_answer_in_another_type() -> None:
+def test_a_custom_attack_may_return_another_dtype() -> None:
     assert run_own("return images.double()").dtype == torch.float32
 
 
@@ -180,17 +180,17 @@ def test_an_own_attack_may_answer_in_another_type() -> None:
         ("return images / 0", "returned NaN or infinite pixels"),
     ],
 )
-def test_an_own_attack_that_returns_no_images_is_refused(body: str, complaint: str) -> None:
+def test_a_custom_attack_that_returns_no_images_is_refused(body: str, complaint: str) -> None:
     assert sentence(lambda: run_own(body)) == f"{NAME}: {complaint}"
 
 
-def test_an_own_attack_that_raises_is_told_by_name() -> None:
+def test_a_custom_attack_that_raises_is_named() -> None:
     assert sentence(lambda: run_own("return images @ labels")).startswith(f"{NAME} raised RuntimeError: ")
 
 
-def test_an_own_attack_of_another_form_is_told_by_name() -> None:
+def test_a_custom_attack_with_another_signature_is_named() -> None:
     Path(FILE).write_text("def attack(model, images):\n    return images\n")
-    images, draws = torch.zeros(1, 1, 2, 2), ImageDraws(0, "own", torch.arange(1))
+    images, draws = torch.zeros(1, 1, 2, 2), ImageStreams(0, "own", torch.arange(1))
 
     def action() -> Tensor:
         settings, labels = Custom(kind="own", function=NAME), torch.zeros(1)

@@ -23,11 +23,11 @@ from advmoe.core import artifacts, paths
 from advmoe.core.errors import UserError
 from advmoe.data import dataset
 from advmoe.data.batches import Augmentation, augment, batch_indices, batches, batches_per_epoch
-from advmoe.data.dataset import SPLITS, Facts, SplitName, Splits
-from advmoe.data.images import Labelled, SourceImages, check, numbered
+from advmoe.data.dataset import SPLITS, DatasetInfo, SplitName, Splits
+from advmoe.data.images import LabelledImages, SourceImages, check_source, numbered_class_names
 from advmoe.data.sources import downloads
 from advmoe.data.sources.digits import Digits
-from advmoe.data.sources.downloads import CifarEdition, Download
+from advmoe.data.sources.downloads import CifarArchive, Download
 from advmoe.data.sources.folder import Folder, read_image
 from advmoe.data.sources.npz import Npz
 
@@ -35,7 +35,7 @@ SHARED = ROOT.parent / "shared" / "data"
 PLANNED = Splits(pool=270, validation=180, test=360)
 
 Pixels = NDArray[np.uint8]
-Drawn = Mapping[SplitName, tuple[Labelled, NDArray[np.int64]]]
+Drawn = Mapping[SplitName, tuple[LabelledImages, NDArray[np.int64]]]
 
 
 def noise(*shape: int, seed: int = 0) -> Pixels:
@@ -69,7 +69,7 @@ def positions(drawn: Drawn) -> dict[str, list[int]]:
 def test_digits_are_the_1797_of_scikit_learn(digits: SourceImages) -> None:
     from sklearn.datasets import load_digits
 
-    assert check(digits, "digits") is digits
+    assert check_source(digits, "digits") is digits
     images = digits.train.images
     assert (images.shape, str(images.dtype), digits.test) == ((1797, 1, 8, 8), "uint8", None)
     assert (images.min(), images.max(), digits.class_names) == (0, 255, tuple("0123456789"))
@@ -79,7 +79,7 @@ def test_digits_are_the_1797_of_scikit_learn(digits: SourceImages) -> None:
 
 
 def test_digits_are_split_as_planned(digits: SourceImages) -> None:
-    drawn = dataset.build(digits, PLANNED, 0)
+    drawn = dataset.draw_splits(digits, PLANNED, 0)
     sizes = {name: len(rows) for name, (_, rows) in drawn.items()}
     assert sizes == {"train": 987, "pool": 270, "validation": 180, "test": 360}
     everything = np.concatenate([rows for _, rows in drawn.values()])
@@ -92,49 +92,51 @@ def test_digits_are_split_as_planned(digits: SourceImages) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_every_split_has_the_classes_in_their_shares(digits: SourceImages, seed: int) -> None:
     whole = np.bincount(digits.train.labels) / 1797
-    for part, rows in dataset.build(digits, PLANNED, seed).values():
+    for part, rows in dataset.draw_splits(digits, PLANNED, seed).values():
         # a plain draw of 360 images would be off by 5 or so
         assert np.abs(np.bincount(part.labels, minlength=10) - whole * len(rows)).max() < 2
 
 
 def test_the_splits_are_shuffled(digits: SourceImages) -> None:
-    for part, rows in dataset.build(digits, PLANNED, 0).values():
+    for part, rows in dataset.draw_splits(digits, PLANNED, 0).values():
         assert rows.tolist() != sorted(rows.tolist())
         assert len(np.unique(part.labels[:40])) > 5  # `limit` takes the first n: they must not be of one class
 
 
 def test_the_seed_alone_decides_the_splits(digits: SourceImages) -> None:
-    first = positions(dataset.build(digits, PLANNED, 0))
+    first = positions(dataset.draw_splits(digits, PLANNED, 0))
     np.random.seed(3)  # the point is that it has no influence
-    assert positions(dataset.build(digits, PLANNED, 0)) == first
-    assert positions(dataset.build(digits, PLANNED, 1)) != first
+    assert positions(dataset.draw_splits(digits, PLANNED, 0)) == first
+    assert positions(dataset.draw_splits(digits, PLANNED, 1)) != first
 
 
 def test_an_empty_pool_is_allowed(digits: SourceImages) -> None:
-    drawn = dataset.build(digits, Splits(pool=0, validation=1, test=1), 0)
+    drawn = dataset.draw_splits(digits, Splits(pool=0, validation=1, test=1), 0)
     assert [len(drawn[name][1]) for name in SPLITS] == [1795, 0, 1, 1]
 
 
 def test_splits_that_leave_nothing_to_train_on_are_refused(digits: SourceImages) -> None:
-    message = refusal(lambda: dataset.build(digits, Splits(pool=0, validation=797, test=1000), 0))
-    assert message == "prepare.splits: 1797 images asked for, but there are 1797 and training needs some"
+    message = refusal(lambda: dataset.draw_splits(digits, Splits(pool=0, validation=797, test=1000), 0))
+    assert message == "prepare.splits: 1797 images requested, but there are 1797 and training needs some"
 
 
 def test_a_source_without_test_split_needs_a_number(digits: SourceImages) -> None:
-    message = refusal(lambda: dataset.build(digits, Splits(pool=0, validation=1, test=None), 0))
+    message = refusal(lambda: dataset.draw_splits(digits, Splits(pool=0, validation=1, test=None), 0))
     assert message.startswith("prepare.splits.test: this source has no official test split")
 
 
 def with_official_test(count: int = 40) -> SourceImages:
     return SourceImages(
-        Labelled(noise(60, 1, 8, 8), labels(60)), Labelled(noise(count, 1, 8, 8, seed=1), labels(count)), numbered(4)
+        LabelledImages(noise(60, 1, 8, 8), labels(60)),
+        LabelledImages(noise(count, 1, 8, 8, seed=1), labels(count)),
+        numbered_class_names(4),
     )
 
 
 def test_an_official_test_split_is_kept_whole() -> None:
     source = with_official_test()
     assert source.test is not None
-    drawn = dataset.build(source, Splits(pool=8, validation=8, test=None), 0)
+    drawn = dataset.draw_splits(source, Splits(pool=8, validation=8, test=None), 0)
     part, rows = drawn["test"]
     assert sorted(rows.tolist()) == list(range(40))
     assert (part.images == source.test.images[rows]).all()
@@ -142,21 +144,21 @@ def test_an_official_test_split_is_kept_whole() -> None:
 
 
 def test_a_part_of_an_official_test_split_is_stratified() -> None:
-    part, rows = dataset.build(with_official_test(), Splits(pool=0, validation=8, test=12), 0)["test"]
+    part, rows = dataset.draw_splits(with_official_test(), Splits(pool=0, validation=8, test=12), 0)["test"]
     assert np.bincount(part.labels).tolist() == [3, 3, 3, 3]
     assert len(set(rows.tolist())) == 12
 
 
 def test_more_than_the_official_test_split_is_refused() -> None:
-    message = refusal(lambda: dataset.build(with_official_test(), Splits(pool=0, validation=8, test=41), 0))
-    assert message == "prepare.splits.test: 41 images asked for, the test split has 40"
+    message = refusal(lambda: dataset.draw_splits(with_official_test(), Splits(pool=0, validation=8, test=41), 0))
+    assert message == "prepare.splits.test: 41 images requested, the test split has 40"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_statistics_are_those_of_numpy(channels: int) -> None:
     images = noise(50, channels, 8, 9)
     images[:, 0] //= 2  # so that the channels differ
-    mean, std = dataset.statistics(images)
+    mean, std = dataset.channel_statistics(images)
     assert mean == pytest.approx((images / 255).mean(axis=(0, 2, 3)), abs=1e-6)
     assert std == pytest.approx((images / 255).std(axis=(0, 2, 3)), abs=1e-6)
 
@@ -164,33 +166,36 @@ def test_statistics_are_those_of_numpy(channels: int) -> None:
 def test_a_constant_channel_is_refused() -> None:
     images = noise(5, 3, 8, 8)
     images[:, 1] = 7
-    assert "channel of the training images is constant" in refusal(lambda: dataset.statistics(images))
+    assert "channel of the training images is constant" in refusal(lambda: dataset.channel_statistics(images))
 
 
-def drawn_with_duplicates() -> dict[SplitName, tuple[Labelled, NDArray[np.int64]]]:
+def drawn_with_duplicates() -> dict[SplitName, tuple[LabelledImages, NDArray[np.int64]]]:
     """The first two of eight test images occur in training as well, the first one twice there."""
     train, test = noise(10, 1, 8, 8), noise(8, 1, 8, 8, seed=1)
     train[3], train[4], train[7] = test[0], test[0], test[1]
-    return {"train": (Labelled(train, labels(10)), np.arange(10)), "test": (Labelled(test, labels(8)), np.arange(8))}
+    return {
+        "train": (LabelledImages(train, labels(10)), np.arange(10)),
+        "test": (LabelledImages(test, labels(8)), np.arange(8)),
+    }
 
 
 def test_leaked_counts_test_images_that_training_has_seen() -> None:
     drawn = drawn_with_duplicates()
-    assert dataset.leaked(drawn) == 2
+    assert dataset.count_train_test_duplicates(drawn) == 2
     drawn["test"][0].images[0, 0, 0, 0] ^= 1  # one level of one pixel makes another image
-    assert dataset.leaked(drawn) == 1
+    assert dataset.count_train_test_duplicates(drawn) == 1
 
 
 def test_leaked_counts_equal_test_images_each() -> None:
     drawn = drawn_with_duplicates()
     drawn["test"][0].images[5] = drawn["test"][0].images[0]
-    assert dataset.leaked(drawn) == 3
+    assert dataset.count_train_test_duplicates(drawn) == 3
 
 
 def test_a_data_set_comes_back(digits: SourceImages, tmp_path: Path) -> None:
-    drawn = dataset.build(digits, PLANNED, 0)
-    mean, std = dataset.statistics(drawn["train"][0].images)
-    facts = Facts(channels=1, height=8, width=8, class_names=digits.class_names, mean=mean, std=std)
+    drawn = dataset.draw_splits(digits, PLANNED, 0)
+    mean, std = dataset.channel_statistics(drawn["train"][0].images)
+    facts = DatasetInfo(channels=1, height=8, width=8, class_names=digits.class_names, mean=mean, std=std)
     path = tmp_path / "dataset.safetensors"
     sha256 = dataset.save(path, drawn, facts, params={}, seed=0, metrics={}, seconds=0.0)
     loaded = dataset.load(path)
@@ -203,8 +208,8 @@ def test_a_data_set_comes_back(digits: SourceImages, tmp_path: Path) -> None:
 
 
 def test_a_data_set_with_an_empty_pool_comes_back(digits: SourceImages, tmp_path: Path) -> None:
-    drawn = dataset.build(digits, Splits(pool=0, validation=180, test=360), 0)
-    facts = Facts(channels=1, height=8, width=8, class_names=digits.class_names, mean=(0.5,), std=(0.5,))
+    drawn = dataset.draw_splits(digits, Splits(pool=0, validation=180, test=360), 0)
+    facts = DatasetInfo(channels=1, height=8, width=8, class_names=digits.class_names, mean=(0.5,), std=(0.5,))
     dataset.save(tmp_path / "dataset.safetensors", drawn, facts, params={}, seed=0, metrics={}, seconds=0.0)
     assert len(dataset.load(tmp_path / "dataset.safetensors")["pool"]) == 0
 
@@ -221,8 +226,8 @@ def test_pixels_are_shares_of_the_range_and_first_takes_the_first(project: Path)
 
 def test_a_data_set_without_a_split_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "dataset.safetensors"
-    facts = Facts(channels=1, height=8, width=8, class_names=("a", "b"), mean=(0.5,), std=(0.5,))
-    dataset.save(path, {"train": (Labelled(noise(2, 1, 8, 8), labels(2)), np.arange(2))}, facts,
+    facts = DatasetInfo(channels=1, height=8, width=8, class_names=("a", "b"), mean=(0.5,), std=(0.5,))
+    dataset.save(path, {"train": (LabelledImages(noise(2, 1, 8, 8), labels(2)), np.arange(2))}, facts,
                  params={}, seed=0, metrics={}, seconds=0.0)  # fmt: skip
     assert refusal(lambda: dataset.load(path)) == f"{path}: has no tensor 'pool.images'; build it again"
 
@@ -296,7 +301,7 @@ def npz(train: Path, test: Path | None = None, **limits: int | None) -> Npz:
 def test_npz_comes_back(tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     path, images = tmp_path / "a.npz", noise(*shape)
     np.savez_compressed(path, images=images, labels=labels(20).astype(np.uint8), class_names=np.array(list("wxyz")))
-    source = check(npz(path).read(), "npz")
+    source = check_source(npz(path).read(), "npz")
     assert source.train.images.shape == expected
     assert (np.moveaxis(source.train.images, 1, -1).reshape(shape) == images).all()
     assert source.train.labels.tolist() == labels(20).tolist()
@@ -341,7 +346,7 @@ def write_npz(path: Path, **arrays: Any) -> Callable[[], object]:
     """Write a file of usable arrays with some changed (None: left out); returns what reads and checks it."""
     usable: dict[str, Any] = {"images": noise(20, 8, 8), "labels": labels(20)}
     np.savez(path, **{name: array for name, array in (usable | arrays).items() if array is not None})
-    return lambda: check(npz(path).read(), str(path))
+    return lambda: check_source(npz(path).read(), str(path))
 
 
 @pytest.mark.parametrize(
@@ -352,7 +357,7 @@ def write_npz(path: Path, **arrays: Any) -> Callable[[], object]:
         ({"images": noise(20, 8, 8) / 255}, "'images' must be uint8"),
         ({"images": noise(20, 8, 8).astype(np.int64)}, "'images' must be uint8"),
         ({"images": noise(20, 64)}, "'images' must be uint8 of shape"),
-        ({"images": noise(0, 8, 8), "labels": labels(0)}, "holds no images"),
+        ({"images": noise(0, 8, 8), "labels": labels(0)}, "contains no images"),
         ({"images": noise(20, 8, 8, 4)}, "images must be uint8 with 1 or 3 channels"),
         ({"images": noise(20, 7, 9)}, "images must be at least 8 pixels a side, got 1 x 7 x 9"),
         ({"labels": labels(20).astype(np.float64)}, "'labels' must be 20 integers, got float64"),
@@ -419,8 +424,12 @@ def test_class_names_that_are_no_list_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_check_wants_train_and_test_of_one_size() -> None:
-    source = SourceImages(Labelled(noise(4, 1, 8, 8), labels(4)), Labelled(noise(4, 1, 9, 8), labels(4)), numbered(4))
-    message = refusal(lambda: check(source, "here"))
+    source = SourceImages(
+        LabelledImages(noise(4, 1, 8, 8), labels(4)),
+        LabelledImages(noise(4, 1, 9, 8), labels(4)),
+        numbered_class_names(4),
+    )
+    message = refusal(lambda: check_source(source, "here"))
     assert message == "here: training images are 1 x 8 x 8, test images 1 x 9 x 8; sizes must agree"
 
 
@@ -428,11 +437,11 @@ def test_real_images_as_npz() -> None:
     path = SHARED / "fashion_mnist_test_first200.npz"
     if not path.is_file():
         pytest.skip(f"{path} is absent: real images are not part of the project")
-    source = check(npz(path, per_class=20).read(), "npz")
+    source = check_source(npz(path, per_class=20).read(), "npz")
     assert source.train.images.shape == (200, 1, 28, 28)
     assert np.bincount(source.train.labels).tolist() == [20] * 10
     assert source.class_names == downloads.FASHION  # two sources of the same set must call the classes alike
-    mean, _ = dataset.statistics(npz(path).read().train.images)
+    mean, _ = dataset.channel_statistics(npz(path).read().train.images)
     assert mean == pytest.approx((0.286,), abs=0.01)  # the published mean of Fashion-MNIST
 
 
@@ -455,7 +464,7 @@ def test_a_folder_of_png_comes_back(tmp_path: Path) -> None:
         write_image(tmp_path / "cb"[number % 2] / f"{number}.png", pixels)
     (tmp_path / "b" / "notes.txt").write_text("not an image")
     (tmp_path / ".hidden").mkdir()
-    source = check(folder(tmp_path).read(), "folder")
+    source = check_source(folder(tmp_path).read(), "folder")
     assert (source.class_names, source.test) == (("b", "c"), None)
     assert source.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert (source.train.images[:, 0] == grey[[1, 3, 5, 0, 2, 4]]).all()
@@ -497,7 +506,7 @@ def test_mixed_sizes_need_a_size(tmp_path: Path) -> None:
     write_image(tmp_path / "a" / "1.png", noise(8, 8))
     odd = write_image(tmp_path / "b" / "1.png", noise(9, 12))
     message = refusal(lambda: folder(tmp_path).read())
-    assert message.startswith(f"{odd}: 12x9 pixels where the first image has 8x8; set prepare.source.size")
+    assert message.startswith(f"{odd}: 12x9 pixels, but the first image has 8x8; set prepare.source.size")
     assert folder(tmp_path, size=10).read().train.images.shape == (2, 1, 10, 10)
 
 
@@ -523,7 +532,7 @@ def test_a_missing_folder_an_empty_one_and_one_class_are_refused(tmp_path: Path)
     write_image(root / "only" / "1.png", noise(8, 8))
     assert refusal(lambda: folder(root).read()).endswith("at least two classes, found 1")
     (root / "other").mkdir()
-    assert "at least two classes, found 1" in refusal(lambda: check(folder(root).read(), "here"))
+    assert "at least two classes, found 1" in refusal(lambda: check_source(folder(root).read(), "here"))
 
 
 def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
@@ -595,7 +604,7 @@ def cifar_records(images: Pixels, own: NDArray[np.int64], label_bytes: int) -> b
     return b"".join(b"".join(first) + bytes([int(label)]) + image.tobytes() for image, label in rows)
 
 
-def write_cifar(root: Path, edition: CifarEdition, files: Mapping[str, bytes]) -> CifarEdition:
+def write_cifar(root: Path, edition: CifarArchive, files: Mapping[str, bytes]) -> CifarArchive:
     """A small archive under the edition's name; returns the edition with its checksum."""
     with tarfile.open(root / edition.archive, "w:gz") as tar:
         for name, content in files.items():
@@ -603,7 +612,7 @@ def write_cifar(root: Path, edition: CifarEdition, files: Mapping[str, bytes]) -
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     md5 = hashlib.md5((root / edition.archive).read_bytes()).hexdigest()  # noqa: S324  (the official checksums are MD5)
-    return CifarEdition(edition.archive, md5, edition.train, edition.test, edition.names, edition.label_bytes)
+    return CifarArchive(edition.archive, md5, edition.train, edition.test, edition.names, edition.label_bytes)
 
 
 @pytest.mark.parametrize("label_bytes", [1, 2])
@@ -617,19 +626,19 @@ def test_cifar_records_are_taken_apart(label_bytes: int) -> None:
 @pytest.mark.parametrize("length", [0, 1, 3072, 3074, 2 * 3073 - 1])
 def test_a_cifar_file_of_the_wrong_length_is_refused(length: int) -> None:
     message = refusal(lambda: downloads.parse_cifar(b"\0" * length, 1))
-    assert message == f"prepare.source: a CIFAR file of {length} bytes is not made of records of 3073"
+    assert message == f"prepare.source: a CIFAR file of {length} bytes is not a multiple of the record size of 3073"
 
 
 @pytest.mark.parametrize(("kind", "constant"), [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")])
 def test_cifar_is_read_from_its_binary_archive(
     cache: Path, monkeypatch: pytest.MonkeyPatch, kind: str, constant: str
 ) -> None:
-    edition: CifarEdition = getattr(downloads, constant)
+    edition: CifarArchive = getattr(downloads, constant)
     contents = {edition.names: b"cat\ndog\nowl\n\n"}
     for number, name in enumerate([*edition.train, *edition.test]):
         contents[name] = cifar_records(noise(6, 3, 32, 32, seed=number), labels(6, 3), edition.label_bytes)
     monkeypatch.setattr(downloads, constant, write_cifar(cache, edition, contents))
-    source = check(download(kind, test_per_class=1), kind)
+    source = check_source(download(kind, test_per_class=1), kind)
     assert source.test is not None
     assert source.class_names == ("cat", "dog", "owl")
     expected = np.concatenate([noise(6, 3, 32, 32, seed=number) for number in range(len(edition.train))])
@@ -643,7 +652,7 @@ def test_cifar_is_read_from_its_binary_archive(
 def test_a_cifar_archive_with_a_wrong_checksum_is_not_read(
     cache: Path, monkeypatch: pytest.MonkeyPatch, nowhere: str
 ) -> None:
-    monkeypatch.setattr(downloads, "CIFAR_HOME", nowhere)
+    monkeypatch.setattr(downloads, "CIFAR_URL", nowhere)
     (cache / downloads.CIFAR10.archive).write_bytes(b"a download that broke off")
     assert "could not be downloaded" in refusal(lambda: download("cifar10"))
 
@@ -660,12 +669,12 @@ def write_idx(root: Path, stem: str, images: Pixels, own: NDArray[np.int64]) -> 
 
 @pytest.mark.parametrize(
     ("kind", "name", "class_names"),
-    [("mnist", "MNIST", numbered(10)), ("fashion-mnist", "FashionMNIST", downloads.FASHION)],
+    [("mnist", "MNIST", numbered_class_names(10)), ("fashion-mnist", "FashionMNIST", downloads.FASHION)],
 )
 def test_mnist_is_read_from_the_cache(cache: Path, kind: str, name: str, class_names: tuple[str, ...]) -> None:
     for seed, stem in enumerate(("train", "t10k")):
         write_idx(cache / name / "raw", stem, noise(12, 28, 28, seed=seed), labels(12))
-    source = check(download(kind, per_class=2), kind)
+    source = check_source(download(kind, per_class=2), kind)
     assert source.test is not None
     assert (source.train.images == noise(12, 1, 28, 28)[:8]).all()
     assert (source.test.images == noise(12, 1, 28, 28, seed=1)).all()
@@ -684,7 +693,7 @@ def test_svhn_is_read_from_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatc
         savemat(file, {"X": pixels, "y": own})
         editions[split] = ["http://127.0.0.1/", file.name, hashlib.md5(file.read_bytes()).hexdigest()]  # noqa: S324
     monkeypatch.setattr(SVHN, "split_list", editions)
-    source = check(download("svhn"), "svhn")
+    source = check_source(download("svhn"), "svhn")
     assert source.test is not None
     assert source.train.labels.tolist() == [0, 1, 9]
     assert (source.test.images == noise(3, 3, 32, 32, seed=1)).all()
@@ -704,7 +713,7 @@ def break_svhn(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 
 def break_cifar(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.setattr(downloads, "CIFAR_HOME", url)
+    monkeypatch.setattr(downloads, "CIFAR_URL", url)
 
 
 @pytest.mark.parametrize(
@@ -730,4 +739,4 @@ def test_without_a_network_there_is_one_clear_sentence(
     message = refusal(lambda: download(kind))
     assert message.startswith(f"prepare.source: {kind} is not complete in {cache} and could not be downloaded (")
     assert "Connection refused" in message
-    assert message.endswith("; connect once, or copy the official files there")
+    assert message.endswith("; connect to the internet once, or copy the official files there")

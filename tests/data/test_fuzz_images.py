@@ -32,8 +32,8 @@ from PIL import Image
 
 from advmoe.core import paths
 from advmoe.core.settings import validate
-from advmoe.data.images import check
-from advmoe.data.registry import Prepare
+from advmoe.data.images import check_source
+from advmoe.data.registry import PrepareSettings
 from advmoe.data.sources.folder import read_image
 from advmoe.data.sources.npz import read_npz
 from advmoe.evaluation.external_models import load_images
@@ -222,9 +222,9 @@ def sources(place: Path) -> dict[str, Any]:
 
 
 def read_source(section: Any) -> None:
-    source = validate(section, Prepare, "params.yaml", "prepare").source
+    source = validate(section, PrepareSettings, "params.yaml", "prepare").source
     if source.kind in {"npz", "folder"}:  # the others fetch what they need
-        check(source.read(), "prepare.source")
+        check_source(source.read(), "prepare.source")
 
 
 @fuzz(80)

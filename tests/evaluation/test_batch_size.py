@@ -1,4 +1,4 @@
-"""How many images an attack may take at once."""
+"""Batch sizes that fit the memory."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,20 @@ from torch import Tensor, nn
 
 from advmoe.core.errors import UserError
 from advmoe.evaluation import batch_size
-from advmoe.evaluation.batch_size import LARGEST, SHARE, fitting_batch, in_batches, is_out_of_memory
+from advmoe.evaluation.batch_size import (
+    MAX_BATCH_SIZE,
+    MEMORY_FRACTION,
+    estimate_batch_size,
+    is_out_of_memory,
+    map_batches,
+)
 from advmoe.runtime.machine import generator
 
 IMAGES = torch.rand(3, 1, 8, 8, generator=generator("test_memory", "images"))
 
 
 class Copies(nn.Module):
-    """Keeps so many new tensors of an image's size for the backward pass, and its weights."""
+    """Saves `copies` tensors of an image's size for the backward pass, and its weights."""
 
     def __init__(self, copies: int) -> None:
         super().__init__()
@@ -29,18 +35,18 @@ class Copies(nn.Module):
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
-    monkeypatch.setattr(batch_size, "_free", lambda _: int(free))
+    monkeypatch.setattr(batch_size, "_free_memory", lambda _: int(free))
 
 
 def test_a_batch_fills_its_share_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     image = 64 * 4  # bytes
-    with_free(monkeypatch, 50 * 12 * image / SHARE)
-    assert fitting_batch(Copies(10), IMAGES) == 50  # ten copies kept, and twice its own size
+    with_free(monkeypatch, 50 * 12 * image / MEMORY_FRACTION)
+    assert estimate_batch_size(Copies(10), IMAGES) == 50  # ten copies kept, and twice its own size
 
 
-def test_a_hungrier_model_gets_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_needs_more_memory_gets_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
     with_free(monkeypatch, 300_000)
-    sizes = [fitting_batch(Copies(copies), IMAGES) for copies in (2, 10, 50)]
+    sizes = [estimate_batch_size(Copies(copies), IMAGES) for copies in (2, 10, 50)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > 4 * sizes[-1]
 
@@ -48,15 +54,15 @@ def test_a_hungrier_model_gets_fewer_images(monkeypatch: pytest.MonkeyPatch) -> 
 def test_larger_images_get_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     with_free(monkeypatch, 300_000)
     model = nn.Sequential(nn.Sigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    small, large = (fitting_batch(model, torch.zeros(2, 1, side, side)) for side in (8, 16))
+    small, large = (estimate_batch_size(model, torch.zeros(2, 1, side, side)) for side in (8, 16))
     assert small == pytest.approx(4 * large, rel=0.1)
 
 
 def test_a_batch_has_at_least_one_image_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     with_free(monkeypatch, 0)
-    assert fitting_batch(Copies(3), IMAGES) == 1
+    assert estimate_batch_size(Copies(3), IMAGES) == 1
     with_free(monkeypatch, 1e15)
-    assert fitting_batch(Copies(3), IMAGES) == LARGEST
+    assert estimate_batch_size(Copies(3), IMAGES) == MAX_BATCH_SIZE
 
 
 def test_the_size_of_the_weights_is_not_counted_for_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,21 +76,21 @@ def test_the_size_of_the_weights_is_not_counted_for_every_image(monkeypatch: pyt
             return logits
 
     with_free(monkeypatch, 1_000_000)
-    assert fitting_batch(Heavy(2000), IMAGES) > 10  # weights alone are 512 kB
+    assert estimate_batch_size(Heavy(2000), IMAGES) > 10  # weights alone are 512 kB
 
 
-def test_asking_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     with_free(monkeypatch, 300_000)
     model, before = Copies(2), IMAGES.clone()
     with torch.no_grad():
-        fitting_batch(model, IMAGES)
+        estimate_batch_size(model, IMAGES)
     assert torch.equal(IMAGES, before)
     assert not IMAGES.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_free_memory_of_this_machine_is_a_sound_number() -> None:
-    assert 2**20 < batch_size._free(torch.device("cpu")) < 2**50
+    assert 2**20 < batch_size._free_memory(torch.device("cpu")) < 2**50
 
 
 def test_a_system_that_does_not_say_gets_an_assumption(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +98,7 @@ def test_a_system_that_does_not_say_gets_an_assumption(monkeypatch: pytest.Monke
         raise ValueError(f"unrecognized configuration name {name}")
 
     monkeypatch.setattr("os.sysconf", unknown)
-    assert batch_size._free(torch.device("cpu")) == batch_size.ASSUMED
+    assert batch_size._free_memory(torch.device("cpu")) == batch_size.ASSUMED_FREE_BYTES
 
 
 def wrapped(cause: Exception | None) -> UserError:
@@ -125,7 +131,7 @@ def test_which_errors_mean_that_memory_ran_out(error: Exception, expected: bool)
 
 
 def squares(room: int, seen: list[int]) -> Callable[[Tensor], Tensor]:
-    """Work that notes how many rows it was given, and has room for so many."""
+    """Returns a function that records the number of rows and raises out of memory above `room`."""
 
     def work(rows: Tensor) -> Tensor:
         seen.append(len(rows))
@@ -148,7 +154,7 @@ def squares(room: int, seen: list[int]) -> Callable[[Tensor], Tensor]:
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(size: int, room: int, expected: list[int]) -> None:
     seen: list[int] = []
     rows = torch.arange(10)
-    found = list(in_batches(squares(room, seen), rows, size))
+    found = list(map_batches(squares(room, seen), rows, size))
     assert seen == expected
     assert torch.equal(torch.cat([batch for batch, _ in found]), rows)
     assert torch.equal(torch.cat([done for _, done in found]), rows**2)
@@ -157,15 +163,15 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(size: int, room
 def test_a_row_that_does_not_fit_alone_and_other_errors_are_raised() -> None:
     seen: list[int] = []
     with pytest.raises(torch.OutOfMemoryError):
-        list(in_batches(squares(0, seen), torch.arange(5), 4))
+        list(map_batches(squares(0, seen), torch.arange(5), 4))
     assert seen == [4, 2, 1]
 
     def broken(rows: Tensor) -> Tensor:
         raise RuntimeError(f"no idea what to do with {len(rows)}")
 
     with pytest.raises(RuntimeError, match="with 4"):
-        list(in_batches(broken, torch.arange(5), 4))
+        list(map_batches(broken, torch.arange(5), 4))
 
 
 def test_no_rows_are_no_work() -> None:
-    assert list(in_batches(squares(0, []), torch.arange(0), 4)) == []
+    assert list(map_batches(squares(0, []), torch.arange(0), 4)) == []

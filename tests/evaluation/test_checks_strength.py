@@ -1,4 +1,4 @@
-"""Checks 1, 2, 3, 7 and 8: planted faults are caught by name, honest models and honest evaluations pass.
+"""Checks 1, 2, 3, 7 and 8: planted faults are reported with their cause, correct models and evaluations pass.
 
 Shapes: N images, B batch, C channel, H/W pixels, K classes.
 """
@@ -24,19 +24,19 @@ from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.noise import Noise
 from advmoe.attacks.pgd import Pgd
 from advmoe.attacks.rays import RayS
-from advmoe.attacks.registry import AnyAttack
+from advmoe.attacks.registry import AttackSettings
 from advmoe.attacks.square import Square
 from advmoe.evaluation.checks import probe_attacks
-from advmoe.evaluation.checks.base import CheckContext, CheckResult, Probes
+from advmoe.evaluation.checks.base import CheckContext, CheckResult, CheckSettings
 from advmoe.evaluation.checks.blackbox import blackbox
 from advmoe.evaluation.checks.convergence import convergence
 from advmoe.evaluation.checks.epsilon_sweep import epsilon_sweep
 from advmoe.evaluation.checks.loss_increase import loss_increase
 from advmoe.evaluation.checks.pgd_gap import pgd_gap
-from advmoe.evaluation.harness import EvaluationConfig, EvaluationResult, EvaluationTarget, Outcome, evaluate
+from advmoe.evaluation.harness import AttackOutcome, EvaluationConfig, EvaluationResult, EvaluationTarget, evaluate
 
 Check = Callable[[CheckContext], CheckResult]
-PROBES = Probes(images=30, steps=20, samples=10)
+CHECK_SETTINGS = CheckSettings(images=30, steps=20, samples=10)
 CHECKS: list[Check] = [convergence, epsilon_sweep, blackbox, loss_increase, pgd_gap]
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -46,8 +46,8 @@ def pgd(steps: int = 20, step_size: float = 0.25, loss: Any = "ce", targets: int
 
 
 FGSM = Fgsm(kind="fgsm")
-CE_ONLY: dict[str, AnyAttack] = {"fgsm": FGSM, "pgd": pgd()}
-SUITE: dict[str, AnyAttack] = {
+CE_ONLY: dict[str, AttackSettings] = {"fgsm": FGSM, "pgd": pgd()}
+SUITE: dict[str, AttackSettings] = {
     **CE_ONLY,
     "apgd-t": ApgdT(kind="apgd-t", steps=10, targets=3, restarts=1),
     "square": Square(kind="square", queries=60, p_init=0.8),
@@ -57,7 +57,7 @@ SUITE: dict[str, AnyAttack] = {
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the harness keeps for resuming goes here."""
+    """Runs each test in an empty folder, where the harness saves its batches."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -67,7 +67,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def trained(robust: bool = False) -> nn.Module:
-    """A small network that knows digits; `robust`: trained on one step of FGSM."""
+    """Returns a small network trained on digits; `robust`: adversarially trained on FGSM."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
@@ -89,12 +89,12 @@ def plain() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def sturdy() -> nn.Module:
+def robust_model() -> nn.Module:
     return trained(robust=True)
 
 
 class Wrapped(nn.Module):
-    """Planted faults: something before the network, something after it."""
+    """Planted faults: a function before the network, a factor after it."""
 
     def __init__(
         self, model: nn.Module, before: Callable[[Tensor], Tensor] | None = None, after: float | None = None
@@ -117,13 +117,13 @@ def is_digit(images: Tensor) -> Tensor:
     return ((levels - levels.round()).abs() < 1e-4).flatten(1).all(dim=1).view(-1, 1, 1, 1)
 
 
-def mirage(images: Tensor) -> Tensor:
-    """Honest gradients at clean digits; anywhere else they point the wrong way."""
+def misleading_off_data(images: Tensor) -> Tensor:
+    """Correct gradients at clean digits, the opposite sign elsewhere."""
     return torch.where(is_digit(images), images, 2 * images.detach() - images)
 
 
-def fog(images: Tensor) -> Tensor:
-    """No gradient at clean digits; anywhere else it is honest."""
+def masked_on_data(images: Tensor) -> Tensor:
+    """No gradient at clean digits, the correct one elsewhere."""
     return torch.where(is_digit(images), images.detach(), images)
 
 
@@ -131,75 +131,85 @@ def nan_gradient(images: Tensor) -> Tensor:
     return images + 0 * (images * 0).sqrt()
 
 
-def terms(ball: Ball, *, drop_fallen: bool = False) -> EvaluationConfig:
+def config(ball: Ball, *, drop_fallen: bool = False) -> EvaluationConfig:
     return EvaluationConfig(ball, seed=0, precision="float32", batch_size=None, drop_fallen=drop_fallen)
 
 
-def case_of(
-    model: nn.Module, attacks: Mapping[str, AnyAttack] = SUITE, ball: Ball | None = None, *, drop_fallen: bool = False
+def context_of(
+    model: nn.Module,
+    attacks: Mapping[str, AttackSettings] = SUITE,
+    ball: Ball | None = None,
+    *,
+    drop_fallen: bool = False,
 ) -> CheckContext:
     images, labels = (part[:60] for part in digits())
     target = EvaluationTarget("digits", model, images, labels)
-    on = terms(ball or LInf(0.1), drop_fallen=drop_fallen)
-    return CheckContext(target, attacks, evaluate(target, attacks, on), on, PROBES, None)
+    on = config(ball or LInf(0.1), drop_fallen=drop_fallen)
+    return CheckContext(target, attacks, evaluate(target, attacks, on), on, CHECK_SETTINGS, None)
 
 
-def told(
-    correct: Mapping[str, list[bool]], attacks: Mapping[str, AnyAttack], *, drop_fallen: bool = False
+def given_outcomes(
+    correct: Mapping[str, list[bool]], attacks: Mapping[str, AttackSettings], *, drop_fallen: bool = False
 ) -> CheckContext:
-    """A case of what is said to have happened, on two classes, all images right when clean; nothing is run."""
+    """Returns a context with given outcomes on two classes, all images correct when clean; nothing is run."""
     count = len(next(iter(correct.values())))
     labels, images = torch.zeros(count, dtype=torch.long), torch.zeros(count, 1, 1, 1)
     standing, outcomes = torch.ones(count, dtype=torch.bool), {}
     for name, right in correct.items():
         after = standing & torch.tensor(right)
-        outcomes[name] = Outcome(standing, after, (~after).long(), images, 0.0, 0, 0, 0.0, count)
+        outcomes[name] = AttackOutcome(standing, after, (~after).long(), images, 0.0, 0, 0, 0.0, count)
         standing = after if drop_fallen else standing
-    measured = EvaluationResult(torch.tensor([[1.0, 0.0]]).expand(count, 2), labels, outcomes)
-    target = EvaluationTarget("told", nn.Flatten(), images, labels)
-    return CheckContext(target, attacks, measured, terms(LInf(0.1), drop_fallen=drop_fallen), PROBES, None)
+    result = EvaluationResult(torch.tensor([[1.0, 0.0]]).expand(count, 2), labels, outcomes)
+    target = EvaluationTarget("given", nn.Flatten(), images, labels)
+    return CheckContext(target, attacks, result, config(LInf(0.1), drop_fallen=drop_fallen), CHECK_SETTINGS, None)
 
 
-def only(case: CheckContext, attacks: Mapping[str, AnyAttack]) -> CheckContext:
-    """The same evaluation, had it had these attacks only."""
-    outcomes = {name: case.measured.outcomes[name] for name in attacks}
-    return replace(case, attacks=attacks, measured=replace(case.measured, outcomes=outcomes))
+def only(context: CheckContext, attacks: Mapping[str, AttackSettings]) -> CheckContext:
+    """Returns the same evaluation with these attacks only."""
+    outcomes = {name: context.result.outcomes[name] for name in attacks}
+    return replace(context, attacks=attacks, result=replace(context.result, outcomes=outcomes))
 
 
-# honest
+# correct models
 
 
 @pytest.mark.parametrize("ball", [LInf(0.1), L2(0.5)], ids=str)
-@pytest.mark.parametrize("which", ["plain", "sturdy"])
-def test_an_honest_model_passes_every_check(which: str, ball: Ball, request: pytest.FixtureRequest) -> None:
-    case = case_of(request.getfixturevalue(which), ball=ball)
-    findings = [check(case) for check in CHECKS]
-    assert [finding.check for finding in findings] == ["iterations", "budget", "blackbox", "progress", "pgd_gap"]
-    statuses = {finding.check: finding.status for finding in findings}
-    assert statuses.pop("pgd_gap") in ("pass", "warn")  # a finding about the model, not a fault
-    assert set(statuses.values()) == {"pass"}, findings
-    assert all(json.loads(json.dumps(finding.evidence)) == finding.evidence for finding in findings)
+@pytest.mark.parametrize("which", ["plain", "robust_model"])
+def test_a_correct_model_passes_every_check(which: str, ball: Ball, request: pytest.FixtureRequest) -> None:
+    context = context_of(request.getfixturevalue(which), ball=ball)
+    check_results = [check(context) for check in CHECKS]
+    assert [check_result.check for check_result in check_results] == [
+        "iterations",
+        "budget",
+        "blackbox",
+        "progress",
+        "pgd_gap",
+    ]
+    statuses = {check_result.check: check_result.status for check_result in check_results}
+    assert statuses.pop("pgd_gap") in ("pass", "warn")  # a property of the model, not a fault
+    assert set(statuses.values()) == {"pass"}, check_results
+    assert all(json.loads(json.dumps(check_result.evidence)) == check_result.evidence for check_result in check_results)
 
 
 def test_checks_are_deterministic_and_leave_the_model_alone(plain: nn.Module) -> None:
     model = nn.Sequential(plain, nn.BatchNorm1d(10), nn.Dropout())
     model[1].weight.requires_grad_(False)
-    case = case_of(model.eval())
+    context = context_of(model.eval())
     model.train()
     modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first, second = ([check(case) for check in CHECKS] for _ in range(2))
+    first, second = ([check(context) for check in CHECKS] for _ in range(2))
     assert first == second
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model[1].parameters()] == [False, True]
 
 
-def test_the_batch_size_changes_no_finding(sturdy: nn.Module) -> None:
-    case = case_of(sturdy)
-    small = replace(case, terms=replace(case.terms, batch_size=7))
+def test_the_batch_size_changes_no_result(robust_model: nn.Module) -> None:
+    context = context_of(robust_model)
+    small = replace(context, config=replace(context.config, batch_size=7))
     assert [check(small) for check in (convergence, epsilon_sweep)] == [
-        check(case) for check in (convergence, epsilon_sweep)
+        check(context) for check in (convergence, epsilon_sweep)
     ]
 
 
@@ -207,74 +217,74 @@ def test_the_batch_size_changes_no_finding(sturdy: nn.Module) -> None:
 
 
 def test_a_saturated_output_fails_where_all_attacks_climb_the_cross_entropy(plain: nn.Module) -> None:
-    case = case_of(Wrapped(plain, after=1e4), CE_ONLY)
-    enough, rise = epsilon_sweep(case), loss_increase(case)
-    assert enough.status == rise.status == "fail"
-    assert "saturated" in enough.sentence
+    context = context_of(Wrapped(plain, after=1e4), CE_ONLY)
+    sweep, rise = epsilon_sweep(context), loss_increase(context)
+    assert sweep.status == rise.status == "fail"
+    assert "saturated" in sweep.sentence
     assert "exactly zero" in rise.sentence
-    assert "fgsm does nothing" in rise.sentence
+    assert "fgsm has no effect" in rise.sentence
 
 
 def test_a_saturated_output_is_a_warning_where_other_losses_were_climbed(plain: nn.Module) -> None:
-    finding = epsilon_sweep(case_of(Wrapped(plain, after=1e4)))
-    assert finding.status == "warn"
-    assert "saturated" in finding.sentence
+    check_result = epsilon_sweep(context_of(Wrapped(plain, after=1e4)))
+    assert check_result.status == "warn"
+    assert "saturated" in check_result.sentence
 
 
-def test_a_quantised_input_is_caught_by_name(sturdy: nn.Module) -> None:
-    case = case_of(Wrapped(sturdy, before=quantised))
-    enough, rise = epsilon_sweep(case), loss_increase(case)
-    assert enough.status == rise.status == "fail"
-    assert "quantised" in enough.sentence
-    assert "100.0 % at epsilon 0.5" in enough.sentence
+def test_a_quantised_input_is_caught_by_name(robust_model: nn.Module) -> None:
+    context = context_of(Wrapped(robust_model, before=quantised))
+    sweep, rise = epsilon_sweep(context), loss_increase(context)
+    assert sweep.status == rise.status == "fail"
+    assert "quantised" in sweep.sentence
+    assert "100.0 % at epsilon 0.5" in sweep.sentence
     assert "exactly zero on 100.0 %" in rise.sentence
 
 
 def test_gradients_that_are_nan_are_caught_by_name(plain: nn.Module) -> None:
-    case = case_of(Wrapped(plain, before=nan_gradient), {"noise": SUITE["noise"]})
-    assert epsilon_sweep(case).status == loss_increase(case).status == "fail"
-    assert "NaN" in epsilon_sweep(case).sentence
-    assert "NaN" in loss_increase(case).sentence
+    context = context_of(Wrapped(plain, before=nan_gradient), {"noise": SUITE["noise"]})
+    assert epsilon_sweep(context).status == loss_increase(context).status == "fail"
+    assert "NaN" in epsilon_sweep(context).sentence
+    assert "NaN" in loss_increase(context).sentence
 
 
-def test_gradients_that_mislead_beyond_the_first_step_are_caught(sturdy: nn.Module) -> None:
-    case = case_of(Wrapped(sturdy, before=mirage))
-    steps, rise = convergence(case), loss_increase(case)
+def test_gradients_that_mislead_beyond_the_first_step_are_caught(robust_model: nn.Module) -> None:
+    context = context_of(Wrapped(robust_model, before=misleading_off_data))
+    steps, rise = convergence(context), loss_increase(context)
     assert steps.status == rise.status == "fail"
-    assert "one FGSM step leaves 83.3 % standing, PGD 100.0 %" in steps.sentence
+    assert "accuracy is 83.3 % under one FGSM step and 100.0 % under PGD" in steps.sentence
     assert "masked gradients" in steps.sentence
-    assert "leads nowhere" in rise.sentence
+    assert "the gradient is masked or flat" in rise.sentence
 
 
 def test_gradients_that_mislead_everywhere_are_caught(plain: nn.Module) -> None:
-    finding = epsilon_sweep(case_of(Wrapped(plain, before=lambda images: 2 * images.detach() - images)))
-    assert finding.status == "fail"
-    assert "% at epsilon 0.5 and" in finding.sentence
-    assert "do not lead to the boundary" in finding.sentence
+    check_result = epsilon_sweep(context_of(Wrapped(plain, before=lambda images: 2 * images.detach() - images)))
+    assert check_result.status == "fail"
+    assert "% at epsilon 0.5 and" in check_result.sentence
+    assert "do not lead to the boundary" in check_result.sentence
 
 
 @pytest.mark.parametrize("check", [epsilon_sweep, loss_increase])
 def test_a_model_without_gradients_fails(check: Check, plain: nn.Module) -> None:
-    finding = check(case_of(Wrapped(plain, before=torch.detach), {"noise": SUITE["noise"]}))
-    assert finding.status == "fail"
-    assert "exactly zero on 100.0 %" in finding.sentence
+    check_result = check(context_of(Wrapped(plain, before=torch.detach), {"noise": SUITE["noise"]}))
+    assert check_result.status == "fail"
+    assert "exactly zero on 100.0 %" in check_result.sentence
 
 
 def test_accuracy_that_rises_with_epsilon_is_caught(plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    def risen(
-        case: CheckContext, probe: probe_attacks.ProbeSet, attack: AnyAttack, ball: Ball, purpose: str | None
+    def rising(
+        context: CheckContext, probe: probe_attacks.ProbeSet, attack: AttackSettings, ball: Ball, purpose: str | None
     ) -> Tensor:
-        del case, attack, purpose
+        del context, attack, purpose
         standing = {0.05: 10, 0.1: 20, 0.2: 5}.get(ball.epsilon, 0)
         return torch.arange(len(probe.rows)) < standing
 
-    monkeypatch.setattr(probe_attacks, "survivors", risen)
-    finding = epsilon_sweep(case_of(plain))
-    assert finding.status == "fail"
-    assert "rises with epsilon, from 33.3 % (linf 0.05) to 66.7 % (linf 0.1)" in finding.sentence
+    monkeypatch.setattr(probe_attacks, "survivors", rising)
+    check_result = epsilon_sweep(context_of(plain))
+    assert check_result.status == "fail"
+    assert "rises with epsilon, from 33.3 % (linf 0.05) to 66.7 % (linf 0.1)" in check_result.sentence
 
 
-# models that cannot be asked
+# models that raise
 
 
 @pytest.mark.parametrize("check", [convergence, epsilon_sweep, loss_increase])
@@ -284,25 +294,27 @@ def test_a_model_that_raises_is_not_checked(check: Check, plain: nn.Module) -> N
             raise KeyError("no gradients on weekdays")
         return images
 
-    case = case_of(plain)
-    finding = check(replace(case, target=replace(case.target, model=Wrapped(plain, before=moody))))
-    assert finding.status == "not checked"
-    assert "KeyError" in finding.sentence
+    context = context_of(plain)
+    check_result = check(replace(context, target=replace(context.target, model=Wrapped(plain, before=moody))))
+    assert check_result.status == "not checked"
+    assert "KeyError" in check_result.sentence
 
 
 @pytest.mark.parametrize("check", [convergence, epsilon_sweep, loss_increase])
 def test_a_model_that_is_never_right_is_not_checked(check: Check, plain: nn.Module) -> None:
-    case = case_of(plain, {"noise": SUITE["noise"]})
-    wrong = replace(case.measured, labels=(case.measured.clean_logits.argmax(1) + 1) % 10)
-    finding = check(replace(case, measured=wrong))
-    assert finding.status == "not checked"
-    assert "no clean image" in finding.sentence
+    context = context_of(plain, {"noise": SUITE["noise"]})
+    wrong = replace(context.result, labels=(context.result.clean_logits.argmax(1) + 1) % 10)
+    check_result = check(replace(context, result=wrong))
+    assert check_result.status == "not checked"
+    assert "no clean image" in check_result.sentence
 
 
-def test_a_model_that_sees_one_class_everywhere_is_not_accused(plain: nn.Module) -> None:
-    finding = epsilon_sweep(case_of(nn.Sequential(plain, nn.Linear(10, 10).requires_grad_(False).apply(_always_three))))
-    assert finding.status == "not checked"
-    assert "class 3" in finding.sentence
+def test_a_model_that_predicts_one_class_everywhere_is_not_checked(plain: nn.Module) -> None:
+    check_result = epsilon_sweep(
+        context_of(nn.Sequential(plain, nn.Linear(10, 10).requires_grad_(False).apply(_always_three)))
+    )
+    assert check_result.status == "not checked"
+    assert "class 3" in check_result.sentence
 
 
 def _always_three(layer: nn.Module) -> None:
@@ -311,56 +323,56 @@ def _always_three(layer: nn.Module) -> None:
     layer.bias.data = functional.one_hot(torch.tensor(3), 10).float()
 
 
-# 1 iterations: evaluations that are too weak
+# 1 convergence: evaluations that are too weak
 
 
 def test_attacks_that_one_step_outdoes_fail(plain: nn.Module) -> None:
-    finding = convergence(case_of(plain, {"pgd": pgd(steps=1, step_size=0.01), "noise": SUITE["noise"]}))
-    assert finding.status == "fail"
-    assert "one FGSM step fools" in finding.sentence
-    assert "more of the images than pgd did" in finding.sentence
+    check_result = convergence(context_of(plain, {"pgd": pgd(steps=1, step_size=0.01), "noise": SUITE["noise"]}))
+    assert check_result.status == "fail"
+    assert "one FGSM step fools" in check_result.sentence
+    assert "more of the images than pgd did" in check_result.sentence
 
 
 def test_attacks_that_a_plain_pgd_outdoes_fail(plain: nn.Module) -> None:
-    case = case_of(Wrapped(plain, before=fog), {"fgsm": FGSM})
-    finding = convergence(case)
-    assert finding.status == "fail"
-    assert "a plain PGD of 40 steps fools" in finding.sentence
-    assert "than fgsm did: the attacks tried were too weak" in finding.sentence
+    context = context_of(Wrapped(plain, before=masked_on_data), {"fgsm": FGSM})
+    check_result = convergence(context)
+    assert check_result.status == "fail"
+    assert "a plain PGD of 40 steps fools" in check_result.sentence
+    assert "than fgsm did: the attacks of the evaluation are too weak" in check_result.sentence
 
 
-def test_attacks_are_not_blamed_for_images_they_were_not_to_meet(plain: nn.Module) -> None:
-    case = case_of(Wrapped(plain, before=fog), {"fgsm": FGSM})
-    outcome = replace(case.measured.outcomes["fgsm"], limit=2)
-    finding = convergence(replace(case, measured=replace(case.measured, outcomes={"fgsm": outcome})))
-    assert finding.status == "pass"
+def test_attacks_are_not_reported_for_images_beyond_their_limit(plain: nn.Module) -> None:
+    context = context_of(Wrapped(plain, before=masked_on_data), {"fgsm": FGSM})
+    outcome = replace(context.result.outcomes["fgsm"], limit=2)
+    check_result = convergence(replace(context, result=replace(context.result, outcomes={"fgsm": outcome})))
+    assert check_result.status == "pass"
 
 
 def test_pgd_that_has_not_converged_is_a_warning_and_no_more(plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(
-        case: CheckContext, probe: probe_attacks.ProbeSet, attack: AnyAttack, ball: Ball, purpose: str | None
+        context: CheckContext, probe: probe_attacks.ProbeSet, attack: AttackSettings, ball: Ball, purpose: str | None
     ) -> Tensor:
-        del case, ball, purpose
+        del context, ball, purpose
         return torch.arange(len(probe.rows)) < (20 if attack == pgd(20) else 3 if attack == pgd(40) else 25)
 
-    case = case_of(plain)
+    context = context_of(plain)
     monkeypatch.setattr(probe_attacks, "survivors", slow)
-    everything = {name: replace(o, correct=o.correct & False) for name, o in case.measured.outcomes.items()}
-    finding = convergence(replace(case, measured=replace(case.measured, outcomes=everything)))
-    assert finding.status == "warn"
-    assert "takes 56.7 % more of the images: PGD has not converged after 20 steps" in finding.sentence
+    everything = {name: replace(o, correct=o.correct & False) for name, o in context.result.outcomes.items()}
+    check_result = convergence(replace(context, result=replace(context.result, outcomes=everything)))
+    assert check_result.status == "warn"
+    assert "fools 56.7 % more of the images: PGD has not converged after 20 steps" in check_result.sentence
 
 
 def test_without_white_box_attacks_only_the_probes_are_compared(plain: nn.Module) -> None:
-    finding = convergence(case_of(plain, {"noise": SUITE["noise"]}))
-    assert finding.status == "pass"
-    assert "white_box" not in finding.evidence
+    check_result = convergence(context_of(plain, {"noise": SUITE["noise"]}))
+    assert check_result.status == "pass"
+    assert "white_box" not in check_result.evidence
 
 
 # 3 blackbox
 
 
-def stands(count: int, *fallen: int) -> list[bool]:
+def correct_except(count: int, *fallen: int) -> list[bool]:
     return [row not in fallen for row in range(count)]
 
 
@@ -368,178 +380,197 @@ def stands(count: int, *fallen: int) -> list[bool]:
     ("images", "added", "status"),
     [(100, 2, "pass"), (100, 3, "warn"), (100, 10, "warn"), (100, 11, "fail"), (1000, 5, "pass"), (1000, 6, "warn")],
 )
-def test_what_blind_attacks_may_add(images: int, added: int, status: str) -> None:
-    attacks: dict[str, AnyAttack] = {"pgd": pgd(), "square": SUITE["square"]}
-    right = {"pgd": stands(images, 50, 51), "square": stands(images, *range(added), 50, 51)}
-    finding = blackbox(told(right, attacks))
-    assert finding.status == status
-    assert finding.evidence["added"] == added
-    assert ("masked gradients" in finding.sentence) == (status != "pass")
+def test_what_gradient_free_attacks_may_add(images: int, added: int, status: str) -> None:
+    attacks: dict[str, AttackSettings] = {"pgd": pgd(), "square": SUITE["square"]}
+    right = {"pgd": correct_except(images, 50, 51), "square": correct_except(images, *range(added), 50, 51)}
+    check_result = blackbox(given_outcomes(right, attacks))
+    assert check_result.status == status
+    assert check_result.evidence["added"] == added
+    assert ("masked gradients" in check_result.sentence) == (status != "pass")
 
 
-def test_transfer_decisions_and_noise_count_as_blind_and_an_own_attack_as_neither() -> None:
-    attacks: dict[str, AnyAttack] = {
+def test_transfer_decisions_and_noise_count_as_gradient_free_and_a_custom_attack_as_neither() -> None:
+    attacks: dict[str, AttackSettings] = {
         "pgd": pgd(),
         "rays": RayS(kind="rays", queries=1),
         "noise": SUITE["noise"],
         "mine": Custom(kind="own", function="x.py:f"),
     }
-    right = {"pgd": stands(50), "rays": stands(50, 0, 1), "noise": stands(50, 2), "mine": stands(50, *range(20))}
-    finding = blackbox(told(right, attacks))
-    assert finding.status == "warn"
-    assert finding.evidence["by"] == {"rays": 2, "noise": 1}
+    right = {
+        "pgd": correct_except(50),
+        "rays": correct_except(50, 0, 1),
+        "noise": correct_except(50, 2),
+        "mine": correct_except(50, *range(20)),
+    }
+    check_result = blackbox(given_outcomes(right, attacks))
+    assert check_result.status == "warn"
+    assert check_result.evidence["by"] == {"rays": 2, "noise": 1}
 
 
 def test_one_step_as_the_only_white_box_attack_is_named() -> None:
-    attacks: dict[str, AnyAttack] = {"fgsm": FGSM, "square": SUITE["square"]}
-    finding = blackbox(told({"fgsm": stands(50), "square": stands(50, *range(20))}, attacks))
-    assert finding.status == "fail"
-    assert "one step is too weak" in finding.sentence
+    attacks: dict[str, AttackSettings] = {"fgsm": FGSM, "square": SUITE["square"]}
+    check_result = blackbox(
+        given_outcomes({"fgsm": correct_except(50), "square": correct_except(50, *range(20))}, attacks)
+    )
+    assert check_result.status == "fail"
+    assert "one step is too weak" in check_result.sentence
 
 
 @pytest.mark.parametrize("names", [["pgd"], ["square", "noise"]])
-def test_without_both_sides_there_is_nothing_to_compare(names: list[str]) -> None:
-    attacks: dict[str, AnyAttack] = {"pgd": pgd(), "square": SUITE["square"], "noise": SUITE["noise"]}
-    case = told({name: stands(50) for name in names}, {name: attacks[name] for name in names})
-    assert blackbox(case).status == "not checked"
+def test_without_both_kinds_of_attacks_there_is_nothing_to_compare(names: list[str]) -> None:
+    attacks: dict[str, AttackSettings] = {"pgd": pgd(), "square": SUITE["square"], "noise": SUITE["noise"]}
+    context = given_outcomes({name: correct_except(50) for name in names}, {name: attacks[name] for name in names})
+    assert blackbox(context).status == "not checked"
 
 
-def test_an_image_that_white_box_attacks_never_met_is_no_evidence() -> None:
-    attacks: dict[str, AnyAttack] = {"square": SUITE["square"], "pgd": pgd()}
-    right = {"square": stands(50, *range(20)), "pgd": stands(50)}
-    assert blackbox(told(right, attacks)).status == "fail"
-    finding = blackbox(told(right, attacks, drop_fallen=True))
-    assert finding.status == "not checked"
-    assert "but not every white-box attack met them" in finding.sentence
+def test_an_image_that_white_box_attacks_were_not_run_on_is_no_evidence() -> None:
+    attacks: dict[str, AttackSettings] = {"square": SUITE["square"], "pgd": pgd()}
+    right = {"square": correct_except(50, *range(20)), "pgd": correct_except(50)}
+    assert blackbox(given_outcomes(right, attacks)).status == "fail"
+    check_result = blackbox(given_outcomes(right, attacks, drop_fallen=True))
+    assert check_result.status == "not checked"
+    assert "that not every white-box attack was run on" in check_result.sentence
 
 
 def test_an_image_beyond_a_white_box_attacks_limit_is_no_evidence() -> None:
-    attacks: dict[str, AnyAttack] = {"pgd": pgd(), "square": SUITE["square"]}
-    case = told({"pgd": stands(50), "square": stands(50, 1, *range(30, 50))}, attacks)
-    outcome = case.measured.outcomes["pgd"]
+    attacks: dict[str, AttackSettings] = {"pgd": pgd(), "square": SUITE["square"]}
+    context = given_outcomes({"pgd": correct_except(50), "square": correct_except(50, 1, *range(30, 50))}, attacks)
+    outcome = context.result.outcomes["pgd"]
     met = replace(outcome, attacked=torch.arange(50) < 30, limit=30)
-    finding = blackbox(replace(case, measured=replace(case.measured, outcomes={**case.measured.outcomes, "pgd": met})))
-    assert finding.status == "not checked"
-    assert finding.evidence["added"] == 1
+    check_result = blackbox(
+        replace(context, result=replace(context.result, outcomes={**context.result.outcomes, "pgd": met}))
+    )
+    assert check_result.status == "not checked"
+    assert check_result.evidence["added"] == 1
 
 
-def test_later_blind_attacks_add_where_the_fallen_are_dropped() -> None:
-    attacks: dict[str, AnyAttack] = {"fgsm": FGSM, "pgd": pgd(), "square": SUITE["square"]}
-    right = {"fgsm": stands(50, *range(10)), "pgd": stands(50, *range(20)), "square": stands(50, *range(23))}
-    finding = blackbox(told(right, attacks, drop_fallen=True))
-    assert finding.status == "warn"
-    assert finding.evidence["added"] == 3
+def test_later_gradient_free_attacks_add_where_the_fallen_are_dropped() -> None:
+    attacks: dict[str, AttackSettings] = {"fgsm": FGSM, "pgd": pgd(), "square": SUITE["square"]}
+    right = {
+        "fgsm": correct_except(50, *range(10)),
+        "pgd": correct_except(50, *range(20)),
+        "square": correct_except(50, *range(23)),
+    }
+    check_result = blackbox(given_outcomes(right, attacks, drop_fallen=True))
+    assert check_result.status == "warn"
+    assert check_result.evidence["added"] == 3
 
 
-# 7 progress
+# 7 loss increase
 
 
 def write_attack(body: str) -> Custom:
     Path("mine.py").write_text(
-        f"def attack(model, images, labels, *, ball, draws, fooled=None):\n    {body}\n", encoding="utf-8"
+        f"def attack(model, images, labels, *, ball, draws, is_adversarial=None):\n    {body}\n", encoding="utf-8"
     )
     return Custom(kind="own", function="mine.py:attack")
 
 
 def test_an_attack_of_the_users_that_does_nothing_fails(plain: nn.Module) -> None:
-    finding = loss_increase(case_of(plain, {**SUITE, "mine": write_attack("return images.clone()")}))
-    assert finding.status == "fail"
-    assert "mine does nothing" in finding.sentence
-    assert finding.evidence["idle"] == ["mine"]
+    check_result = loss_increase(context_of(plain, {**SUITE, "mine": write_attack("return images.clone()")}))
+    assert check_result.status == "fail"
+    assert "mine has no effect" in check_result.sentence
+    assert check_result.evidence["idle"] == ["mine"]
 
 
 def test_an_attack_of_the_users_that_does_something_passes(plain: nn.Module) -> None:
     mine = write_attack("return ball.project(images + ball.epsilon, images)")
-    assert loss_increase(case_of(plain, {**SUITE, "mine": mine})).status == "pass"
+    assert loss_increase(context_of(plain, {**SUITE, "mine": mine})).status == "pass"
 
 
 def test_an_attack_that_finds_no_boundary_in_reach_is_not_idle(plain: nn.Module) -> None:
     gives_up = "moved = 1 - images\n    return moved if ball.epsilon > 0.9 else images"
-    finding = loss_increase(case_of(plain, {**SUITE, "mine": write_attack(gives_up)}))
-    assert finding.status == "pass"
-    assert finding.evidence["idle"] == []
+    check_result = loss_increase(context_of(plain, {**SUITE, "mine": write_attack(gives_up)}))
+    assert check_result.status == "pass"
+    assert check_result.evidence["idle"] == []
 
 
-def test_an_idle_attack_is_no_fault_where_nothing_was_left_for_it(plain: nn.Module) -> None:
-    attacks: dict[str, AnyAttack] = {**SUITE, "mine": write_attack("return images.clone()")}
-    case = case_of(plain, attacks, LInf(0.9), drop_fallen=True)
-    assert not case.measured.correct["worst"].any()
-    assert loss_increase(case).status == "pass"
+def test_an_idle_attack_is_no_fault_without_images(plain: nn.Module) -> None:
+    attacks: dict[str, AttackSettings] = {**SUITE, "mine": write_attack("return images.clone()")}
+    context = context_of(plain, attacks, LInf(0.9), drop_fallen=True)
+    assert not context.result.correct["worst"].any()
+    assert loss_increase(context).status == "pass"
 
 
 @pytest.mark.parametrize(
     ("names", "missing"),
     [
-        (["fgsm", "pgd", "noise"], ["no targeted attack", "adversarial training itself uses"]),
+        (["fgsm", "pgd", "noise"], ["no targeted attack", "adversarial training uses"]),
         (["apgd-t", "noise"], ["no untargeted attack"]),
         (["pgd", "square"], ["no targeted attack"]),
     ],
 )
 def test_a_suite_of_one_kind_is_a_warning(names: list[str], missing: list[str], plain: nn.Module) -> None:
-    finding = loss_increase(only(case_of(plain), {name: SUITE[name] for name in names}))
-    assert finding.status == "warn"
-    assert all(words in finding.sentence for words in missing)
-    assert finding.sentence.count(";") == len(missing) - 1
+    check_result = loss_increase(only(context_of(plain), {name: SUITE[name] for name in names}))
+    assert check_result.status == "warn"
+    assert all(words in check_result.sentence for words in missing)
+    assert check_result.sentence.count(";") == len(missing) - 1
 
 
 def test_two_classes_need_no_targeted_attack(plain: nn.Module) -> None:
-    case = only(case_of(plain), {"pgd": SUITE["pgd"], "square": SUITE["square"]})
-    assert loss_increase(case).status == "warn"
-    pair = replace(case.measured, clean_logits=torch.eye(2)[case.measured.labels.clamp_max(1)], outcomes={})
-    assert loss_increase(replace(case, measured=pair)).status == "pass"
+    context = only(context_of(plain), {"pgd": SUITE["pgd"], "square": SUITE["square"]})
+    assert loss_increase(context).status == "warn"
+    pair = replace(context.result, clean_logits=torch.eye(2)[context.result.labels.clamp_max(1)], outcomes={})
+    assert loss_increase(replace(context, result=pair)).status == "pass"
 
 
 # 8 pgd_gap
 
 
 def test_a_gap_between_pgd_and_the_worst_case_is_a_warning() -> None:
-    attacks: dict[str, AnyAttack] = {"pgd": pgd(), "square": SUITE["square"]}
-    right = {"pgd": stands(100, *range(10)), "square": stands(100, *range(16))}
-    finding = pgd_gap(told(right, attacks))
-    assert finding.status == "warn"
-    assert "90.0 % under pgd and 84.0 %" in finding.sentence
+    attacks: dict[str, AttackSettings] = {"pgd": pgd(), "square": SUITE["square"]}
+    right = {"pgd": correct_except(100, *range(10)), "square": correct_except(100, *range(16))}
+    check_result = pgd_gap(given_outcomes(right, attacks))
+    assert check_result.status == "warn"
+    assert "90.0 % under pgd and 84.0 %" in check_result.sentence
 
 
 def test_a_gap_of_five_points_is_allowed() -> None:
-    attacks: dict[str, AnyAttack] = {"pgd": pgd(), "square": SUITE["square"]}
-    finding = pgd_gap(told({"pgd": stands(60, *range(10)), "square": stands(60, *range(13))}, attacks))
-    assert finding.status == "pass"
-    assert finding.evidence["gap"] == 0.05
+    attacks: dict[str, AttackSettings] = {"pgd": pgd(), "square": SUITE["square"]}
+    check_result = pgd_gap(
+        given_outcomes({"pgd": correct_except(60, *range(10)), "square": correct_except(60, *range(13))}, attacks)
+    )
+    assert check_result.status == "pass"
+    assert check_result.evidence["gap"] == 0.05
 
 
-def test_a_gap_is_that_of_the_images_pgd_was_to_meet() -> None:
-    attacks: dict[str, AnyAttack] = {"pgd": pgd(), "square": SUITE["square"]}
-    case = told({"pgd": stands(60), "square": stands(60, *range(4), *range(30, 40))}, attacks)
-    limited = {**case.measured.outcomes, "pgd": replace(case.measured.outcomes["pgd"], limit=10)}
-    finding = pgd_gap(replace(case, measured=replace(case.measured, outcomes=limited)))
-    assert finding.evidence["gap"] == 0.4
-    assert finding.evidence["worst"] == 0.6
+def test_a_gap_is_measured_on_the_images_within_the_limit() -> None:
+    attacks: dict[str, AttackSettings] = {"pgd": pgd(), "square": SUITE["square"]}
+    context = given_outcomes(
+        {"pgd": correct_except(60), "square": correct_except(60, *range(4), *range(30, 40))}, attacks
+    )
+    limited = {**context.result.outcomes, "pgd": replace(context.result.outcomes["pgd"], limit=10)}
+    check_result = pgd_gap(replace(context, result=replace(context.result, outcomes=limited)))
+    assert check_result.evidence["gap"] == 0.4
+    assert check_result.evidence["worst"] == 0.6
 
 
-def test_the_pgd_of_the_papers_is_preferred() -> None:
-    attacks: dict[str, AnyAttack] = {"aimed": pgd(targets=3), "cw": pgd(loss="margin"), "usual": pgd()}
-    assert pgd_gap(told({name: stands(10) for name in attacks}, attacks)).evidence["attack"] == "usual"
+def test_untargeted_pgd_on_the_cross_entropy_is_preferred() -> None:
+    attacks: dict[str, AttackSettings] = {"aimed": pgd(targets=3), "cw": pgd(loss="margin"), "usual": pgd()}
+    assert (
+        pgd_gap(given_outcomes({name: correct_except(10) for name in attacks}, attacks)).evidence["attack"] == "usual"
+    )
 
 
 def test_without_pgd_there_is_no_gap() -> None:
-    assert pgd_gap(told({"fgsm": stands(10)}, {"fgsm": FGSM})).status == "not checked"
+    assert pgd_gap(given_outcomes({"fgsm": correct_except(10)}, {"fgsm": FGSM})).status == "not checked"
 
 
-def test_images_that_pgd_was_spared_are_attacked_with_it(sturdy: nn.Module) -> None:
-    """A large noise drops what a feeble PGD would not have found; a strong PGD would have."""
-    strong: dict[str, AnyAttack] = {"apgd-t": SUITE["apgd-t"], "pgd": pgd()}
-    feeble: dict[str, AnyAttack] = {"apgd-t": SUITE["apgd-t"], "pgd": pgd(steps=1, step_size=0.01)}
-    found = {name: pgd_gap(case_of(sturdy, suite, drop_fallen=True)) for name, suite in _named(strong, feeble)}
+def test_images_dropped_before_pgd_are_attacked_with_it(robust_model: nn.Module) -> None:
+    """APGD drops images that a weak PGD would not have fooled; a strong PGD would have."""
+    strong: dict[str, AttackSettings] = {"apgd-t": SUITE["apgd-t"], "pgd": pgd()}
+    weak: dict[str, AttackSettings] = {"apgd-t": SUITE["apgd-t"], "pgd": pgd(steps=1, step_size=0.01)}
+    found = {name: pgd_gap(context_of(robust_model, suite, drop_fallen=True)) for name, suite in _named(strong, weak)}
     assert found["strong"].status == "pass"
-    assert found["feeble"].status == "warn"
-    assert found["feeble"].evidence["fallen_before"] > 10
+    assert found["weak"].status == "warn"
+    assert found["weak"].evidence["fallen_before"] > 10
 
 
-def _named(*suites: dict[str, AnyAttack]) -> list[tuple[str, dict[str, AnyAttack]]]:
-    return list(zip(("strong", "feeble"), suites, strict=True))
+def _named(*suites: dict[str, AttackSettings]) -> list[tuple[str, dict[str, AttackSettings]]]:
+    return list(zip(("strong", "weak"), suites, strict=True))
 
 
-# somebody else's models
+# published models
 
 
 class TradesMnist(nn.Module):
@@ -579,15 +610,15 @@ def trades() -> EvaluationTarget:
 @pytest.mark.parametrize("check", [convergence, epsilon_sweep, loss_increase])
 def test_a_published_robust_model_passes_at_its_own_threat_model(check: Check, trades: EvaluationTarget) -> None:
     attacks = {name: SUITE[name] for name in ("pgd", "apgd-t")}
-    on = terms(LInf(0.3))
-    finding = check(CheckContext(trades, attacks, evaluate(trades, attacks, on), on, PROBES, None))
-    assert finding.status == "pass", finding.sentence
+    on = config(LInf(0.3))
+    check_result = check(CheckContext(trades, attacks, evaluate(trades, attacks, on), on, CHECK_SETTINGS, None))
+    assert check_result.status == "pass", check_result.sentence
 
 
 def test_its_masked_gradients_in_l2_are_found(trades: EvaluationTarget) -> None:
-    """Trained for L-inf on MNIST, it hides them in L2 (Tramer & Boneh 2019): queries find what PGD does not."""
-    attacks: dict[str, AnyAttack] = {"pgd": pgd(), "square": Square(kind="square", queries=300, p_init=0.8)}
-    on = terms(L2(2.5))
-    finding = blackbox(CheckContext(trades, attacks, evaluate(trades, attacks, on), on, PROBES, None))
-    assert finding.status in ("warn", "fail")
-    assert "masked gradients" in finding.sentence
+    """Trained for L-inf, it masks gradients in L2 (Tramer & Boneh 2019): Square fools it where PGD fails."""
+    attacks: dict[str, AttackSettings] = {"pgd": pgd(), "square": Square(kind="square", queries=300, p_init=0.8)}
+    on = config(L2(2.5))
+    check_result = blackbox(CheckContext(trades, attacks, evaluate(trades, attacks, on), on, CHECK_SETTINGS, None))
+    assert check_result.status in ("warn", "fail")
+    assert "masked gradients" in check_result.sentence

@@ -1,4 +1,4 @@
-"""Anybody's model: what is loaded, what is refused with one sentence, and that weights and data run no code."""
+"""External models: what is loaded, what is rejected with one sentence, and that weights and data run no code."""
 
 import io
 import json
@@ -73,8 +73,8 @@ NAMES = ("1.weight", "1.bias", "3.weight", "3.bias")
 
 
 @pytest.fixture
-def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with somebody's model.py and images.npz, and no params.yaml; the test runs inside."""
+def external_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with model.py and images.npz, and no params.yaml; the test runs inside."""
     (tmp_path / "model.py").write_text(MODEL)
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (24, 8, 8), dtype=np.uint8)
@@ -90,8 +90,8 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("file", ["w.safetensors", "w.pt", "w.pth", "wrapped.pt"])
-def test_weights_of_every_kind_reach_the_model(stranger: Path, file: str) -> None:
-    del stranger
+def test_weights_of_every_kind_reach_the_model(external_folder: Path, file: str) -> None:
+    del external_folder
     if file.endswith("safetensors"):
         save_file(weights(), file)
     else:
@@ -102,8 +102,8 @@ def test_weights_of_every_kind_reach_the_model(stranger: Path, file: str) -> Non
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_the_identity_changes_with_the_weights(stranger: Path) -> None:
-    del stranger
+def test_the_identity_changes_with_the_weights(external_folder: Path) -> None:
+    del external_folder
     save_file(weights(), "a.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights().items()}, "b.safetensors")
     first, second = (load_model("model.py:factory", Path(f"{name}.safetensors"), None) for name in "ab")
@@ -117,14 +117,14 @@ class Bomb:
         return (Path("boom").write_text, ("code ran",))
 
 
-def test_weights_never_run_code(stranger: Path) -> None:
+def test_weights_never_run_code(external_folder: Path) -> None:
     torch.save({"1.weight": Bomb()}, "bomb.pt")
     with pytest.raises(UserError, match=r"bomb.pt: cannot be read as weights without running code"):
         read_weights(Path("bomb.pt"))
-    assert not (stranger / "boom").exists()
+    assert not (external_folder / "boom").exists()
 
 
-def test_data_never_runs_code(stranger: Path) -> None:
+def test_data_never_runs_code(external_folder: Path) -> None:
     with zipfile.ZipFile("bomb.npz", "w") as archive:
         buffer = io.BytesIO()
         np.lib.format.write_array(buffer, np.array([Bomb()], dtype=object), allow_pickle=True)
@@ -133,7 +133,7 @@ def test_data_never_runs_code(stranger: Path) -> None:
     assert pickle.dumps(Bomb())  # it is a bomb
     with pytest.raises(UserError, match=r"bomb.npz: cannot be read as .npz without pickle"):
         load_images(Path("bomb.npz"), None)
-    assert not (stranger / "boom").exists()
+    assert not (external_folder / "boom").exists()
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ def test_data_never_runs_code(stranger: Path) -> None:
         ("model.onnx", "--model model.onnx: must be an artifact (.safetensors) or path/to/model.py:factory"),
     ],
 )
-def test_a_factory_that_does_not_deliver_is_refused(stranger: Path, model: str, expected: str) -> None:
-    del stranger
+def test_a_factory_that_fails_is_rejected(external_folder: Path, model: str, expected: str) -> None:
+    del external_folder
     with pytest.raises(UserError, match=re.escape(expected)):
         load_model(model, None, None)
 
@@ -158,14 +158,14 @@ def test_a_factory_that_does_not_deliver_is_refused(stranger: Path, model: str, 
         (lambda own: own.pop("3.bias"), "does not fit the model: it lacks '3.bias'"),
         (
             lambda own: own.update(extra=torch.zeros(1)),
-            "does not fit the model: it has 'extra', which the model has not",
+            "does not fit the model: it has 'extra', which the model lacks",
         ),
         (lambda own: own.update({"3.bias": torch.zeros(4)}), "does not fit the model (Error(s) in loading state_dict"),
-        (lambda own: own.update({"3.bias": 4}), "holds no state dict (names to tensors)"),
+        (lambda own: own.update({"3.bias": 4}), "contains no state dict (names to tensors)"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(stranger: Path, change: Any, expected: str) -> None:
-    del stranger
+def test_weights_that_do_not_fit_are_refused(external_folder: Path, change: Any, expected: str) -> None:
+    del external_folder
     own: dict[str, Any] = dict(weights())
     change(own)
     torch.save(own, "w.pt")
@@ -182,9 +182,9 @@ def test_weights_that_do_not_fit_are_refused(stranger: Path, change: Any, expect
         ("w.safetensors", b"nothing", "w.safetensors: cannot be read as weights without running code"),
     ],
 )
-def test_broken_weights_are_refused(stranger: Path, name: str, content: bytes | None, expected: str) -> None:
+def test_broken_weights_are_refused(external_folder: Path, name: str, content: bytes | None, expected: str) -> None:
     if content is not None:
-        (stranger / name).write_bytes(content)
+        (external_folder / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(expected)):
         read_weights(Path(name))
 
@@ -198,57 +198,56 @@ def test_an_artifact_or_one_expert_of_it(project: Path) -> None:
     assert torch.equal(one.model(images), classifiers.load(paths.MIXTURE).model.experts[1](images))  # type: ignore[operator, index]
 
 
-def ask(**changes: Any) -> dict[str, Any]:
-    """Ask about the stranger's model; what was written."""
+def evaluate_external(**changes: Any) -> dict[str, Any]:
+    """Evaluates the external model; returns the content of the JSON file."""
     settings: dict[str, Any] = {"attacks": ("pgd",), "epsilon": "8/255", "data": Path("images.npz"), "checks": False}
     path = run_request(EvaluationRequest(model="model.py:factory", **(settings | changes)))
     content: dict[str, Any] = json.loads(path.read_text())
     return content
 
 
-def test_a_stranger_is_evaluated_without_params(stranger: Path) -> None:
-    assert not (stranger / "params.yaml").exists()
-    report = ask()
+def test_an_external_model_is_evaluated_without_params(external_folder: Path) -> None:
+    assert not (external_folder / "params.yaml").exists()
+    report = evaluate_external()
     assert report["accuracy"]["clean"]["total"] == 24
     assert report["terms"] == {"precision": "float32", "drop_fallen": True, "seed": report["terms"]["seed"]}
     assert report["epsilon"] == 8 / 255
 
 
 @pytest.mark.parametrize("attacks", [("autoattack", "square"), ("square", "autoattack")])
-def test_a_preset_is_what_its_name_promises(project: Path, edit: Any, attacks: tuple[str, ...]) -> None:
+def test_a_preset_overrides_settings_of_params(project: Path, edit: Any, attacks: tuple[str, ...]) -> None:
     del project
-    own = {"kind": "square", "queries": 1, "p_init": 0.5}  # params.yaml's numbers for the attack asked for beside it
-    edit({"evaluate.attacks": {"square": own, "pgd": presets.STANDARD["pgd"].model_dump()}})
-    subject = load_model(str(paths.MIXTURE), None, None)
-    asked = [
-        resolve(EvaluationRequest(model=subject.name, attacks=names), subject).attacks
-        for names in (attacks, ("square",))
+    own = {"kind": "square", "queries": 1, "p_init": 0.5}  # settings in params.yaml of an attack requested in addition
+    edit({"evaluate.attacks": {"square": own, "pgd": presets.STANDARD_ATTACKS["pgd"].model_dump()}})
+    loaded = load_model(str(paths.MIXTURE), None, None)
+    resolved = [
+        resolve(EvaluationRequest(model=loaded.name, attacks=names), loaded).attacks for names in (attacks, ("square",))
     ]
-    assert asked[0]["square"] == presets.STANDARD["square"]
-    assert asked[1]["square"].model_dump() == own
+    assert resolved[0]["square"] == presets.STANDARD_ATTACKS["square"]
+    assert resolved[1]["square"].model_dump() == own
 
 
-def test_a_factory_without_weights_is_named(stranger: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    del stranger
+def test_a_factory_without_weights_is_named(external_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    del external_folder
     load_model("model.py:factory", None, None)
     assert "no --weights: the model is evaluated as model.py:factory returns it" in capsys.readouterr().err
 
 
-def test_a_stranger_is_judged_and_leaks_are_found(stranger: Path) -> None:
-    ask(checks=True, training_data=Path("images.npz"))
-    (file,) = (stranger / "runs").glob("*.verdict.json")
+def test_an_external_model_is_checked_and_leaks_are_found(external_folder: Path) -> None:
+    evaluate_external(checks=True, training_data=Path("images.npz"))
+    (file,) = (external_folder / "runs").glob("*.verdict.json")
     (judged,) = json.loads(file.read_text()).values()
     plumbing = judged["checks"][9]
     assert plumbing["status"] in {"warn", "fail"}
     assert "training" in plumbing["sentence"]
 
 
-def test_a_model_without_gradients_gets_an_answer_and_no_headline(stranger: Path) -> None:
-    del stranger
-    question = EvaluationRequest(
+def test_a_model_without_gradients_gets_results_and_no_headline(external_folder: Path) -> None:
+    del external_folder
+    request = EvaluationRequest(
         model="model.py:cut", attacks=("pgd", "apgd-t"), epsilon="8/255", data=Path("images.npz")
     )
-    report = json.loads(run_request(question).read_text())
+    report = json.loads(run_request(request).read_text())
     assert report["accuracy"]["worst"] is None
     assert any(reason.startswith("gradients:") for reason in report["withheld"])
     assert report["accuracy"]["clean"]["total"] == 24
@@ -257,43 +256,45 @@ def test_a_model_without_gradients_gets_an_answer_and_no_headline(stranger: Path
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"data": None}, "--data is missing: model.py:factory is not of this project"),
+        ({"data": None}, "--data is missing: model.py:factory is not a model of this project"),
         ({"epsilon": None}, "--epsilon is missing"),
         ({"attacks": ("gate-frozen",)}, "attack gate-frozen: model has no gate"),
         ({"attacks": ("transfer",)}, "--attack transfer: there is no other network"),
-        ({"expert": "pgd-1"}, "--expert pgd-1: only an artifact of advmoe has experts by name"),
+        ({"expert": "pgd-1"}, "--expert pgd-1: only artifacts of advmoe have named experts"),
     ],
 )
-def test_an_impossible_question_about_a_stranger(stranger: Path, changes: dict[str, Any], expected: str) -> None:
+def test_an_invalid_request_for_an_external_model(
+    external_folder: Path, changes: dict[str, Any], expected: str
+) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
-        ask(**changes)
-    assert not (stranger / "runs").exists()
+        evaluate_external(**changes)
+    assert not (external_folder / "runs").exists()
 
 
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
         ("model.py:nan", "NaN or infinite logits on 24 of 24 clean images"),
-        ("model.py:flat", "must map images (B, C, H, W) to logits (B, K), but gave (1,)"),
+        ("model.py:flat", "must map images (B, C, H, W) to logits (B, K), but returned (1,)"),
     ],
 )
-def test_a_model_that_is_no_classifier_is_refused(stranger: Path, model: str, expected: str) -> None:
-    del stranger
-    question = EvaluationRequest(model=model, attacks=("pgd",), epsilon="8/255", data=Path("images.npz"), checks=False)
+def test_a_model_that_is_no_classifier_is_refused(external_folder: Path, model: str, expected: str) -> None:
+    del external_folder
+    request = EvaluationRequest(model=model, attacks=("pgd",), epsilon="8/255", data=Path("images.npz"), checks=False)
     with pytest.raises(UserError, match=re.escape(expected)):
-        run_request(question)
+        run_request(request)
 
 
-def test_images_must_fit_the_model(stranger: Path) -> None:
-    del stranger
+def test_images_must_fit_the_model(external_folder: Path) -> None:
+    del external_folder
     np.savez("wide.npz", images=np.zeros((2, 8, 9), dtype=np.uint8), labels=np.zeros(2, dtype=np.int64))
     with pytest.raises(UserError, match=r"model: cannot take images of shape \(1, 8, 9\)"):
         check_forward(load_model("model.py:factory", None, None), load_images(Path("wide.npz"), None))
 
 
 @pytest.mark.parametrize(("label", "expected"), [(3, "outputs 3 classes, but labels go up to 3"), (-1, "negative")])
-def test_labels_must_fit_the_model(stranger: Path, label: int, expected: str) -> None:
-    del stranger
+def test_labels_must_fit_the_model(external_folder: Path, label: int, expected: str) -> None:
+    del external_folder
     np.savez("odd.npz", images=np.zeros((2, 8, 8), dtype=np.uint8), labels=np.array([0, label]))
     with pytest.raises(UserError, match=expected):
         check_forward(load_model("model.py:factory", None, None), load_images(Path("odd.npz"), None))
@@ -308,6 +309,6 @@ def test_the_readmes_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "prepare.py"], check=True, env=environment, timeout=300)
-    report = ask(weights=Path("weights.pt"), attacks=("fgsm",))
+    report = evaluate_external(weights=Path("weights.pt"), attacks=("fgsm",))
     assert report["accuracy"]["clean"]["accuracy"] > 0.8
     assert isinstance(load_model("model.py:factory", Path("weights.pt"), None).model, nn.Module)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmoe.attacks.ball import L2, Ball, LInf, Norm, length
+from advmoe.attacks.ball import L2, Ball, LInf, Norm, perturbation_norm
 from advmoe.attacks.fab import FabT
 from advmoe.attacks.pgd import Pgd
 from advmoe.evaluation.harness import EvaluationConfig, EvaluationResult, EvaluationTarget, evaluate
@@ -53,7 +53,7 @@ class Linear(nn.Module):
 
 
 class Cramped(Linear):
-    """There is memory for gradients of five images at once."""
+    """Raises out of memory for gradients of more than five images."""
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         if torch.is_grad_enabled() and len(images_NCHW) > 5:
@@ -62,7 +62,7 @@ class Cramped(Linear):
 
 
 class Constant(nn.Module):
-    """Class 0, whatever comes."""
+    """Predicts class 0 for every image."""
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         return torch.tensor([1.0, 0.0]) + 0 * images_NCHW.flatten(1).sum(1, keepdim=True)
@@ -73,27 +73,27 @@ def pixels() -> Tensor:
 
 
 def make_target(model: nn.Module, wrong: list[int] | None = None) -> EvaluationTarget:
-    """Labels are what the model says, but for the images `wrong`."""
+    """Labels as the model predicts them, except for the images `wrong`."""
     with torch.no_grad():
         labels = model(pixels()).argmax(1)
     labels[wrong or []] = (labels[wrong or []] + 1) % 2
     return EvaluationTarget("tiny", model.eval(), pixels(), labels)
 
 
-def make_terms(norm: Norm, batch_size: int | None = None) -> EvaluationConfig:
+def make_config(norm: Norm, batch_size: int | None = None) -> EvaluationConfig:
     return EvaluationConfig(BALLS[norm], 0, "float32", batch_size, drop_fallen=False)
 
 
 def bounds(target: EvaluationTarget, norm: Norm, batch_size: int | None = None, settings: FabT = FAB) -> Tensor:
-    terms = make_terms(norm, batch_size)
-    return minimal_epsilons(target, settings, evaluate(target, {}, terms), terms)
+    config = make_config(norm, batch_size)
+    return minimal_epsilons(target, settings, evaluate(target, {}, config), config)
 
 
 @every_norm
 def test_bounds_of_a_linear_model_are_its_distances(norm: Norm) -> None:
     model = Linear()
     found, radius = bounds(make_target(model), norm), model.radius(pixels(), norm)
-    assert (found >= radius * (1 - 1e-4)).all()  # never below: each bound is a point that was misclassified
+    assert (found >= radius * (1 - 1e-4)).all()  # never below: each bound is the distance of a misclassified point
     assert (found <= radius * 1.05).all()
 
 
@@ -121,29 +121,29 @@ def test_where_nothing_is_found_there_is_no_bound() -> None:
 
 @every_norm
 def test_what_other_attacks_found_counts_where_it_is_closer(norm: Norm) -> None:
-    """Bounds come from either, whichever is closer."""
-    target, terms = make_target(Linear()), make_terms(norm)
+    """The closer of both bounds is used."""
+    target, config = make_target(Linear()), make_config(norm)
     weak = FabT(kind="fab-t", steps=1, targets=1, restarts=1)
-    alone = minimal_epsilons(target, weak, evaluate(target, {}, terms), terms)
-    measured = evaluate(target, {"pgd": PGD}, terms)
-    fell = ~measured.correct["pgd"]
-    assert 0 < fell.sum() < COUNT
-    together = minimal_epsilons(target, weak, measured, terms)
-    theirs = length(measured.outcomes["pgd"].images - target.images, norm)
-    assert torch.equal(together, torch.where(fell, torch.minimum(alone, theirs), alone))
-    assert (together[fell] <= terms.ball.epsilon + 1e-6).all()
+    alone = minimal_epsilons(target, weak, evaluate(target, {}, config), config)
+    result = evaluate(target, {"pgd": PGD}, config)
+    misclassified = ~result.correct["pgd"]
+    assert 0 < misclassified.sum() < COUNT
+    together = minimal_epsilons(target, weak, result, config)
+    theirs = perturbation_norm(result.outcomes["pgd"].images - target.images, norm)
+    assert torch.equal(together, torch.where(misclassified, torch.minimum(alone, theirs), alone))
+    assert (together[misclassified] <= config.ball.epsilon + 1e-6).all()
 
 
-def test_images_that_an_attack_did_not_meet_give_no_bound() -> None:
-    """A fallen image is not right after the attacks it was spared, either, and there its image is the clean one."""
-    target, terms = make_target(Linear()), EvaluationConfig(BALLS["linf"], 0, "float32", None, drop_fallen=True)
-    measured = evaluate(target, {"pgd": PGD, "later": PGD}, terms)
-    spared = measured.correct[CLEAN] & ~measured.outcomes["later"].attacked
-    assert spared.any()
-    assert (minimal_epsilons(target, FAB, measured, terms)[spared] > 1e-5).all()
+def test_images_that_were_not_attacked_give_no_bound() -> None:
+    """A dropped image is not correct after later attacks either, but there its image is the clean one."""
+    target, config = make_target(Linear()), EvaluationConfig(BALLS["linf"], 0, "float32", None, drop_fallen=True)
+    result = evaluate(target, {"pgd": PGD, "later": PGD}, config)
+    dropped = result.correct[CLEAN] & ~result.outcomes["later"].attacked
+    assert dropped.any()
+    assert (minimal_epsilons(target, FAB, result, config)[dropped] > 1e-5).all()
 
 
-class TwoFaced(nn.Module):
+class PrecisionDependent(nn.Module):
     """Class 0 in float32, class 1 under autocast."""
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
@@ -152,11 +152,11 @@ class TwoFaced(nn.Module):
         return torch.stack([score_N, torch.zeros_like(score_N)], dim=1)
 
 
-def test_a_bound_is_judged_in_float32() -> None:
-    target = make_target(TwoFaced())
-    terms = EvaluationConfig(LInf(0.05), 0, "bfloat16", None, drop_fallen=False)
-    measured: EvaluationResult = evaluate(target, {}, terms)
-    assert minimal_epsilons(target, FAB, measured, terms).isinf().all()
+def test_a_bound_is_verified_in_float32() -> None:
+    target = make_target(PrecisionDependent())
+    config = EvaluationConfig(LInf(0.05), 0, "bfloat16", None, drop_fallen=False)
+    result: EvaluationResult = evaluate(target, {}, config)
+    assert minimal_epsilons(target, FAB, result, config).isinf().all()
 
 
 @every_norm

@@ -12,15 +12,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from advmoe.attacks import engine
-from advmoe.data.dataset import Facts
+from advmoe.data.dataset import DatasetInfo
 from advmoe.models import classifiers, inference
-from advmoe.models.activation_checkpointing import _on_copies
-from advmoe.models.classifiers import Backbone, BackboneKind, GateSettings, Mixture, NoGate, OwnConfidence
+from advmoe.models.activation_checkpointing import _temporary_buffers
+from advmoe.models.classifiers import (
+    BackboneKind,
+    BackboneSettings,
+    ConfidenceSettings,
+    GateSettings,
+    MixtureArchitecture,
+    UniformGateSettings,
+)
 from advmoe.models.inference import Precision
 from advmoe.models.mixture import Mixing, MixtureOfExperts
 from advmoe.runtime.machine import generator
 
-FACTS = Facts(channels=3, height=16, width=16, class_names=("a", "b", "c"), mean=(0.5,) * 3, std=(0.25,) * 3)
+FACTS = DatasetInfo(channels=3, height=16, width=16, class_names=("a", "b", "c"), mean=(0.5,) * 3, std=(0.25,) * 3)
 IMAGES = torch.rand(6, 3, 16, 16, generator=generator("test_checkpointing", "images"))
 LABELS = torch.arange(6) % 3
 GATE = GateSettings(width=4, temperature=1.0)
@@ -30,13 +37,13 @@ EXPERTS = 5
 def mixture(
     *,
     kind: BackboneKind = "resnet18",
-    gate: GateSettings | NoGate | OwnConfidence = GATE,
+    gate: GateSettings | UniformGateSettings | ConfidenceSettings = GATE,
     mixing: Mixing = "probabilities",
     checkpointing: bool = False,
 ) -> MixtureOfExperts:
     names = tuple(f"expert-{number}" for number in range(EXPERTS))
-    architecture = Mixture(
-        kind="mixture", backbone=Backbone(kind=kind, width=4), experts=names, gate=gate, mixing=mixing
+    architecture = MixtureArchitecture(
+        kind="mixture", backbone=BackboneSettings(kind=kind, width=4), experts=names, gate=gate, mixing=mixing
     )
     model = classifiers.build(architecture, FACTS, 0)
     assert isinstance(model, MixtureOfExperts)
@@ -87,9 +94,14 @@ def test_losses_gradients_and_running_statistics_are_those_of_the_plain_path(
 
 @pytest.mark.parametrize(
     ("gate", "mixing"),
-    [(NoGate(kind="uniform"), "probabilities"), (OwnConfidence(kind="confidence", temperature=1.0), "top1")],
+    [
+        (UniformGateSettings(kind="uniform"), "probabilities"),
+        (ConfidenceSettings(kind="confidence", temperature=1.0), "top1"),
+    ],
 )
-def test_so_they_are_with_other_ways_to_weigh_the_experts(gate: NoGate | OwnConfidence, mixing: Mixing) -> None:
+def test_so_they_are_with_other_ways_to_weigh_the_experts(
+    gate: UniformGateSettings | ConfidenceSettings, mixing: Mixing
+) -> None:
     plain, lean = (learned(mixture(gate=gate, mixing=mixing, checkpointing=on)) for on in (False, True))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(plain, lean, strict=True))
 
@@ -140,10 +152,10 @@ def test_attacks_and_predictions_are_left_alone(monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: object) -> Tensor:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("advmoe.models.mixture.recomputed", refuse)
+    monkeypatch.setattr("advmoe.models.mixture.run_checkpointed", refuse)
     model = mixture(checkpointing=True)
-    with engine.attack_mode(model, "float32") as cheap:
-        torch.autograd.backward(cheap(IMAGES.clone().requires_grad_(True)).sum())
+    with engine.attack_mode(model, "float32") as frozen_model:
+        torch.autograd.backward(frozen_model(IMAGES.clone().requires_grad_(True)).sum())
     inference.predict(model, IMAGES, len(IMAGES))
     with torch.no_grad():
         model.train()(IMAGES)
@@ -156,7 +168,7 @@ def test_buffers_come_back_even_after_an_error() -> None:
     mean = layer.running_mean
 
     def fail() -> None:
-        with _on_copies(layer):
+        with _temporary_buffers(layer):
             layer(torch.ones(4, 2, 1, 1))
             raise ArithmeticError
 

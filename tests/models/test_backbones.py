@@ -9,7 +9,7 @@ import torchvision.models
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.models.layers import ConvNorm, folded
+from advmoe.models.layers import ConvNorm, fold_batchnorm
 from advmoe.models.resnet50 import ResNet50
 from advmoe.models.wideresnet import WideResNet28
 from advmoe.runtime.machine import generator
@@ -201,9 +201,9 @@ def test_folded_network_equals_the_plain_one(kind: type[Network], channels: int,
     model = lived_in(make(kind, channels))
     with torch.no_grad():
         plain = model(pixels(8, channels, side))
-        with folded(model):
-            cheap = model(pixels(8, channels, side))
-    torch.testing.assert_close(cheap, plain, atol=1e-5 * float(plain.abs().max()), rtol=0)
+        with fold_batchnorm(model):
+            folded = model(pixels(8, channels, side))
+    torch.testing.assert_close(folded, plain, atol=1e-5 * float(plain.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize(("kind", "left"), [(ResNet50, 0), (WideResNet28, 13)], ids=NETWORKS.keys())
@@ -213,7 +213,7 @@ def test_every_norm_behind_a_convolution_folds(kind: type[Network], left: int) -
     ran: list[nn.Module] = []
     for norm in norms(model):
         norm.register_forward_hook(lambda layer, _inputs, _output: ran.append(layer))
-    with torch.no_grad(), folded(model):
+    with torch.no_grad(), fold_batchnorm(model):
         model(pixels(2))
     assert len(ran) == left
     assert len(norms(model)) == left + sum(isinstance(layer, ConvNorm) for layer in model.modules())
@@ -249,7 +249,7 @@ def test_bfloat16_is_near_and_ends_in_float32(kind: type[Network], fold: bool) -
     with torch.no_grad():
         exact = model(images)
         with (
-            folded(model if fold else nn.Identity()),
+            fold_batchnorm(model if fold else nn.Identity()),
             torch.autocast("cpu", torch.bfloat16),
         ):
             rough = model(images)

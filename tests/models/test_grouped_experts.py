@@ -1,4 +1,4 @@
-"""Experts side by side: the same numbers as one after another, only where that pays, and gone without a trace.
+"""Grouped experts: the same numbers as experts in turn, only where that is faster, and undone on exit.
 
 Shapes: B batch, N images, C channel, H/W pixels, E experts, K classes.
 """
@@ -19,14 +19,14 @@ from advmoe.attacks import engine, registry
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.interface import input_gradient
 from advmoe.attacks.pgd import Pgd, pgd
-from advmoe.attacks.random_streams import BatchDraws, ImageDraws
+from advmoe.attacks.random_streams import BatchStream, ImageStreams
 from advmoe.models import grouped_experts as rules
 from advmoe.models import inference
 from advmoe.models.cnn import SmallCnn
 from advmoe.models.gate import Gate
-from advmoe.models.grouped_experts import grouped
+from advmoe.models.grouped_experts import group_experts
 from advmoe.models.inference import Precision
-from advmoe.models.layers import folded
+from advmoe.models.layers import fold_batchnorm
 from advmoe.models.mixture import ConfidenceHeads, ConfidentExperts, Mixing, MixtureOfExperts
 from advmoe.models.resnet import ResNet18
 from advmoe.models.resnet50 import ResNet50
@@ -83,7 +83,7 @@ def expert(
 
 
 def gate(experts: int, channels: int = 1) -> nn.Module:
-    """One that has opinions: a new gate weighs all alike."""
+    """A gate with random scores: a new gate is uniform."""
     made = seeded(
         lambda: Gate(
             channels=channels, experts=experts, width=2, temperature=1.0, mean=(0.5,) * channels, std=(0.3,) * channels
@@ -112,27 +112,27 @@ def lived_in(model: MixtureOfExperts, channels: int = 1) -> MixtureOfExperts:
 
 @contextmanager
 def called(model: MixtureOfExperts) -> Iterator[list[nn.Module]]:
-    """The experts that are called inside; side by side none is."""
-    heard: list[nn.Module] = []
-    handles = [each.register_forward_hook(lambda layer, *_: heard.append(layer)) for each in model.experts]
+    """The experts that are called inside; grouped experts are not called."""
+    calls: list[nn.Module] = []
+    handles = [each.register_forward_hook(lambda layer, *_: calls.append(layer)) for each in model.experts]
     try:
-        yield heard
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
 
 
-def run_together(model: MixtureOfExperts, images_BCHW: Tensor, precision: Precision = "float32") -> bool:
-    """Whether they run side by side, by the rules, in the form that attacks get."""
-    with engine.attack_mode(model, precision) as cheap, torch.no_grad(), called(model) as heard:
-        cheap(images_BCHW)
-    assert len(heard) in (0, len(model.experts))
-    return not heard
+def runs_grouped(model: MixtureOfExperts, images_BCHW: Tensor, precision: Precision = "float32") -> bool:
+    """Whether the experts run grouped in attack mode."""
+    with engine.attack_mode(model, precision) as frozen_model, torch.no_grad(), called(model) as calls:
+        frozen_model(images_BCHW)
+    assert len(calls) in (0, len(model.experts))
+    return not calls
 
 
 @contextmanager
-def one_after_another() -> Iterator[None]:
-    """Nothing pays."""
+def in_turn() -> Iterator[None]:
+    """Disables grouping."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rules, "MAX_ACTIVATIONS", {})
         yield
@@ -145,9 +145,9 @@ def one_after_another() -> Iterator[None]:
 def test_logits_are_those_of_each_expert_alone(channels: int, side: int, width: int) -> None:
     model = mixture(*(expert(seed, width=width, channels=channels) for seed in range(3)), channels=channels)
     images = pixels(channels=channels, side=side)
-    with engine.attack_mode(model, "float32") as cheap, torch.no_grad(), called(model) as heard:
-        found_BEK = cheap.parts(images).logits_BEK
-        assert not heard
+    with engine.attack_mode(model, "float32") as frozen_model, torch.no_grad(), called(model) as calls:
+        found_BEK = frozen_model.forward_parts(images).logits_BEK
+        assert not calls
         alone = torch.stack([each(images) for each in model.experts], dim=1)
     torch.testing.assert_close(found_BEK, alone, atol=EXACT, rtol=EXACT)
     assert not torch.allclose(alone[:, 0], alone[:, 1], atol=0.01), "experts that agree prove nothing"
@@ -155,16 +155,16 @@ def test_logits_are_those_of_each_expert_alone(channels: int, side: int, width: 
 
 @every_mixing
 def test_folded_or_not_it_is_the_mixture(mixing: Mixing) -> None:
-    """Without `folded` around it, what runs side by side is folded all the same: the tolerance is that of folding."""
+    """Without `folded` around it, grouped experts are folded all the same: the tolerance is that of folding."""
     model = mixture(mixing=mixing)
     with torch.no_grad():
-        plain = model.parts(pixels())
-        with grouped(model), called(model) as heard:
-            bare = model.parts(pixels())
-        with folded(model), grouped(model), called(model) as heard_too:
-            both = model.parts(pixels())
-    assert not heard
-    assert not heard_too
+        plain = model.forward_parts(pixels())
+        with group_experts(model), called(model) as calls:
+            bare = model.forward_parts(pixels())
+        with fold_batchnorm(model), group_experts(model), called(model) as calls_too:
+            both = model.forward_parts(pixels())
+    assert not calls
+    assert not calls_too
     for part, expected, other in zip(bare, plain, both, strict=True):
         torch.testing.assert_close(part, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(other, expected, atol=1e-4, rtol=1e-4)
@@ -176,44 +176,45 @@ def test_gradients_reach_the_pixels_alike(mixing: Mixing, precision: Precision) 
     model = mixture(mixing=mixing)
 
     def gradient() -> Tensor:
-        with engine.attack_mode(model, precision) as cheap:
-            return input_gradient(cheap, pixels(), labels(), "ce")[0]
+        with engine.attack_mode(model, precision) as frozen_model:
+            return input_gradient(frozen_model, pixels(), labels(), "ce")[0]
 
     together = gradient()
-    with one_after_another():
+    with in_turn():
         plain = gradient()
-    assert run_together(model, pixels(), precision)
+    assert runs_grouped(model, pixels(), precision)
     assert float(plain.abs().max()) > 0
     torch.testing.assert_close(together, plain, atol=NEAR[precision] * float(plain.abs().max()), rtol=0)
 
 
 @every_precision
-def test_parts_whole_and_votes_belong_together(precision: Precision) -> None:
+def test_parts_and_whole_and_expert_models_agree(precision: Precision) -> None:
     model = mixture()
-    with engine.attack_mode(model, precision) as cheap, torch.no_grad():
-        parts, whole = cheap.parts(pixels()), cheap(pixels())
-        votes_BEK = torch.stack([vote(pixels()) for vote in cheap.votes()], dim=1)
+    with engine.attack_mode(model, precision) as frozen_model, torch.no_grad():
+        parts, whole = frozen_model.forward_parts(pixels()), frozen_model(pixels())
+        outputs = [expert_model(pixels()) for expert_model in frozen_model.expert_models()]
+        expert_logits_BEK = torch.stack(outputs, dim=1)
     assert {part.dtype for part in parts} == {torch.float32}
     assert torch.equal(parts.log_probs_BK, whole)
-    largest = float(votes_BEK.abs().max())
+    largest = float(expert_logits_BEK.abs().max())
     tolerance = EXACT if precision == "float32" else 0.05
-    torch.testing.assert_close(parts.logits_BEK, votes_BEK, atol=tolerance * largest, rtol=tolerance)
+    torch.testing.assert_close(parts.logits_BEK, expert_logits_BEK, atol=tolerance * largest, rtol=tolerance)
 
 
 def test_decisions_are_those_of_the_plain_model() -> None:
     model = mixture()
-    with called(model) as heard:
+    with called(model) as calls:
         found = inference.predict(model, pixels(), COUNT)
-        assert not heard
+        assert not calls
     with torch.no_grad():
         torch.testing.assert_close(found, model(pixels()), atol=1e-4, rtol=1e-4)
 
 
-# ---- where it is not for
+# ---- networks that are not grouped
 
 
 class Own(ResNet18):
-    """Planted: somebody's own, which does something else with the same layers."""
+    """Planted: a subclass whose forward pass differs."""
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return -super().forward(images_BCHW)
@@ -226,13 +227,13 @@ def confident() -> ConfidentExperts:
     return model
 
 
-STRANGERS: dict[str, Callable[[], MixtureOfExperts]] = {
+OTHER_MIXTURES: dict[str, Callable[[], MixtureOfExperts]] = {
     "resnet50": lambda: mixture(expert(0, kind=ResNet50), expert(1, kind=ResNet50)),
     "cnn": lambda: mixture(expert(0, kind=SmallCnn), expert(1, kind=SmallCnn)),
     "two kinds": lambda: mixture(expert(0), expert(1, kind=SmallCnn)),
     "two widths": lambda: mixture(expert(0), expert(1, width=8)),
     "two normalisations": lambda: mixture(expert(0), expert(1, mean=0.4)),
-    "somebody's own": lambda: mixture(expert(0), expert(1, kind=Own)),
+    "subclass": lambda: mixture(expert(0), expert(1, kind=Own)),
     "one expert": lambda: mixture(expert(0)),
     "too wide": lambda: mixture(expert(0, width=24), expert(1, width=24)),
     "confident": confident,
@@ -240,29 +241,34 @@ STRANGERS: dict[str, Callable[[], MixtureOfExperts]] = {
 
 
 @every_precision
-@pytest.mark.parametrize("make", STRANGERS.values(), ids=STRANGERS)
-def test_other_networks_run_as_ever(make: Callable[[], MixtureOfExperts], precision: Precision) -> None:
+@pytest.mark.parametrize("make", OTHER_MIXTURES.values(), ids=OTHER_MIXTURES)
+def test_other_networks_run_in_turn(make: Callable[[], MixtureOfExperts], precision: Precision) -> None:
     model = make()
-    with engine.attack_mode(model, precision) as cheap, torch.no_grad():
-        found = cheap(pixels())
-    with inference.eval_mode(model), folded(model), torch.no_grad(), inference.autocast(torch.device("cpu"), precision):
+    with engine.attack_mode(model, precision) as frozen_model, torch.no_grad():
+        found = frozen_model(pixels())
+    with (
+        inference.eval_mode(model),
+        fold_batchnorm(model),
+        torch.no_grad(),
+        inference.autocast(torch.device("cpu"), precision),
+    ):
         plain = model(pixels().contiguous(memory_format=torch.channels_last))
     assert torch.equal(found, plain.float())
-    with engine.attack_mode(model, precision) as cheap, torch.no_grad():
-        assert getattr(model, "together", None) is None or not model.together.pays(pixels())  # type: ignore[union-attr]
+    with engine.attack_mode(model, precision) as frozen_model, torch.no_grad():
+        assert getattr(model, "grouped_experts", None) is None or not model.grouped_experts.is_faster(pixels())  # type: ignore[union-attr]
 
 
 @every_precision
-def test_a_gpu_takes_more(precision: Precision) -> None:
-    """Launches are what it waits for; the tensor is one in name only, so that no GPU is needed."""
+def test_limit_on_a_gpu(precision: Precision) -> None:
+    """Fake tensors, so that no GPU is needed."""
     model = mixture(expert(0, width=24), expert(1, width=24))
     largest = rules.MAX_ACTIVATIONS_GPU // (24 * 32 * 32)
-    with grouped(model.eval()), FakeTensorMode():
-        assert model.together is not None
+    with group_experts(model.eval()), FakeTensorMode():
+        assert model.grouped_experts is not None
         images = torch.empty(largest, 1, 32, 32, device="cuda", dtype=inference.DTYPES[precision])
-        assert model.together.pays(images)
-        assert not model.together.pays(torch.cat([images, images[:1]]))
-        assert not model.together.pays(images.cpu())
+        assert model.grouped_experts.is_faster(images)
+        assert not model.grouped_experts.is_faster(torch.cat([images, images[:1]]))
+        assert not model.grouped_experts.is_faster(images.cpu())
 
 
 def test_rules_of_size() -> None:
@@ -270,59 +276,59 @@ def test_rules_of_size() -> None:
     model = mixture()
     largest = {precision: rules.MAX_ACTIVATIONS[inference.DTYPES[precision]] // 256 for precision in PRECISIONS}
     for precision, count in largest.items():
-        assert run_together(model, pixels(count), precision)
-        assert not run_together(model, pixels(count + 1), precision)
-    assert not run_together(model, pixels(1), "float32")
-    assert run_together(model, pixels(1), "bfloat16")
+        assert runs_grouped(model, pixels(count), precision)
+        assert not runs_grouped(model, pixels(count + 1), precision)
+    assert not runs_grouped(model, pixels(1), "float32")
+    assert runs_grouped(model, pixels(1), "bfloat16")
 
 
-def test_what_is_in_train_mode_runs_as_ever() -> None:
+def test_experts_in_train_mode_run_in_turn() -> None:
     model = mixture()
     model.experts[1].train()
-    with torch.no_grad(), grouped(model), called(model) as heard:
+    with torch.no_grad(), group_experts(model), called(model) as calls:
         model(pixels())
-    assert len(heard) == len(model.experts)
+    assert len(calls) == len(model.experts)
 
 
-def test_without_being_asked_nothing_is_side_by_side() -> None:
+def test_without_group_experts_nothing_is_grouped() -> None:
     model = mixture()
-    with torch.no_grad(), folded(model), called(model) as heard:
+    with torch.no_grad(), fold_batchnorm(model), called(model) as calls:
         model(pixels())
-    assert len(heard) == len(model.experts)
+    assert len(calls) == len(model.experts)
 
 
-# ---- gone without a trace
+# ---- undone on exit
 
 
-def test_nothing_is_left_behind() -> None:
+def test_grouping_is_undone() -> None:
     model = mixture()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with engine.attack_mode(model, "bfloat16") as cheap:
-        input_gradient(cheap, pixels(), labels(), "ce")
-        assert model.together is not None
-        ghost = weakref.ref(model.together)
+    with engine.attack_mode(model, "bfloat16") as frozen_model:
+        input_gradient(frozen_model, pixels(), labels(), "ce")
+        assert model.grouped_experts is not None
+        reference = weakref.ref(model.grouped_experts)
         assert list(model.state_dict()) == list(before)
-    assert model.together is None
+    assert model.grouped_experts is None
     gc.collect()
-    assert ghost() is None
+    assert reference() is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_nothing_is_left_behind_by_an_error() -> None:
+def test_grouping_is_undone_after_an_error() -> None:
     model = mixture()
-    with pytest.raises(RuntimeError, match="planted"), grouped(model):
+    with pytest.raises(RuntimeError, match="planted"), group_experts(model):
         raise RuntimeError("planted")
-    assert model.together is None
+    assert model.grouped_experts is None
 
 
-def test_the_outer_of_two_undoes_it() -> None:
+def test_nested_grouping_is_undone_by_the_outer() -> None:
     model = mixture()
-    with grouped(model):
-        outer = model.together
-        with grouped(model):
-            assert model.together is outer
-        assert model.together is outer
-    assert model.together is None
+    with group_experts(model):
+        outer = model.grouped_experts
+        with group_experts(model):
+            assert model.grouped_experts is outer
+        assert model.grouped_experts is outer
+    assert model.grouped_experts is None
 
 
 def test_new_weights_and_statistics_are_seen() -> None:
@@ -340,12 +346,12 @@ def test_new_weights_and_statistics_are_seen() -> None:
 
 
 def learned(model: MixtureOfExperts) -> dict[str, Tensor]:
-    """All numbers after three steps, each on images that were crafted on the step before."""
+    """The state after three training steps, each on adversarial images of the current model."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for step in range(3):
-        draws = BatchDraws(generator("test_side_by_side", "learn", step))
-        with engine.attack_mode(model, "float32") as cheap:
-            attacked = pgd(cheap, pixels(), labels(), ball=LInf(0.1), settings=PGD, draws=draws)
+        draws = BatchStream(generator("test_side_by_side", "learn", step))
+        with engine.attack_mode(model, "float32") as frozen_model:
+            attacked = pgd(frozen_model, pixels(), labels(), ball=LInf(0.1), settings=PGD, draws=draws)
         optimizer.zero_grad()
         torch.autograd.backward(functional.nll_loss(model.train()(attacked), labels()))
         optimizer.step()
@@ -355,7 +361,7 @@ def learned(model: MixtureOfExperts) -> dict[str, Tensor]:
 def test_training_goes_the_same_way() -> None:
     """Weights, running statistics and their counts; a pixel whose gradient is almost 0 may step the other way."""
     together = learned(mixture())
-    with one_after_another():
+    with in_turn():
         plain = learned(mixture())
     assert list(together) == list(plain)
     for name, tensor in together.items():
@@ -365,7 +371,7 @@ def test_training_goes_the_same_way() -> None:
             assert torch.equal(tensor, plain[name])
 
 
-# ---- what is found must not depend on it
+# ---- results must not depend on grouping
 
 
 IMAGES, EPSILON = 400, 0.1
@@ -373,8 +379,8 @@ IMAGES, EPSILON = 400, 0.1
 SETTLED = PGD.model_copy(update={"steps": 20, "restarts": 2})
 
 
-def taught() -> tuple[MixtureOfExperts, Tensor, Tensor]:
-    """Three experts that know the digits under attack, and others to attack."""
+def trained() -> tuple[MixtureOfExperts, Tensor, Tensor]:
+    """Three experts adversarially trained on digits, and images to attack."""
     data, target = load_digits(return_X_y=True)
     images, classes = torch.from_numpy(data).float().div(16).reshape(-1, 1, 8, 8), torch.from_numpy(target)
     model = mixture(*(expert(seed, classes=10) for seed in range(3)))
@@ -390,11 +396,11 @@ def taught() -> tuple[MixtureOfExperts, Tensor, Tensor]:
     return model.eval(), images[:IMAGES], classes[:IMAGES]
 
 
-def standing(model: MixtureOfExperts, images: Tensor, classes: Tensor, precision: Precision) -> Tensor:
-    """Which (N,) are right after PGD, as evaluated."""
-    craft = registry.bind(SETTLED, {})
+def survives(model: MixtureOfExperts, images: Tensor, classes: Tensor, precision: Precision) -> Tensor:
+    """Which images (N,) are classified correctly after PGD, as evaluated."""
+    attack_fn = registry.bind(SETTLED, {})
     found = engine.attack_dataset(
-        model, images, classes, torch.ones_like(classes, dtype=torch.bool), craft, ball=LInf(EPSILON), seed=0,
+        model, images, classes, torch.ones_like(classes, dtype=torch.bool), attack_fn, ball=LInf(EPSILON), seed=0,
         purpose="test", precision=precision, batch_size=80,
     )  # fmt: skip
     return decided(model, found) == classes
@@ -407,24 +413,26 @@ def decided(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def bare(model: MixtureOfExperts, images: Tensor, classes: Tensor) -> Tensor:
-    """The same by the attack alone: no folding, no precision, no batches, nothing side by side."""
-    draws = ImageDraws(0, "test", torch.arange(len(images)))
+    """The same by the attack alone: no folding, no bfloat16, no batches, no grouping."""
+    draws = ImageStreams(0, "test", torch.arange(len(images)))
 
-    def fooled(points: Tensor, truth: Tensor) -> Tensor:
+    def is_adversarial(points: Tensor, truth: Tensor) -> Tensor:
         return decided(model, points) != truth
 
-    found = pgd(model, images, classes, ball=LInf(EPSILON), settings=SETTLED, draws=draws, fooled=fooled)
+    found = pgd(
+        model, images, classes, ball=LInf(EPSILON), settings=SETTLED, draws=draws, is_adversarial=is_adversarial
+    )
     return decided(model, found) == classes
 
 
-def test_findings_do_not_depend_on_it() -> None:
+def test_robust_accuracy_does_not_depend_on_grouping() -> None:
     """Robust accuracy within half a point, 98 % of the images alike, and the fast way not the weaker one."""
-    model, images, classes = taught()
+    model, images, classes = trained()
     plain = bare(model, images, classes)
     assert 0.2 < float(plain.double().mean()) < 0.9, "if nearly all fall or stand, agreement proves nothing"
     for precision in PRECISIONS:
-        assert run_together(model, images[:80], precision)
-        fast = standing(model, images, classes, precision)
+        assert runs_grouped(model, images[:80], precision)
+        fast = survives(model, images, classes, precision)
         assert abs(float(fast.double().mean() - plain.double().mean())) <= 0.005
         assert float((fast == plain).double().mean()) >= 0.98
         missed, gained = int((fast & ~plain).sum()), int((plain & ~fast).sum())

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from advmoe.models import classifiers
 from advmoe.models.gate import Gate
-from advmoe.models.layers import ConvNorm, folded
+from advmoe.models.layers import ConvNorm, fold_batchnorm
 from advmoe.models.mixture import Mixing, MixtureOfExperts, UniformGate, mix
 from advmoe.models.resnet import ResNet18
 from advmoe.runtime.machine import generator
@@ -147,7 +147,7 @@ def cross_entropy_is_nll_of_the_mixture(classify: nn.Module, mixture: MixtureOfE
     """Cross-entropy on top of the output must be -log p(y|x), p computed by hand from the parts in float64."""
     images, labels = pixels(12), torch.arange(12) % 3
     with torch.no_grad():
-        parts = mixture.parts(images)
+        parts = mixture.forward_parts(images)
         found = functional.cross_entropy(classify(images).double(), labels, reduction="none")
     expected = -mixed_in_float64(parts.log_gate_BE, parts.logits_BEK, mixture.mixing)[torch.arange(12), labels]
     return torch.allclose(found, expected, atol=1e-4)
@@ -186,7 +186,7 @@ def test_mixture_output_is_its_mixed_parts(mixing: Mixing) -> None:
     lived_in(mixture)
     images = pixels(5)
     with torch.no_grad():
-        parts = mixture.parts(images)
+        parts = mixture.forward_parts(images)
         assert torch.equal(mixture(images), parts.log_probs_BK)
         assert torch.equal(parts.log_gate_BE, mixture.gate(images))
         for position, expert in enumerate(mixture.experts):
@@ -331,7 +331,7 @@ def test_folded_model_equals_the_plain_one(make: Callable[[], nn.Module]) -> Non
     model = lived_in(make())
     with torch.no_grad():
         plain = model(pixels(8))
-        with folded(model):
+        with fold_batchnorm(model):
             assert all(layer.is_folded for layer in model.modules() if isinstance(layer, ConvNorm))
             torch.testing.assert_close(model(pixels(8)), plain, atol=1e-4, rtol=1e-4)
         assert torch.equal(model(pixels(8)), plain)
@@ -353,14 +353,14 @@ def test_folded_model_gives_the_same_input_gradients() -> None:
     model = lived_in(make_resnet())
     images = pixels(4).requires_grad_(True)
     (plain,) = torch.autograd.grad(model(images).square().sum(), images)
-    with folded(model):
-        (cheap,) = torch.autograd.grad(model(images).square().sum(), images)
-    torch.testing.assert_close(cheap, plain, atol=1e-4 * float(plain.abs().max()), rtol=1e-3)
+    with fold_batchnorm(model):
+        (folded,) = torch.autograd.grad(model(images).square().sum(), images)
+    torch.testing.assert_close(folded, plain, atol=1e-4 * float(plain.abs().max()), rtol=1e-3)
 
 
 def test_folded_model_follows_autocast() -> None:
     model = lived_in(make_resnet())
-    with torch.no_grad(), folded(model):
+    with torch.no_grad(), fold_batchnorm(model):
         exact = model(pixels(8))
         with torch.autocast("cpu", torch.bfloat16):
             rough = model(pixels(8))
@@ -374,8 +374,8 @@ def test_nested_folding_is_undone_once_and_at_the_end() -> None:
     layers = [layer for layer in model.modules() if isinstance(layer, ConvNorm)]
     with torch.no_grad():
         plain = model(pixels(8))
-        with folded(model):
-            with folded(model):
+        with fold_batchnorm(model):
+            with fold_batchnorm(model):
                 torch.testing.assert_close(model(pixels(8)), plain, atol=1e-4, rtol=1e-4)
             assert all(layer.is_folded for layer in layers)
             torch.testing.assert_close(model(pixels(8)), plain, atol=1e-4, rtol=1e-4)
@@ -389,27 +389,27 @@ def test_folding_leaves_layers_in_train_mode_as_they_are(part: str) -> None:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, ConvNorm)}
     with torch.no_grad():
         plain = model(pixels(8))
-        with folded(model):
+        with fold_batchnorm(model):
             assert [name for name, layer in layers.items() if not layer.is_folded] == ["stem"]
             torch.testing.assert_close(model(pixels(8)), plain, atol=1e-4, rtol=1e-4)
 
 
 def test_folding_is_undone_after_an_error() -> None:
     model = lived_in(make_resnet())
-    with pytest.raises(RuntimeError, match="planted"), folded(model):
+    with pytest.raises(RuntimeError, match="planted"), fold_batchnorm(model):
         raise RuntimeError("planted")
     assert not any(layer.is_folded for layer in model.modules() if isinstance(layer, ConvNorm))
 
 
 def test_folding_sees_new_weights_next_time() -> None:
-    """Between two crafting phases the optimiser moves the weights: nothing stale may be kept."""
+    """Between two attack phases the optimiser moves the weights: nothing stale may be kept."""
     model = lived_in(make_resnet())
     with torch.no_grad():
-        with folded(model):
+        with fold_batchnorm(model):
             before = model(pixels(8))
         for parameter in model.parameters():
             parameter.mul_(1.1)
-        with folded(model):
+        with fold_batchnorm(model):
             after = model(pixels(8))
         torch.testing.assert_close(after, model(pixels(8)), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(after, before, atol=1e-3)

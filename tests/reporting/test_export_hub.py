@@ -1,4 +1,4 @@
-"""A folder for the Hub: what goes out comes back to the bit, damage is refused, an old export is replaced whole."""
+"""Exports for the Hub: bit-identical round trip, damaged files, atomic replacement."""
 
 import importlib
 import json
@@ -41,7 +41,7 @@ def load(name: str | Path, **options: Any) -> Any:
 
 
 def refusal(action: Callable[[], object]) -> str:
-    """The one sentence of a refusal."""
+    """Returns the one-line message of a UserError."""
     with pytest.raises(UserError) as caught:
         action()
     assert len(str(caught.value).splitlines()) == 1
@@ -57,7 +57,7 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("architecture", [MIXTURE, PLAIN], ids=lambda architecture: architecture.kind)
-def test_what_comes_back_answers_to_the_bit(tmp_path: Path, architecture: Any) -> None:
+def test_a_loaded_export_gives_bit_identical_outputs(tmp_path: Path, architecture: Any) -> None:
     artifact = save_small(tmp_path / "model.safetensors", architecture)
     export_hub(artifact, tmp_path / "out", TEXT)
     model = load(tmp_path / "out")
@@ -125,14 +125,14 @@ def test_a_repository_in_the_cache_of_the_hub_is_read(exported: Path, tmp_path: 
 @pytest.mark.parametrize("name", ["me/nothing", "no/such/folder", "me/nothing/"])
 def test_what_is_neither_folder_nor_repository_is_refused(name: str, tmp_path: Path) -> None:
     said = refusal(lambda: load(name, cache_dir=tmp_path, local_files_only=True))
-    assert said.startswith(f"{name}: neither a folder nor a model that the Hub gives")
+    assert said.startswith(f"{name}: neither a folder nor an available model of the Hub")
 
 
 def test_an_unknown_option_is_refused(exported: Path) -> None:
-    assert "strict is no option" in refusal(lambda: load(exported, strict=False))
+    assert "strict is not an option" in refusal(lambda: load(exported, strict=False))
 
 
-def test_changed_weights_are_not_passed_off_as_the_artifact(exported: Path, tmp_path: Path) -> None:
+def test_changed_weights_are_not_saved(exported: Path, tmp_path: Path) -> None:
     model = load(exported)
     with torch.no_grad():
         model.model.gate.score.bias += 1
@@ -142,7 +142,7 @@ def test_changed_weights_are_not_passed_off_as_the_artifact(exported: Path, tmp_
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_folder_that_lacks_a_file_is_refused(exported: Path, name: str) -> None:
     (exported / name).unlink()
-    assert refusal(lambda: load(exported)) == f"{exported}: no export of advmoe, it has no {name}"
+    assert refusal(lambda: load(exported)) == f"{exported}: not an export of advmoe, {name} is missing"
 
 
 def test_a_folder_without_its_card_is_read(exported: Path) -> None:
@@ -162,10 +162,10 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         (lambda config: config.pop("facts"), "config.json: facts: is missing"),
         (lambda config: config.update(code="evil.py"), "config.json: code: is not a known key"),
         (lambda config: config["architecture"].update(kind="forest"), "config.json: architecture:"),
-        (lambda config: config["facts"].update(class_names=["a", "b", "c"]), "describes another network"),
-        (lambda config: config["architecture"]["gate"].update(temperature=2.0), "describes another network"),
-        (lambda config: config["provenance"].update(sha256="0" * 64), "describes another network"),
-        (lambda config: config["provenance"].update(header_sha256="0" * 64), "describes another network"),
+        (lambda config: config["facts"].update(class_names=["a", "b", "c"]), "does not describe the network"),
+        (lambda config: config["architecture"]["gate"].update(temperature=2.0), "does not describe the network"),
+        (lambda config: config["provenance"].update(sha256="0" * 64), "does not describe the network"),
+        (lambda config: config["provenance"].update(header_sha256="0" * 64), "does not describe the network"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(exported: Path, edit: Callable[[Any], object], reason: str) -> None:
@@ -193,7 +193,7 @@ def test_damaged_weights_are_refused(exported: Path) -> None:
 def test_the_weights_of_another_export_are_refused(exported: Path, tmp_path: Path) -> None:
     other = save_small(tmp_path / "other.safetensors", seed=1)
     shutil.copy(other, exported / "model.safetensors")
-    assert "config.json describes another network than model.safetensors holds" in refusal(lambda: load(exported))
+    assert "config.json does not describe the network in model.safetensors" in refusal(lambda: load(exported))
 
 
 def test_an_earlier_export_is_replaced_whole(exported: Path, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_an_artifact_that_is_no_classifier_is_refused_before_anything_is_touched
 
 
 class Killed(BaseException):
-    """What no handler of errors catches, as with a process that is told to stop."""
+    """A BaseException, as raised when a process is interrupted."""
 
 
 def stop(*_: object, **__: object) -> None:
@@ -298,7 +298,8 @@ def test_without_the_extra_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.delitem(sys.modules, "advmoe.reporting.export.pretrained")
     said = refusal(lambda: importlib.import_module("advmoe.reporting.export.pretrained"))
-    assert said.startswith("huggingface_hub cannot be imported; pip install 'advmoe[export]'")
+    assert said.startswith("huggingface_hub cannot be imported; install the export packages")
+    assert said.endswith("pip install 'advmoe[export]'")
 
 
 def test_a_folder_is_written_and_described_without_the_extra(

@@ -1,4 +1,4 @@
-"""An ONNX file: it answers like PyTorch, names its origin, is silent on the machine, and is refused when it differs."""
+"""ONNX export: outputs equal to PyTorch, metadata, no paths of the machine, errors when outputs differ."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ import advmoe
 from advmoe.core import artifacts
 from advmoe.core.errors import UserError
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Backbone, NoGate, OwnConfidence
+from advmoe.models.classifiers import BackboneSettings, ConfidenceSettings, UniformGateSettings
 from advmoe.models.mixture import Mixing
 from advmoe.reporting.export.provenance import Description
 
@@ -24,7 +24,7 @@ exporting = pytest.importorskip("advmoe.reporting.export.onnx", exc_type=ImportE
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-CNN = Backbone(kind="cnn", width=2)  # translation takes a second for every twenty layers
+CNN = BackboneSettings(kind="cnn", width=2)  # translation takes a second for every twenty layers
 SMALL = MIXTURE.model_copy(update={"backbone": CNN})
 
 
@@ -79,7 +79,7 @@ def test_the_file_is_one_valid_model_of_a_fixed_opset(exported: Path) -> None:
     assert sorted(path.name for path in exported.parent.iterdir() if "onnx" in path.name) == ["mixture.onnx"]
 
 
-def test_the_file_does_not_tell_where_it_was_made(exported: Path) -> None:
+def test_the_file_holds_no_paths_of_the_machine(exported: Path) -> None:
     content = exported.read_bytes()
     for private in (advmoe.__path__[0], torch.__path__[0], "moe.py"):
         assert private.encode() not in content
@@ -94,10 +94,13 @@ def test_equal_input_gives_equal_bytes(artifact: Path, exported: Path) -> None:
 
 
 VARIANTS: dict[str, Any] = {
-    **{kind: PLAIN.model_copy(update={"backbone": Backbone(kind=kind, width=4)}) for kind in classifiers.BACKBONES},
+    **{
+        kind: PLAIN.model_copy(update={"backbone": BackboneSettings(kind=kind, width=4)})
+        for kind in classifiers.BACKBONES
+    },
     **{mixing: SMALL.model_copy(update={"mixing": mixing}) for mixing in get_args(Mixing) if mixing != SMALL.mixing},
-    "uniform": SMALL.model_copy(update={"gate": NoGate(kind="uniform")}),
-    "confidence": SMALL.model_copy(update={"gate": OwnConfidence(kind="confidence", temperature=1.5)}),
+    "uniform": SMALL.model_copy(update={"gate": UniformGateSettings(kind="uniform")}),
+    "confidence": SMALL.model_copy(update={"gate": ConfidenceSettings(kind="confidence", temperature=1.5)}),
 }
 
 
@@ -115,12 +118,12 @@ def test_every_architecture_can_be_written_in_silence(
 
 def test_another_network_is_not_taken_for_the_same(exported: Path, tmp_path: Path) -> None:
     other = advmoe.load_model(save_small(tmp_path / "other.safetensors", seed=1))
-    with pytest.raises(UserError, match=r"onnxruntime and PyTorch differ by .* decide differently on"):
-        exporting.compare(exported.read_bytes(), other, exporting.probes(FACTS))
+    with pytest.raises(UserError, match=r"onnxruntime and PyTorch differ by .* predict different classes on"):
+        exporting.compare_outputs(exported.read_bytes(), other, exporting.comparison_batches(FACTS))
 
 
 class Skewed(nn.Module):
-    """A network with something added to what it says."""
+    """A network with a constant added to its outputs."""
 
     def __init__(self, model: nn.Module, by: Tensor) -> None:
         super().__init__()
@@ -132,19 +135,19 @@ class Skewed(nn.Module):
 
 
 @pytest.mark.parametrize("by", [2 * 1e-4, -2 * 1e-4, float("nan")])
-def test_equal_decisions_do_not_excuse_other_numbers(artifact: Path, exported: Path, by: float) -> None:
+def test_equal_classes_with_other_numbers_are_refused(artifact: Path, exported: Path, by: float) -> None:
     skewed = Skewed(advmoe.load_model(artifact), torch.tensor(by))
     with pytest.raises(UserError, match="nothing was written"):
-        exporting.compare(exported.read_bytes(), skewed, exporting.probes(FACTS))
+        exporting.compare_outputs(exported.read_bytes(), skewed, exporting.comparison_batches(FACTS))
 
 
-def test_nearly_equal_numbers_do_not_excuse_another_decision(
+def test_nearly_equal_numbers_with_another_class_are_refused(
     artifact: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "TOLERANCE", 100.0)
     skewed = Skewed(advmoe.load_model(artifact), torch.tensor([50.0, 0.0, 0.0]))
-    with pytest.raises(UserError, match=r"decide differently on \d+ of 19 images"):
-        exporting.compare(exported.read_bytes(), skewed, exporting.probes(FACTS))
+    with pytest.raises(UserError, match=r"predict different classes on \d+ of 19 images"):
+        exporting.compare_outputs(exported.read_bytes(), skewed, exporting.comparison_batches(FACTS))
 
 
 def test_a_model_that_differs_leaves_the_old_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,8 +166,8 @@ def test_a_network_that_branches_on_its_input_is_refused_in_one_sentence(capfd: 
         def forward(self, images_BCHW: Tensor) -> Tensor:
             return images_BCHW.sum((2, 3)) if images_BCHW.sum() > 0 else images_BCHW.mean((2, 3))
 
-    with pytest.raises(UserError, match="cannot be translated to ONNX") as caught:
-        exporting.translate(Branching().eval(), FACTS)
+    with pytest.raises(UserError, match="cannot be converted to ONNX") as caught:
+        exporting.to_onnx(Branching().eval(), FACTS)
     assert len(str(caught.value).splitlines()) == 1
     assert capfd.readouterr() == ("", "")
 
@@ -174,14 +177,14 @@ def test_a_network_for_one_size_of_batch_is_refused() -> None:
         def forward(self, images_BCHW: Tensor) -> Tensor:
             return images_BCHW.mean((2, 3)) + torch.zeros(len(images_BCHW), 3)
 
-    with pytest.raises(UserError, match="it ties itself to the number of images in a batch"):
-        exporting.translate(Counting().eval(), FACTS)
+    with pytest.raises(UserError, match="it depends on the number of images in a batch"):
+        exporting.to_onnx(Counting().eval(), FACTS)
 
 
 def test_more_than_a_file_can_hold_is_refused(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "LARGEST", 1000)
+    monkeypatch.setattr(exporting, "MAX_BYTES", 1000)
     with pytest.raises(UserError, match=r"one ONNX file holds 2 GiB at most"):
-        exporting._serialised(onnx.load(exported))
+        exporting._serialise(onnx.load(exported))
 
 
 def test_an_artifact_is_not_overwritten_by_a_slip(artifact: Path) -> None:
@@ -199,10 +202,10 @@ def test_a_damaged_artifact_is_refused(artifact: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "model.onnx").exists()
 
 
-def test_probes_are_pixels_of_several_batch_sizes_the_same_each_time() -> None:
-    batches = exporting.probes(FACTS)
+def test_comparison_batches_are_pixels_of_several_batch_sizes_the_same_each_time() -> None:
+    batches = exporting.comparison_batches(FACTS)
     assert {len(batch) for batch in batches} == {1, 2, 7}
-    for batch, again in zip(batches, exporting.probes(FACTS), strict=True):
+    for batch, again in zip(batches, exporting.comparison_batches(FACTS), strict=True):
         assert batch.shape[1:] == (3, 8, 8)
         assert batch.dtype == torch.float32
         assert (batch >= 0).all()
@@ -214,7 +217,7 @@ def test_probes_are_pixels_of_several_batch_sizes_the_same_each_time() -> None:
 def test_without_the_extra_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "advmoe.reporting.export.onnx")
-    with pytest.raises(UserError, match=f"{package} cannot be imported; pip install 'advmoe\\[export\\]'") as caught:
+    with pytest.raises(UserError, match=rf"{package} cannot be imported; .*: pip install 'advmoe\[export\]'") as caught:
         importlib.import_module("advmoe.reporting.export.onnx")
     assert len(str(caught.value).splitlines()) == 1
 

@@ -1,4 +1,4 @@
-"""What an export says of itself: all that the artifact knows, the circumstances, and nothing that is private."""
+"""The description of an export: artifact header, environment, nothing private."""
 
 import json
 import socket
@@ -11,16 +11,16 @@ import torch
 
 from advmoe.core import artifacts
 from advmoe.core.errors import UserError
-from advmoe.data.dataset import Facts
+from advmoe.data.dataset import DatasetInfo
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Backbone, GateSettings, Mixture, Plain
+from advmoe.models.classifiers import BackboneSettings, GateSettings, MixtureArchitecture, PlainArchitecture
 from advmoe.reporting.export.provenance import Description, describe
 
 ODD_NAMES = ("zero", 'a "quoted"\nname', "näher, 子犬 \N{DOG FACE}")
-FACTS = Facts(channels=3, height=8, width=8, class_names=ODD_NAMES, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
-BACKBONE = Backbone(kind="resnet18", width=2)
-PLAIN = Plain(kind="plain", backbone=BACKBONE)
-MIXTURE = Mixture(
+FACTS = DatasetInfo(channels=3, height=8, width=8, class_names=ODD_NAMES, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+BACKBONE = BackboneSettings(kind="resnet18", width=2)
+PLAIN = PlainArchitecture(kind="plain", backbone=BACKBONE)
+MIXTURE = MixtureArchitecture(
     kind="mixture",
     backbone=BACKBONE,
     experts=("one", "two"),
@@ -30,7 +30,7 @@ MIXTURE = Mixture(
 PARAMS: dict[str, Any] = {"recipe": {"epochs": 2}}
 
 
-def save_small(path: Path, architecture: Plain | Mixture = MIXTURE, seed: int = 0) -> Path:
+def save_small(path: Path, architecture: PlainArchitecture | MixtureArchitecture = MIXTURE, seed: int = 0) -> Path:
     """A classifier of width 2; untrained, but its BatchNorms have seen images and its decisions are not all alike."""
     model = classifiers.build(architecture, FACTS, seed, "export")
     images = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
@@ -59,11 +59,11 @@ def test_what_the_header_knows_is_kept(artifact: Path) -> None:
     assert (origin.params, origin.inputs, origin.metrics) == (PARAMS, {"dataset": "0" * 64}, {"pgd": 0.25})
     assert (origin.seed, origin.torch) == (7, torch.__version__)
     assert (origin.sha256, origin.header_sha256) == (header.sha256, header.header_sha256)
-    assert (found.architecture, found.facts, found.schema_version) == (MIXTURE, FACTS, artifacts.SCHEMA)
+    assert (found.architecture, found.facts, found.schema_version) == (MIXTURE, FACTS, artifacts.SCHEMA_VERSION)
 
 
 def test_circumstances_of_training_come_from_the_sidecar(artifact: Path) -> None:
-    sidecar = artifacts.sidecar(artifact)
+    sidecar = artifacts.sidecar_path(artifact)
     sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "commit": "abc", "dirty": True, "threads": 3}))
     training = described(artifact).provenance.training
     assert training is not None
@@ -72,7 +72,7 @@ def test_circumstances_of_training_come_from_the_sidecar(artifact: Path) -> None
 
 def test_circumstances_of_the_export_name_commit_and_packages(artifact: Path) -> None:
     export = described(artifact).provenance.export
-    made_here = json.loads(artifacts.sidecar(artifact).read_text())
+    made_here = json.loads(artifacts.sidecar_path(artifact).read_text())
     assert (export.commit, export.dirty, export.python) == tuple(
         made_here[key] for key in ("commit", "dirty", "python")
     )
@@ -80,33 +80,33 @@ def test_circumstances_of_the_export_name_commit_and_packages(artifact: Path) ->
     assert {"advmoe", "numpy", "safetensors"} <= export.packages.keys()
 
 
-def test_the_host_is_not_told(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_name_is_left_out(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "secret-host")
     save_small(artifact)
-    assert "secret-host" in artifacts.sidecar(artifact).read_text()
+    assert "secret-host" in artifacts.sidecar_path(artifact).read_text()
     assert "secret-host" not in described(artifact).model_dump_json()
 
 
-def test_without_a_sidecar_nothing_is_made_up(artifact: Path) -> None:
-    artifacts.sidecar(artifact).unlink()
+def test_without_a_sidecar_there_is_no_training_environment(artifact: Path) -> None:
+    artifacts.sidecar_path(artifact).unlink()
     assert described(artifact).provenance.training is None
 
 
-def test_the_sidecar_of_another_artifact_is_not_believed(artifact: Path) -> None:
+def test_the_sidecar_of_another_artifact_is_ignored(artifact: Path) -> None:
     other = save_small(artifact.with_name("other.safetensors"), seed=1)
-    artifacts.sidecar(other).replace(artifacts.sidecar(artifact))
+    artifacts.sidecar_path(other).replace(artifacts.sidecar_path(artifact))
     assert described(artifact).provenance.training is None
 
 
 @pytest.mark.parametrize(("text", "reason"), [("{", "cannot be read as JSON"), ("[]", "must be a mapping")])
 def test_a_damaged_sidecar_is_refused(artifact: Path, text: str, reason: str) -> None:
-    artifacts.sidecar(artifact).write_text(text)
+    artifacts.sidecar_path(artifact).write_text(text)
     with pytest.raises(UserError, match=reason):
         described(artifact)
 
 
 def test_a_sidecar_without_a_commit_is_refused(artifact: Path) -> None:
-    sidecar = artifacts.sidecar(artifact)
+    sidecar = artifacts.sidecar_path(artifact)
     content = json.loads(sidecar.read_text())
     del content["commit"]
     sidecar.write_text(json.dumps(content))

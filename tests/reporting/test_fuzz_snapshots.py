@@ -1,4 +1,4 @@
-"""The records that people see, spoilt at random: shown, left out, or refused in one sentence; nothing half-written."""
+"""Randomly corrupted snapshots: shown, left out, or refused with one message; no partial files."""
 
 import json
 from collections.abc import Callable
@@ -10,19 +10,19 @@ from conftest import Advmoe, copy_inputs
 from fuzzing import as_json, damaged, ended, files_of, fuzz, nothing_partial, refusal, spoilt
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import plain, plant
+from snapshot_files import model_wrong_on, write_snapshot
 from test_report import made_up
 
 from advmoe.core import snapshots
-from advmoe.core.snapshots import Folder
+from advmoe.core.snapshots import FolderSnapshot
 from advmoe.reporting.report import compare
-from advmoe.reporting.report.content import Content, gather
+from advmoe.reporting.report.content import ReportContent, build_content
 from advmoe.reporting.report.html import render_html
 from advmoe.reporting.report.markdown import render_markdown
 from advmoe.statistics import aggregation, claims
 from advmoe.statistics.pairing import Claim
 
-MODELS = {"mixture": plain([3]), "baseline/adversarial": plain(range(8))}
+MODELS = {"mixture": model_wrong_on([3]), "baseline/adversarial": model_wrong_on(range(8))}
 CLAIM = Claim(model="mixture", over="baseline/adversarial", under="worst")
 CELLS = ("", "0", "1", "2", "-1", "nan", "inf", "1e999", "clean", "a\nb", '"', "\x00", "x" * 2000, "٣", "9" * 5000)
 
@@ -43,22 +43,22 @@ def spoilt_file(draw: Callable[[st.SearchStrategy[Any]], Any], content: bytes, n
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two equal records side by side."""
-    folder = tmp_path_factory.mktemp("planted")
+def two_snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two equal snapshots."""
+    folder = tmp_path_factory.mktemp("snapshots")
     for side in ("left", "right"):
-        plant(folder / side, MODELS)
+        write_snapshot(folder / side, MODELS)
     return folder
 
 
 @pytest.fixture(scope="module")
-def whole(planted: Path) -> dict[str, bytes]:
-    return files_of(planted / "left")
+def whole(two_snapshots: Path) -> dict[str, bytes]:
+    return files_of(two_snapshots / "left")
 
 
 @pytest.fixture(autouse=True)
-def inside(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(planted)
+def inside(two_snapshots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(two_snapshots)
 
 
 def spoil(data: st.DataObject, whole: dict[str, bytes]) -> None:
@@ -74,8 +74,8 @@ def test_any_record_can_be_compared(whole: dict[str, bytes], data: st.DataObject
     spoil(data, whole)
 
     def use() -> None:
-        found = compare.compare(Folder(Path("left")), Folder(Path("right")))
-        assert compare.markdown(found)
+        found = compare.compare_snapshots(FolderSnapshot(Path("left")), FolderSnapshot(Path("right")))
+        assert compare.to_markdown(found)
 
     refusal(use)
 
@@ -86,7 +86,7 @@ def test_any_record_can_be_judged(whole: dict[str, bytes], data: st.DataObject) 
     spoil(data, whole)
 
     def use() -> None:
-        json.dumps(claims.judge(Folder(Path("left")), {"it": CLAIM}, 0).as_dict(), allow_nan=False)
+        json.dumps(claims.evaluate_claims(FolderSnapshot(Path("left")), {"it": CLAIM}, 0).as_dict(), allow_nan=False)
 
     refusal(use)
 
@@ -95,10 +95,10 @@ def test_any_record_can_be_judged(whole: dict[str, bytes], data: st.DataObject) 
 @given(data=st.data())
 def test_any_record_can_be_aggregated(whole: dict[str, bytes], data: st.DataObject) -> None:
     spoil(data, whole)
-    sides = [Folder(Path("left")), Folder(Path("right"))]
+    sides = [FolderSnapshot(Path("left")), FolderSnapshot(Path("right"))]
 
     def use() -> None:
-        json.dumps(aggregation.aggregate(sides, {"it": CLAIM}, chosen=False).as_dict(), allow_nan=False)
+        json.dumps(aggregation.aggregate(sides, {"it": CLAIM}, require_same_setup=False).as_dict(), allow_nan=False)
 
     refusal(use)
 
@@ -108,7 +108,7 @@ def test_any_record_can_be_aggregated(whole: dict[str, bytes], data: st.DataObje
 def test_any_bytes_of_a_file(content: bytes) -> None:
     Path("file").write_bytes(content)
     for read in (snapshots.read_json, snapshots.read_csv):
-        refusal(lambda read=read: read(Folder(Path()), Path("file")))  # type: ignore[misc]
+        refusal(lambda read=read: read(FolderSnapshot(Path()), Path("file")))  # type: ignore[misc]
 
 
 @fuzz(10)
@@ -134,7 +134,7 @@ def test_any_record_can_be_reported(data: st.DataObject) -> None:
     record = REPORTED.replaced(name, data.draw(spoilt_file(REPORTED.content[name], name)))
 
     def use() -> None:
-        content = gather(record)
+        content = build_content(record)
         assert render_html(content)
         assert render_markdown(content)
 
@@ -208,35 +208,35 @@ def test_results_of_another_form_are_refused(
 def test_a_report_is_refused_where_accuracies_are_a_word() -> None:
     name = "metrics/evaluate/expert-clean.json"
     record = REPORTED.replaced(name, json.loads(REPORTED.content[name]) | {"accuracy": " "})
-    assert refusal(lambda: gather(record)) is not None
+    assert refusal(lambda: build_content(record)) is not None
 
 
 def test_a_report_is_refused_where_epsilon_is_a_word() -> None:
     name = "metrics/evaluate.json"
     record = REPORTED.replaced(name, json.loads(REPORTED.content[name]) | {"epsilon": "\x1f"})
-    assert refusal(lambda: gather(record)) is not None
+    assert refusal(lambda: build_content(record)) is not None
 
 
 @pytest.mark.parametrize("render", [render_html, render_markdown])
-def test_a_finding_whose_status_is_no_word_is_refused(render: Callable[[Content], str]) -> None:
+def test_a_finding_whose_status_is_no_word_is_refused(render: Callable[[ReportContent], str]) -> None:
     findings = json.loads(REPORTED.content["metrics/findings.json"])
     findings["claims"]["one"]["status"] = None
     record = REPORTED.replaced("metrics/findings.json", findings)
-    assert refusal(lambda: render(gather(record))) is not None
+    assert refusal(lambda: render(build_content(record))) is not None
 
 
 @pytest.mark.parametrize("name", ["\x1b[31mred", "\u732b"], ids=ascii)
 def test_a_name_that_no_font_has_is_drawn_without_a_warning(name: str) -> None:
     path = "metrics/evaluate/baseline-adversarial.json"
     record = REPORTED.replaced(path, json.loads(REPORTED.content[path]) | {"model": name})
-    assert name.lstrip("\x1b") in render_html(gather(record))
+    assert name.lstrip("\x1b") in render_html(build_content(record))
 
 
 def test_a_report_is_refused_where_a_verdict_is_no_word() -> None:
     name = "metrics/verdict.json"
     spoilt_verdict = json.loads(REPORTED.content[name])
     spoilt_verdict["mixture"]["verdict"] = None
-    assert refusal(lambda: gather(REPORTED.replaced(name, spoilt_verdict))) is not None
+    assert refusal(lambda: build_content(REPORTED.replaced(name, spoilt_verdict))) is not None
 
 
 @pytest.mark.parametrize("name", ["metrics/evaluate/mixture.json", "metrics/poison-runs/badnets.json"])
@@ -244,7 +244,7 @@ def test_a_report_is_refused_where_a_key_is_gone(name: str) -> None:
     whole = json.loads(REPORTED.content[name])
     whole.pop("runs", None)
     whole.pop("accuracy", None)
-    assert refusal(lambda: gather(REPORTED.replaced(name, whole))) is not None
+    assert refusal(lambda: build_content(REPORTED.replaced(name, whole))) is not None
 
 
 def test_a_position_of_thousands_of_digits_is_refused(whole: dict[str, bytes]) -> None:
@@ -253,7 +253,7 @@ def test_a_position_of_thousands_of_digits_is_refused(whole: dict[str, bytes]) -
     lines = [head, "9" * 5000 + first[first.index(",") :], *rest]
     for each, content in whole.items():
         Path("left", each).write_bytes("\n".join(lines).encode() if each == name else content)
-    assert refusal(lambda: claims.judge(Folder(Path("left")), {"it": CLAIM}, 0)) is not None
+    assert refusal(lambda: claims.evaluate_claims(FolderSnapshot(Path("left")), {"it": CLAIM}, 0)) is not None
 
 
 @pytest.mark.parametrize(
@@ -262,4 +262,7 @@ def test_a_position_of_thousands_of_digits_is_refused(whole: dict[str, bytes]) -
 def test_params_of_a_record_that_are_no_yaml_are_refused(whole: dict[str, bytes], text: str) -> None:
     for each, content in whole.items():
         Path("left", each).write_bytes(text.encode() if each == "params.yaml" else content)
-    assert refusal(lambda: compare.compare(Folder(Path("left")), Folder(Path("right")))) is not None
+    assert (
+        refusal(lambda: compare.compare_snapshots(FolderSnapshot(Path("left")), FolderSnapshot(Path("right"))))
+        is not None
+    )

@@ -1,4 +1,4 @@
-"""The model card: front matter that can be read, and nothing in it that the metrics do not say."""
+"""The model card: valid front matter, and numbers from the metrics only."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from test_report import EVIL, evil, made_up, withheld
 
 from advmoe.core.artifacts import Header
-from advmoe.reporting.report.model_card import card
+from advmoe.reporting.report.model_card import render_model_card
 
 
 def front(text: str) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def front(text: str) -> dict[str, Any]:
 
 
 def test_the_front_matter_holds_the_results() -> None:
-    found = front(card(made_up()))
+    found = front(render_model_card(made_up()))
     assert (found["license"], found["pipeline_tag"]) == ("mit", "image-classification")
     assert "datasets" not in found  # the Hub knows no scikit-learn digits
     (result,) = found["model-index"][0]["results"]
@@ -28,9 +28,9 @@ def test_the_front_matter_holds_the_results() -> None:
     assert values["clean accuracy"] == 0.95
 
 
-def test_the_hub_reads_it() -> None:
+def test_huggingface_hub_can_parse_it() -> None:
     hub = pytest.importorskip("huggingface_hub", reason="the Hub's own reader is not installed")
-    data = hub.ModelCard(card(made_up())).data
+    data = hub.ModelCard(render_model_card(made_up())).data
     assert {each.metric_value for each in data.eval_results} >= {0.735, 0.95}
     assert data.license == "mit"
 
@@ -39,11 +39,11 @@ def test_a_data_set_that_the_hub_knows_is_named() -> None:
     record = made_up()
     content = json.loads(record.content["params.yaml"])
     content["prepare"]["source"] = {"kind": "svhn"}
-    assert front(card(record.replaced("params.yaml", content)))["datasets"] == ["ufldl-stanford/svhn"]
+    assert front(render_model_card(record.replaced("params.yaml", content)))["datasets"] == ["ufldl-stanford/svhn"]
 
 
-def test_it_says_what_speaks_against_the_mixture() -> None:
-    text = card(made_up())
+def test_it_lists_the_limitations() -> None:
+    text = render_model_card(made_up())
     limits = text.partition("## Limitations")[2]
     assert "mixture better than adversarial in the worst case: contradicted" in limits
     assert "94.4" in limits  # the success rate of poisoning
@@ -54,7 +54,7 @@ def test_it_says_what_speaks_against_the_mixture() -> None:
 
 
 def test_a_withheld_headline_is_withheld_here_too() -> None:
-    text = card(withheld())
+    text = render_model_card(withheld())
     assert "withheld: gradients: a third of them is zero" in text
     assert "0.735" not in text
     assert "73.5" not in text
@@ -62,12 +62,12 @@ def test_a_withheld_headline_is_withheld_here_too() -> None:
     assert [metric["name"] for metric in result["metrics"]] == ["clean accuracy"]
 
 
-def test_an_empty_record_makes_a_card_that_claims_nothing() -> None:
-    found = front(card(made_up().without("")))
+def test_an_empty_snapshot_gives_a_card_without_results() -> None:
+    found = front(render_model_card(made_up().without("")))
     assert "model-index" not in found
 
 
-def test_hashes_of_the_artifact_are_told() -> None:
+def test_hashes_of_the_artifact_are_shown() -> None:
     header = Header(
         kind="classifier",
         about={},
@@ -79,12 +79,12 @@ def test_hashes_of_the_artifact_are_told() -> None:
         sha256="f00d",
         header_sha256="beef",
     )
-    text = card(made_up(), header)
+    text = render_model_card(made_up(), header)
     assert all(fact in text for fact in ("f00d", "beef", "2.9.0"))
 
 
 def test_names_with_markup_stay_names() -> None:
-    text = card(evil(), name=EVIL)
+    text = render_model_card(evil(), name=EVIL)
     body = text.split("---\n", 2)[2].partition("<details><summary>params.yaml")[0]
     assert "<script" not in body
     assert front(text)["model-index"][0]["name"] == EVIL
@@ -92,6 +92,8 @@ def test_names_with_markup_stay_names() -> None:
 
 def test_nothing_in_params_ends_its_listing_early() -> None:
     record = made_up()
-    text = card(record.replaced("params.yaml", record.content["params.yaml"] + b"\n# ````\n# # a heading?\n"))
+    text = render_model_card(
+        record.replaced("params.yaml", record.content["params.yaml"] + b"\n# ````\n# # a heading?\n")
+    )
     listing = text.partition("<details><summary>params.yaml")[2]
     assert listing.count("`````") == 2

@@ -1,4 +1,4 @@
-"""The report on a made-up record: what it says, what it withholds, and that no name or missing file breaks it."""
+"""The report on a made-up snapshot: contents, withheld numbers, unusual names and missing files."""
 
 import html
 import json
@@ -17,27 +17,35 @@ from advmoe import __version__
 from advmoe.attacks.registry import KINDS
 from advmoe.core.artifacts import Header
 from advmoe.core.errors import UserError
+from advmoe.core.references import in_current_form
 from advmoe.core.settings import read_yaml
-from advmoe.evaluation.verdict import CHECKS
+from advmoe.evaluation import verdict
 from advmoe.reporting.report import glossary
-from advmoe.reporting.report.build import build
-from advmoe.reporting.report.compare import Comparison
-from advmoe.reporting.report.compare import Table as Compared
-from advmoe.reporting.report.content import Content, gather
-from advmoe.reporting.report.figures import THINNED, Disc, Dot, Line, _line, discs, dots
+from advmoe.reporting.report.build import write_report
+from advmoe.reporting.report.compare import Comparison, ComparisonTable
+from advmoe.reporting.report.content import ReportContent, build_content
+from advmoe.reporting.report.figures import (
+    MAX_POINTS,
+    Bubble,
+    IntervalPoint,
+    Line,
+    _draw_line,
+    bubble_chart,
+    interval_plot,
+)
 from advmoe.reporting.report.html import render_comparison, render_html
 from advmoe.reporting.report.markdown import render_markdown
-from advmoe.statistics.intervals import Share
+from advmoe.statistics.intervals import Proportion
 from advmoe.statistics.paired_tests import PairedDifference
 
 EVIL = '<script>alert(1)</script>|&"'
-ATTACKS = {"pgd": 150, "fgsm": 160, "rays": 40}  # images that the mixture withstands; RayS meets fewer
+ATTACKS = {"pgd": 150, "fgsm": 160, "rays": 40}  # correctly classified images; RayS is run on fewer
 EXPERTS = ("clean", "pgd-1")
 BASELINES = ("standard", "adversarial", "trades")
 
 
 class Files:
-    """A record in memory."""
+    """A snapshot in memory."""
 
     name = "made up"
 
@@ -62,7 +70,7 @@ class Files:
 
 
 def share(correct: int, total: int = 200) -> dict[str, Any]:
-    return Share.counted(correct, total).as_dict()
+    return Proportion.from_counts(correct, total).as_dict()
 
 
 def paired(difference: float) -> dict[str, Any]:
@@ -203,8 +211,8 @@ def claims() -> dict[str, Any]:
 
 
 def params() -> bytes:
-    """The project's own, with as many experts and comparators as the record has."""
-    content = read_yaml(ROOT / "params.yaml")
+    """The project's params, with the experts and baselines of the made-up snapshot."""
+    content = in_current_form(read_yaml(ROOT / "params.yaml"), "params.yaml")
     content["experts"] = {name: content["experts"][name] for name in EXPERTS}
     content["train"]["experts"] = list(EXPERTS)
     content["baseline"] = dict.fromkeys(BASELINES, content["baseline"]["adversarial"])
@@ -214,7 +222,7 @@ def params() -> bytes:
 
 
 def made_up() -> Files:
-    """A complete record of a small pipeline."""
+    """A complete snapshot of a small pipeline."""
     files: dict[str, Any] = evaluation() | training() | threats() | claims()
     names = ["mixture", *(f"baseline/{name}" for name in BASELINES)]
     grid = f"epsilon,{','.join(names)}\n0.05{',0.9' * len(names)}\n0.1{',0.7' * len(names)}\n"
@@ -252,20 +260,20 @@ class Page(HTMLParser):
 
 
 def page_of(record: Files) -> str:
-    return render_html(gather(record))
+    return render_html(build_content(record))
 
 
 @pytest.fixture(scope="module")
-def content() -> Content:
-    return gather(made_up())
+def content() -> ReportContent:
+    return build_content(made_up())
 
 
 @pytest.fixture(scope="module")
-def page(content: Content) -> str:
+def page(content: ReportContent) -> str:
     return render_html(content)
 
 
-def test_the_first_screen_says_verdict_headline_and_findings(content: Content, page: str) -> None:
+def test_the_first_screen_holds_verdict_headline_and_claims(content: ReportContent, page: str) -> None:
     text = Page(page).text
     first = text[text.index("Verdict of the checks:") : text.index("Worst case over all attacks")]
     assert "Verdict of the checks: pass" in first
@@ -275,26 +283,26 @@ def test_the_first_screen_says_verdict_headline_and_findings(content: Content, p
     assert "Clean: 95.0 % [91.0, 97.3]." in first
     assert "mixture better than adversarial in the worst case contradicted" in first
     assert "the evidence against baseline/trades seeds 0, 1, 2" in first
-    assert [finding.status for finding in content.head.findings] == ["contradicted", "supported", "not supported"]
+    assert [finding.status for finding in content.headline.claims] == ["contradicted", "supported", "not supported"]
 
 
-def test_a_claim_that_cannot_be_judged_comes_last() -> None:
+def test_a_claim_that_was_not_judged_comes_last() -> None:
     record = made_up()
     found = json.loads(record.content["metrics/findings.json"])
     found["claims"]["one"]["status"] = "not judged"
-    statuses = [each.status for each in gather(record.replaced("metrics/findings.json", found)).head.findings]
+    statuses = [each.status for each in build_content(record.replaced("metrics/findings.json", found)).headline.claims]
     assert statuses == ["supported", "not supported", "not judged"]
 
 
-def test_without_findings_the_report_says_what_a_claim_about_methods_takes() -> None:
+def test_without_results_of_claims_the_report_says_so() -> None:
     record = made_up().without("metrics/findings.json").without("metrics/aggregate.json")
     text = Page(page_of(record)).text
-    assert "No claims were judged in this record" in text
-    assert "that takes at least three seeds" in text
+    assert "No results of claims" in text
+    assert "they need at least three seeds" in text
 
 
 def withheld() -> Files:
-    """A record whose mixture failed a check: as `advmoe.evaluation.serialise` writes it."""
+    """A snapshot whose mixture failed a check, as `advmoe.evaluation.serialise` writes it."""
     record, path = made_up(), "metrics/evaluate/mixture.json"
     mixture = json.loads(record.content[path])
     accuracy = {kind: each if kind == "clean" else None for kind, each in mixture["accuracy"].items()}
@@ -305,13 +313,13 @@ def withheld() -> Files:
 
 
 def test_a_failed_check_withholds_the_headline_everywhere() -> None:
-    content = gather(withheld())
-    assert content.head.number == ""
+    content = build_content(withheld())
+    assert content.headline.number == ""
     page, text = render_html(content), render_markdown(content)
     for shown in (Page(page).text, text):
         assert "gradients: a third of them is zero" in shown
         assert "73.5" not in shown
-        assert "1.2 [" not in shown  # the paired differences would give it away
+        assert "1.2 [" not in shown  # the paired differences would disclose it
     assert "Withheld: mixture." in page
     assert "mixture: 90.0 % at 0.05" not in page  # plots/evaluate has the curves of withheld models too
     assert "standard: 90.0 % at 0.05" in page
@@ -323,63 +331,65 @@ def test_a_failed_check_withholds_the_headline_everywhere() -> None:
 def test_the_names_of_models_attacks_and_checks_are_explained(page: str) -> None:
     text = Page(page).text
     assert "trades one resnet18, adversarial training on PGD" in text  # made up: all entries are the adversarial one
-    assert "uniform average, no gate the experts of this same mixture, weighed alike" in text
+    assert "uniform average, no gate the experts of this mixture with equal weights" in text
     assert "fgsm one step of size epsilon along the sign of the gradient" in text
-    assert "iterations Many steps beat one step" in text
+    assert "convergence Many steps are at least as strong as one step" in text
 
 
-def test_every_attack_and_check_there_is_has_its_words() -> None:
+def test_every_attack_and_check_is_explained() -> None:
     assert set(glossary.ATTACKS) == set(KINDS)
-    assert list(glossary.CHECKS) == [check.__name__ for check in CHECKS]
+    assert list(glossary.CHECKS) == list(verdict.TITLES)
 
 
-def test_every_comparator_of_every_profile_has_its_words() -> None:
-    for file in (ROOT / "params.yaml", *(ROOT / "profiles").glob("*.yaml")):
-        content = read_yaml(file)
+def test_every_baseline_of_every_profile_is_explained() -> None:
+    files = {file.name: read_yaml(file) for file in (ROOT / "params.yaml", *(ROOT / "profiles").glob("*.yaml"))}
+    adversaries = {name: each for content in files.values() for name, each in content.get("adversaries", {}).items()}
+    resolved = {file: in_current_form({**content, "adversaries": adversaries}, file) for file, content in files.items()}
+    for file, content in resolved.items():
         for name in content.get("baseline") or {}:
             assert glossary.network(f"baseline/{name}", content), (file, name)
-    full = read_yaml(ROOT / "profiles/digits-full.yaml")
+    full = resolved["digits-full.yaml"]
     said = glossary.network("baseline/equal-passes", full)
-    assert said == "one resnet18, adversarial training on PGD, trained for as many operations as the whole mixture"
+    assert said == "one resnet18, adversarial training on PGD, trained with the same FLOPs as the whole mixture"
     assert glossary.network("somebody-elses", full) == ""
     taught = {"baseline": {"distilled": {"kind": "distilled", "backbone": "cnn"}}}
-    assert glossary.network("baseline/distilled", taught).startswith("one cnn that learned the mixture's answers")
+    assert glossary.network("baseline/distilled", taught).startswith("one cnn distilled from the mixture")
 
 
-def test_every_comparator_stands_beside_the_mixture_with_its_interval(page: str) -> None:
+def test_every_baseline_is_shown_with_its_interval(page: str) -> None:
     text = Page(page).text
     for name, right in (("standard", 131), ("adversarial", 132), ("trades", 133)):
         assert name in text
-        assert f"{Share.counted(right, 200)}".replace(", ", ",\N{NO-BREAK SPACE}") in html.unescape(page)
+        assert f"{Proportion.from_counts(right, 200)}".replace(", ", ",\N{NO-BREAK SPACE}") in html.unescape(page)
     assert "+1.2 [-1.8, +4.2]" in text  # mixture minus it
 
 
-SECTIONS = {  # what a record may lack, and the sentence that says so
-    "metrics/evaluate": "Nothing was evaluated in this record",
-    "metrics/verdict.json": "The checks: not in this record",
-    "plots/evaluate": "Curves over epsilon: not in this record",
-    "metrics/train/": "No alarm was raised in training 5 networks",
-    "metrics/pretrain": "No alarm was raised in training 4 networks",
-    "metrics/evaluate/mixture.json": "Nothing was evaluated in this record",
-    "plots/": "Curves over epsilon: not in this record",
-    "metrics/poison-runs": "Studies of poisoning: not in this record",
-    "metrics/extract-runs": "Studies of extraction: not in this record",
-    "metrics/membership": "The membership audit: not in this record",
-    "metrics/prepare.json": "The data set: not in this record",
-    "params.yaml": "The ledger: not in this record",
-    "dvc.lock": "dvc.lock is not in this record",
-    "artifacts": "not recorded here",
-    "metrics/": "Training: not in this record",
-    "": "Costs of training: not in this record",
+SECTIONS = {  # missing files, and the text that says so
+    "metrics/evaluate": "No results of an evaluation",
+    "metrics/verdict.json": "Checks: no results",
+    "plots/evaluate": "Accuracies against epsilon: no results",
+    "metrics/train/": "No alarms in the training of 5 networks",
+    "metrics/pretrain": "No alarms in the training of 4 networks",
+    "metrics/evaluate/mixture.json": "No results of an evaluation",
+    "plots/": "Accuracies against epsilon: no results",
+    "metrics/poison-runs": "Data poisoning: no results",
+    "metrics/extract-runs": "Model extraction: no results",
+    "metrics/membership": "Membership inference: no results",
+    "metrics/prepare.json": "Data set: no results",
+    "params.yaml": "Comparison with the paper: no results",
+    "dvc.lock": "dvc.lock is missing",
+    "artifacts": "not recorded",
+    "metrics/": "Training: no results",
+    "": "Cost: no results",
 }
 
 
 @pytest.mark.parametrize("absent", SECTIONS)
-def test_what_did_not_run_is_said_and_breaks_nothing(absent: str, content: Content) -> None:
+def test_missing_results_are_stated_and_raise_nothing(absent: str, content: ReportContent) -> None:
     record = made_up().without(absent)
     if absent == "metrics/":
         record = record.without("plots/")
-    found = gather(record)
+    found = build_content(record)
     page = Page(render_html(found))
     assert SECTIONS[absent] in page.text
     assert [part.name for part in found.sections] == [part.name for part in content.sections]
@@ -401,16 +411,14 @@ VERSIONED = {
 @pytest.mark.parametrize("path", VERSIONED)
 def test_another_schema_is_refused_with_file_and_both_versions(path: str) -> None:
     with pytest.raises(UserError) as refused:
-        gather(made_up().changed(path, schema_version=99))
-    assert str(refused.value).startswith(
-        f"{path}: written in schema 99, but this report reads schema {VERSIONED[path]}"
-    )
+        build_content(made_up().changed(path, schema_version=99))
+    assert str(refused.value).startswith(f"{path}: has schema 99, but this report reads schema {VERSIONED[path]}")
 
 
 @pytest.mark.parametrize("path", ["metrics/evaluate.json", "params.yaml", "dvc.lock"])
 def test_a_broken_file_is_refused_by_its_name(path: str) -> None:
     with pytest.raises(UserError, match=re.escape(path)):
-        gather(made_up().replaced(path, b"{ : ["))
+        build_content(made_up().replaced(path, b"{ : ["))
 
 
 def evil() -> Files:
@@ -432,7 +440,7 @@ def evil() -> Files:
 
 
 def test_names_with_markup_are_only_ever_text() -> None:
-    content = gather(evil())
+    content = build_content(evil())
     found = render_html(content)
     page = Page(found)
     assert not list(page.all("script"))
@@ -445,46 +453,46 @@ def test_names_with_markup_are_only_ever_text() -> None:
 
 
 def test_a_dollar_or_a_brace_in_a_name_is_no_mathematics() -> None:
-    found = dots("x", "t", "d", [Dot(r"$\frac{1$", 1, 0, 2)], axis="a", meaning={})
+    found = interval_plot("x", "t", "d", [IntervalPoint(r"$\frac{1$", 1, 0, 2)], axis="a", meaning={})
     assert r"$\frac{1$" in found.svg
 
 
-def worth(record: Files) -> str:
-    """What the figure of accuracy against work says of itself."""
-    drawn = re.findall(r'<desc id="worth-description">(.*?)</desc>', render_html(gather(record)))
+def cost_figure(record: Files) -> str:
+    """Returns the text alternative of the figure of accuracy against cost."""
+    drawn = re.findall(r'<desc id="cost-figure-description">(.*?)</desc>', render_html(build_content(record)))
     return html.unescape(drawn[0]) if drawn else ""
 
 
-def test_figure_of_what_training_has_bought_shows_every_judged_network() -> None:
-    said = worth(made_up())
+def test_cost_figure_shows_every_checked_network() -> None:
+    said = cost_figure(made_up())
     assert "mixture 95.0 and 73.5 at 91 trillion FLOP" in said
     for place, name in enumerate(BASELINES):
         assert f"{name} 95.0 and {(131 + place) / 2:.1f} at 91 trillion FLOP" in said
 
 
-def test_figure_of_what_training_has_bought_keeps_what_is_withheld() -> None:
-    said = worth(withheld())
+def test_cost_figure_leaves_out_what_is_withheld() -> None:
+    said = cost_figure(withheld())
     assert "mixture" not in said
     assert "standard 95.0" in said
     without_costs = made_up().without("metrics/baseline").without("metrics/train")
-    assert worth(without_costs) == ""
+    assert cost_figure(without_costs) == ""
 
 
-def test_a_long_line_is_thinned_with_its_whiskers_and_keeps_its_end() -> None:
-    count = 2 * THINNED + 2
+def test_a_long_line_is_thinned_with_its_error_bars_and_keeps_its_end() -> None:
+    count = 2 * MAX_POINTS + 2
     xs = tuple(float(place) for place in range(count))
     axes = Drawing().subplots()
-    _line(axes, Line("long", xs, xs, 0, bounds=(xs, xs)))
+    _draw_line(axes, Line("long", xs, xs, 0, bounds=(xs, xs)))
     drawn = np.asarray(axes.lines[0].get_xdata()).tolist()
-    assert (len(drawn), drawn[0], drawn[-1]) == (THINNED + 2, 0, count - 1)
+    assert (len(drawn), drawn[0], drawn[-1]) == (MAX_POINTS + 2, 0, count - 1)
     assert len(axes.collections[0].get_paths()) == len(drawn)
 
 
-def test_areas_of_discs_are_as_their_sizes_whoever_they_are() -> None:
+def test_areas_of_bubbles_are_proportional_to_their_sizes() -> None:
     sizes = (9e12, 4e12, 1e12, 1.0)
-    clean, robust = Share.counted(50, 100), Share.counted(30, 100)
-    rows = [Disc(f"network {size}", clean, robust, size, place) for place, size in enumerate(sizes)]
-    found = discs("x", "t", "d", rows, axes_labels=("a", "b"), unit="FLOP").svg
+    clean, robust = Proportion.from_counts(50, 100), Proportion.from_counts(30, 100)
+    rows = [Bubble(f"network {size}", clean, robust, size, place) for place, size in enumerate(sizes)]
+    found = bubble_chart("x", "t", "d", rows, axes_labels=("a", "b"), unit="FLOP").svg
     collections = re.findall(r'<g id="x-PathCollection.*?</g>', found, flags=re.DOTALL)
     widths = []
     for collection in collections:
@@ -494,18 +502,18 @@ def test_areas_of_discs_are_as_their_sizes_whoever_they_are() -> None:
         widths.append(max(xs) - min(xs))
     large, middle, small, least = widths
     assert (large / small, middle / small) == pytest.approx((3, 2), rel=0.01)
-    assert 4 < large / least < 10  # it would vanish otherwise
+    assert 4 < large / least < 10  # the smallest has a minimum area
 
 
 def test_rows_of_markdown_have_as_many_cells_as_their_heading() -> None:
-    text = render_markdown(gather(evil()))
+    text = render_markdown(build_content(evil()))
     tables = re.findall(r"(?:^\|.*\n?)+", text, flags=re.MULTILINE)
     assert len(tables) > 5
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
 
 
-def test_the_page_asks_nothing_of_anybody(page: str) -> None:
+def test_the_page_makes_no_requests(page: str) -> None:
     found = Page(page)
     for attributes in found.all("a"):
         assert attributes["href"].startswith(("#", "https://arxiv.org/"))
@@ -519,7 +527,7 @@ def test_the_page_asks_nothing_of_anybody(page: str) -> None:
     assert not re.search(r"@import|url\((?!#)", page)
 
 
-def test_ids_are_unique_and_everything_that_refers_to_one_finds_it(page: str) -> None:
+def test_ids_are_unique_and_every_reference_resolves(page: str) -> None:
     found = Page(page)
     ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -530,7 +538,7 @@ def test_ids_are_unique_and_everything_that_refers_to_one_finds_it(page: str) ->
     assert len(wanted) > 40
 
 
-def test_figures_and_tables_speak_to_who_cannot_see_them(page: str) -> None:
+def test_figures_and_tables_are_accessible(page: str) -> None:
     found = Page(page)
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     assert len(drawings) > 8
@@ -545,45 +553,45 @@ def test_figures_and_tables_speak_to_who_cannot_see_them(page: str) -> None:
 def test_figures_are_drawn_in_the_colours_of_the_page(page: str) -> None:
     assert "#0102" not in page  # a sentinel
     assert "currentColor" in page
-    for name in ("comparators", "robustness", "minimal", "asr-badnets", "fidelity-knockoff", "membership"):
+    for name in ("baselines", "robustness", "minimal", "asr-badnets", "fidelity-knockoff", "membership"):
         drawing = re.search(rf'<svg[^>]*aria-labelledby="{name}-title.*?</svg>', page, flags=re.DOTALL)
         assert drawing, name
         assert "var(--series-0)" in drawing.group(), name  # the mixture's
 
 
-def test_a_comparator_has_one_colour_in_all_figures(page: str) -> None:
+def test_a_baseline_has_one_colour_in_all_figures(page: str) -> None:
     found = {}
-    for name in ("comparators", "asr-badnets"):
+    for name in ("baselines", "asr-badnets"):
         drawing = re.search(rf'<svg[^>]*aria-labelledby="{name}-title.*?</svg>', page, flags=re.DOTALL)
         assert drawing
         found[name] = set(re.findall(r"--series-\d", drawing.group()))
-    assert found["comparators"] == {f"--series-{place}" for place in range(4)}
-    assert found["asr-badnets"] == {"--series-0", "--series-2"}  # adversarial is the second comparator there too
+    assert found["baselines"] == {f"--series-{place}" for place in range(4)}
+    assert found["asr-badnets"] == {"--series-0", "--series-2"}  # adversarial is the second baseline there too
 
 
-def test_equal_records_give_equal_pages(page: str) -> None:
+def test_equal_snapshots_give_equal_pages(page: str) -> None:
     assert page_of(made_up()) == page
 
 
-def test_studies_that_params_does_not_list_are_left_out(page: str) -> None:
+def test_experiments_that_params_does_not_list_are_left_out(page: str) -> None:
     assert "badnets: %" in page
     assert "of-an-old-profile" not in page
 
 
-def test_costs_come_from_the_record_and_the_circumstances_from_the_sidecar(page: str) -> None:
+def test_costs_come_from_metrics_and_times_from_the_sidecar(page: str) -> None:
     text = Page(page).text
     assert "mixture 1.23 million 2.5 billion 10 9 7.9 thousand 32 trillion 91 trillion 72 min 512 MiB" in text
     assert "trades 1.23 million" in text
-    assert "not recorded here" in text  # the comparators have no sidecar
+    assert "not recorded" in text  # the baselines have no sidecar
 
 
-def test_alarms_of_training_are_loud() -> None:
+def test_alarms_of_training_are_highlighted() -> None:
     record = made_up().changed("metrics/train/mixture.json", alarms=["the gate has collapsed"])
     page = page_of(record)
-    assert '<p class="loud">Alarm: train mixture: the gate has collapsed</p>' in page
+    assert '<p class="alert">Alarm: train mixture: the gate has collapsed</p>' in page
 
 
-def test_the_ledger_follows_the_parameters() -> None:
+def test_the_comparison_with_the_paper_follows_the_parameters() -> None:
     record = made_up()
     content = json.loads(record.content["params.yaml"])
     assert "width 16 instead of 64, other experts" in Page(page_of(record)).text
@@ -591,12 +599,12 @@ def test_the_ledger_follows_the_parameters() -> None:
     content["experts"]["pgd-1"]["adversary"]["steps"] = [10, 20, 30, 40, 50]
     content["prepare"]["source"] = {"kind": "svhn"}
     text = Page(page_of(record.replaced("params.yaml", content))).text
-    assert "width 16" not in text.partition("What the paper fixes")[2].partition("gate")[0]
+    assert "width 16" not in text.partition("Settings of the paper")[2].partition("gate")[0]
     assert "steps drawn per batch: 10, 20, 30, 40, 50 10, 20, 30, 40, 50 none" in text
     assert "CIFAR-10 and SVHN svhn none" in text
 
 
-def test_the_ledger_calls_another_joint_phase_another_recipe() -> None:
+def test_another_joint_training_is_another_recipe() -> None:
     record = made_up()
     content = json.loads(record.content["params.yaml"])
 
@@ -605,7 +613,7 @@ def test_the_ledger_calls_another_joint_phase_another_recipe() -> None:
         return text.partition("on randomly drawn attacks, clean included")[2].partition("schedule")[0].strip()
 
     paper = content["train"]["adversary"]
-    assert joint_row().endswith("left open by the paper")
+    assert joint_row().endswith("not specified in the paper")
     content["train"] |= {"own_loss": 0.5, "awp": 0.005}
     assert joint_row().endswith(
         "the experts' own losses, weight 0.5; weights perturbed by 0.005 of their norm another recipe"
@@ -615,18 +623,18 @@ def test_the_ledger_calls_another_joint_phase_another_recipe() -> None:
     content["train"]["adversary"] = {"kind": "trades", "steps": [5], "step_size": 0.25, "beta": 6.0}
     assert joint_row() == "trades in every batch another recipe"
     content["train"] |= {"adversary": paper, "recipe": "dwf"}
-    assert joint_row().endswith("left open by the paper")
+    assert joint_row().endswith("not specified in the paper")
     content["train"]["recipe"] = {"kind": "adp", "alpha": 2.0, "beta": 0.5}
     assert joint_row().endswith("the loss of adp (alpha 2, beta 0.5) another recipe")
 
 
-def test_versions_and_hashes_are_told(page: str) -> None:
-    assert "The mixture's artifact is not here to say which PyTorch made it." in Page(page).text
+def test_versions_and_hashes_are_shown(page: str) -> None:
+    assert "The artifact of the mixture, which records the PyTorch version, is missing." in Page(page).text
     facts: dict[str, Any] = {"about": {}, "params": {}, "inputs": {}, "metrics": {}}
     header = Header(kind="classifier", seed=0, torch="2.9.0", sha256="f00d", **facts)
-    text = Page(render_html(gather(made_up(), header=header))).text
+    text = Page(render_html(build_content(made_up(), header=header))).text
     assert f"This page was written by advmoe {__version__}" in text
-    assert "made with PyTorch 2.9.0; sha256 of its tensors f00d" in text
+    assert "created with PyTorch 2.9.0; sha256 of its tensors f00d" in text
 
 
 def test_several_rates_make_a_curve() -> None:
@@ -637,15 +645,15 @@ def test_several_rates_make_a_curve() -> None:
     assert "mixture: 50.0 % at 2, 94.4 % at 10" in page
 
 
-def test_what_was_stolen_stands_beside_the_control_and_is_not_joined_to_it(page: str) -> None:
+def test_extraction_is_shown_with_its_control(page: str) -> None:
     text = Page(page).text
     assert "knockoff: % on 200 test images; surrogate: same; one seed" in text
     assert "mixture probabilities 1600 90.0 [85.1, 93.4] 92.5 [88.0, 95.4] (-11.0 [-14.0, -8.0])" in text
-    assert "mixture, probabilities, 1600 queries 92.5 [88, 95.4]" in text  # the figure, for who cannot see it
-    assert "control: nothing was asked" in text
+    assert "mixture, probabilities, 1600 queries 92.5 [88, 95.4]" in text  # the text alternative of the figure
+    assert "control: no queries" in text
 
 
-def test_several_budgets_make_a_curve_with_a_level_control() -> None:
+def test_several_budgets_make_a_curve_with_a_constant_control() -> None:
     record, path = made_up(), "metrics/extract-runs/knockoff.json"
     study = json.loads(record.content[path])
     study["runs"] += [study["runs"][1] | {"budget": 400, "fidelity": share(100)}]
@@ -664,23 +672,23 @@ def test_several_seeds_are_a_mean_with_its_range() -> None:
 
 
 def test_both_files_are_written(tmp_path: Path) -> None:
-    written = build(made_up(), tmp_path / "out", 6, root=tmp_path)
+    written = write_report(made_up(), tmp_path / "out", 6, root=tmp_path)
     assert [path.name for path in written] == ["report.html", "report.md"]
     page = written[0].read_text()
     assert page.startswith("<!DOCTYPE html>")
-    assert "Adversarial examples cannot be shown" in page
-    assert written[1].read_text().startswith("# How robust")
+    assert "No adversarial examples" in page
+    assert written[1].read_text().startswith("# Robustness report")
 
 
-def test_a_refusal_writes_nothing(tmp_path: Path) -> None:
+def test_an_error_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        build(made_up().changed("metrics/evaluate.json", schema_version=1), tmp_path / "out", 6, root=tmp_path)
+        write_report(made_up().changed("metrics/evaluate.json", schema_version=1), tmp_path / "out", 6, root=tmp_path)
     assert not (tmp_path / "out").exists()
 
 
 def colours(theme: str) -> dict[str, str]:
     """The variables of the style sheet; the first block is light, the second dark."""
-    css = (ROOT / "advmoe/report/templates/palette.css").read_text()
+    css = (ROOT / "advmoe/reporting/report/templates/palette.css").read_text()
     light, dark = re.findall(r":root \{(.*?)\}", css, flags=re.DOTALL)[:2]
     found = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", light))
     return found | (dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", dark)) if theme == "dark" else {})
@@ -707,18 +715,18 @@ def test_contrast_is_sufficient_in_both_themes(theme: str) -> None:
     for name in ("text", "quiet", "link", "good", "mixed", "bad", *(f"series-{place}" for place in range(7))):
         for ground in ("surface", "panel"):
             assert contrast(found[name], found[ground]) >= 4.5, (name, ground)
-    css = (ROOT / "advmoe/report/templates/style.css").read_text()
+    css = (ROOT / "advmoe/reporting/report/templates/style.css").read_text()
     most = int(re.findall(r"var\(--heat\) \* (\d+)%", css)[0]) / 100
     heat = [most * a + (1 - most) * b for a, b in zip(found["heat-colour"], found["surface"], strict=True)]
     assert contrast(found["text"], heat) >= 4.5
 
 
-def test_a_comparison_is_a_page_of_the_same_kind() -> None:
-    empty = Compared("verdicts", ("a",), (), "The same of every model.")
-    moved = Compared("accuracy", ("model", "moved"), ((EVIL, "yes"),), "nothing")
+def test_a_comparison_is_rendered_as_a_page() -> None:
+    empty = ComparisonTable("verdicts", ("a",), (), "No changes.")
+    moved = ComparisonTable("accuracy", ("model", "moved"), ((EVIL, "yes"),), "nothing")
     found = render_comparison(Comparison(EVIL, "after", empty, moved, empty, empty, (EVIL,)))
     page = Page(found)
     assert "<script" not in found
     assert page.text.count(EVIL) >= 4
-    assert page.text.count("The same of every model.") == 3
+    assert page.text.count("No changes.") == 3
     assert len(list(page.all("table"))) == 1

@@ -1,4 +1,4 @@
-"""The page in a real browser: it is drawn, says nothing on the console and asks nobody for anything."""
+"""The page in a real browser: it renders, without console messages or requests."""
 
 import json
 import shutil
@@ -13,11 +13,11 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
 OWN = "not an origin"
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
-NOBODY = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"  # a test asks nobody either
+NO_NETWORK = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
 
 
 class Visit:
-    """What a browser did with a page."""
+    """A visit of a browser to a page."""
 
     def __init__(self, folder: Path, page: str, *options: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ class Visit:
             *QUIET,
             f"--user-data-dir={folder / 'profile'}",
         ]
-        command += [NOBODY, "--enable-logging=stderr", f"--log-net-log={log}", "--window-size=1280,900", *options]
+        command += [NO_NETWORK, "--enable-logging=stderr", f"--log-net-log={log}", "--window-size=1280,900", *options]
         ran = subprocess.run(
             [*command, f"--screenshot={self.picture}", file.as_uri()],
             capture_output=True,
@@ -45,7 +45,7 @@ class Visit:
 
     @staticmethod
     def _requests(log: Path) -> list[str]:
-        """Addresses on the network that the page asked for; the browser's own business has no origin."""
+        """Network addresses that the page requested; requests of the browser itself have no origin."""
         events = (event.get("params", {}) for event in json.loads(log.read_text())["events"])
         asked = (event["url"] for event in events if event.get("initiator", OWN) != OWN)
         return [address for address in asked if address.startswith(("http:", "https:"))]
@@ -57,22 +57,22 @@ class Visit:
         return sorted(found, reverse=True)  # type: ignore[arg-type]
 
 
-def test_the_page_is_drawn_in_silence(tmp_path: Path) -> None:
+def test_the_page_renders_without_messages_and_requests(tmp_path: Path) -> None:
     visit = Visit(tmp_path, page_of(made_up()))
     assert visit.console == []
     assert visit.requests == []
-    assert visit.colours()[0][1] == (255, 255, 255)  # light, as nobody asked for dark
+    assert visit.colours()[0][1] == (255, 255, 255)  # light by default
     assert len(visit.colours()) > 50
 
 
-def test_the_page_is_dark_for_who_wants_it_dark(tmp_path: Path) -> None:
+def test_the_page_follows_the_dark_colour_scheme(tmp_path: Path) -> None:
     visit = Visit(tmp_path, page_of(made_up()), "--blink-settings=preferredColorScheme=0")
     assert sum(visit.colours()[0][1]) < 120
     assert len(visit.colours()) > 50
 
 
-def test_a_page_that_does_ask_would_be_noticed(tmp_path: Path) -> None:
-    """The two silences above mean something."""
+def test_messages_and_requests_are_detected(tmp_path: Path) -> None:
+    """The checks above can fail."""
     loud = '<img src="http://127.0.0.1:9/x.png"><script>console.error("loud")</script>'
     visit = Visit(tmp_path, loud)
     assert any("loud" in line for line in visit.console)

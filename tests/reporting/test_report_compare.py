@@ -1,18 +1,18 @@
-"""Two records side by side: intervals against published values, and what must not be compared."""
+"""Comparison of two runs: intervals against published values, and errors for incomparable runs."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from planted import IMAGES, Model, plain, plant, wrong_on
+from snapshot_files import IMAGES, Model, model_wrong_on, write_snapshot, wrong_on
 
 from advmoe.core.errors import UserError
-from advmoe.core.snapshots import Folder
-from advmoe.reporting.report.compare import Comparison, compare, markdown
+from advmoe.core.snapshots import FolderSnapshot
+from advmoe.reporting.report.compare import Comparison, compare_snapshots, to_markdown
 from advmoe.reporting.report.comparison_files import compare_and_write
-from advmoe.statistics.difference import on_other_images, on_same_images
-from advmoe.statistics.intervals import Share
+from advmoe.statistics.difference import paired_difference, unpaired_difference
+from advmoe.statistics.intervals import Proportion
 
 NEWCOMBE = [  # Newcombe 1998, table II, method 10: (a, m, b, n), interval of a/m - b/n
     ((56, 70, 48, 80), (0.0524, 0.3339)),
@@ -25,13 +25,17 @@ NEWCOMBE = [  # Newcombe 1998, table II, method 10: (a, m, b, n), interval of a/
 MIXTURE, PLAIN = "mixture", "baseline/adversarial"
 
 
-def sides(root: Path, left: dict[str, Model], right: dict[str, Model], **changes: Any) -> tuple[Folder, Folder]:
-    """Two planted records; `changes` are of the right one's params."""
-    return Folder(plant(root / "left", left)), Folder(plant(root / "right", right, **changes))
+def sides(
+    root: Path, left: dict[str, Model], right: dict[str, Model], **changes: Any
+) -> tuple[FolderSnapshot, FolderSnapshot]:
+    """Writes two snapshots; `changes` apply to the params of the right one."""
+    return FolderSnapshot(write_snapshot(root / "left", left)), FolderSnapshot(
+        write_snapshot(root / "right", right, **changes)
+    )
 
 
 def row(found: Comparison, model: str, under: str) -> tuple[str, ...]:
-    """What the table of accuracies says after model and attack."""
+    """Returns the cells of the table of accuracies after model and attack."""
     (cells,) = (each[2:] for each in found.accuracy.rows if each[:2] == (model, under))
     return cells
 
@@ -46,26 +50,26 @@ def test_unpaired_intervals_are_the_published_ones(
     counts: tuple[int, int, int, int], interval: tuple[float, float]
 ) -> None:
     right, total, other_right, other_total = counts
-    found = on_other_images(Share.counted(other_right, other_total), Share.counted(right, total))
+    found = unpaired_difference(Proportion.from_counts(other_right, other_total), Proportion.from_counts(right, total))
     assert [found.low, found.high] == pytest.approx(interval, abs=6e-5)
     assert found.difference == pytest.approx(right / total - other_right / other_total, abs=1e-6)
 
 
 def test_a_paired_difference_is_second_minus_first() -> None:
-    found = on_same_images([(False, True)] * 10 + [(True, True)] * 30)
-    assert (found.difference, found.how, found.moved) == (0.25, "paired, 40 images", True)
+    found = paired_difference([(False, True)] * 10 + [(True, True)] * 30)
+    assert (found.difference, found.method, found.significant) == (0.25, "paired, 40 images", True)
     assert str(found).startswith("+25.0 [")
-    assert not on_same_images([(True, True)] * 5 + [(False, False)] * 5).moved
+    assert not paired_difference([(True, True)] * 5 + [(False, False)] * 5).significant
 
 
 def test_the_same_images_are_paired(tmp_path: Path) -> None:
-    """20 images against 20 others: far apart only for who looks image by image."""
+    """A paired interval is narrower: 5 of 40 images changed."""
     left, right = sides(
         tmp_path,
-        {MIXTURE: plain(range(20)), PLAIN: plain(range(10))},
-        {MIXTURE: plain(range(15)), PLAIN: plain(range(1, 11))},
+        {MIXTURE: model_wrong_on(range(20)), PLAIN: model_wrong_on(range(10))},
+        {MIXTURE: model_wrong_on(range(15)), PLAIN: model_wrong_on(range(1, 11))},
     )
-    found = compare(left, right)
+    found = compare_snapshots(left, right)
     before, after, difference, how, moved = row(found, MIXTURE, "worst")
     assert (before[:4], after[:4], difference[:6], how, moved) == ("50.0", "62.5", "+12.5 ", "paired, 40 images", "yes")
     assert row(found, MIXTURE, "clean")[2:] == ("+0.0 [0.0, 0.0]", "paired, 40 images", "no")
@@ -75,63 +79,63 @@ def test_the_same_images_are_paired(tmp_path: Path) -> None:
 
 
 def test_other_images_of_the_same_source_are_not_paired(tmp_path: Path) -> None:
-    right_model = plain(range(15))
+    right_model = model_wrong_on(range(15))
     right_model.index = list(range(500, 500 + IMAGES))
-    found = compare(*sides(tmp_path, {MIXTURE: plain(range(20))}, {MIXTURE: right_model}))
-    expected = on_other_images(Share.counted(20, IMAGES), Share.counted(25, IMAGES))
+    found = compare_snapshots(*sides(tmp_path, {MIXTURE: model_wrong_on(range(20))}, {MIXTURE: right_model}))
+    expected = unpaired_difference(Proportion.from_counts(20, IMAGES), Proportion.from_counts(25, IMAGES))
     assert row(found, MIXTURE, "pgd")[2:] == (str(expected), "unpaired", "no")
-    assert any("the test images are not the same: mixture" in note for note in found.notes)
+    assert any("the test images differ: mixture" in note for note in found.notes)
 
 
 def test_without_decisions_the_images_may_be_others(tmp_path: Path) -> None:
-    left, right = sides(tmp_path, {MIXTURE: plain(range(20))}, {MIXTURE: plain([])})
+    left, right = sides(tmp_path, {MIXTURE: model_wrong_on(range(20))}, {MIXTURE: model_wrong_on([])})
     (tmp_path / "left/metrics/decisions/mixture.csv").unlink()
-    found = compare(left, right)
+    found = compare_snapshots(left, right)
     assert row(found, MIXTURE, "pgd")[3:] == ("unpaired", "yes")
-    assert any("not both have the decisions image by image: mixture" in note for note in found.notes)
+    assert any("the decisions of one run are missing: mixture" in note for note in found.notes)
 
 
 def test_an_attack_on_fewer_images_is_paired_on_those(tmp_path: Path) -> None:
-    few, fewer = plain([]), plain([])
+    few, fewer = model_wrong_on([]), model_wrong_on([])
     few.cells["rays"] = [*wrong_on(0, count=10), *[""] * (IMAGES - 10)]
     fewer.cells["rays"] = [*wrong_on(count=5), *[""] * (IMAGES - 5)]
-    found = compare(*sides(tmp_path, {MIXTURE: few}, {MIXTURE: fewer}))
+    found = compare_snapshots(*sides(tmp_path, {MIXTURE: few}, {MIXTURE: fewer}))
     assert row(found, MIXTURE, "rays")[3] == "paired, 5 images"
 
 
-def test_only_attacks_that_both_made_are_compared(tmp_path: Path) -> None:
+def test_only_attacks_of_both_runs_are_compared(tmp_path: Path) -> None:
     more = Model({"clean": wrong_on(), "pgd": wrong_on(0), "rays": wrong_on(1)})
-    found = compare(*sides(tmp_path, {MIXTURE: plain([0])}, {MIXTURE: more}))
+    found = compare_snapshots(*sides(tmp_path, {MIXTURE: model_wrong_on([0])}, {MIXTURE: more}))
     assert [each[1] for each in found.accuracy.rows] == ["clean", "pgd", "worst"]
-    assert any("only one run made rays, so the worst case is one of other attacks: mixture" in n for n in found.notes)
+    assert any("only one run used rays: the worst cases are over different attacks: mixture" in n for n in found.notes)
 
 
-def test_other_settings_of_an_attack_are_told_of(tmp_path: Path) -> None:
-    left, right = sides(tmp_path, {MIXTURE: plain([])}, {MIXTURE: plain([])})
+def test_other_settings_of_an_attack_are_noted(tmp_path: Path) -> None:
+    left, right = sides(tmp_path, {MIXTURE: model_wrong_on([])}, {MIXTURE: model_wrong_on([])})
     edit(tmp_path / "right/metrics/evaluate/mixture.json", attacks={"pgd": {"settings": {"steps": 9}}})
-    assert "pgd had other settings: mixture" in compare(left, right).notes
+    assert "settings differ for pgd: mixture" in compare_snapshots(left, right).notes
 
 
 def test_what_a_failed_check_withholds_stays_withheld(tmp_path: Path) -> None:
-    failed = plain(range(20), verdict="fail")
-    found = compare(*sides(tmp_path, {MIXTURE: plain([])}, {MIXTURE: failed}))
+    failed = model_wrong_on(range(20), verdict="fail")
+    found = compare_snapshots(*sides(tmp_path, {MIXTURE: model_wrong_on([])}, {MIXTURE: failed}))
     assert row(found, MIXTURE, "worst")[1:] == ("withheld", "", "", "")
     assert row(found, MIXTURE, "clean")[4] == "no"
     assert found.verdicts.rows == ((MIXTURE, "verdict", "pass", "fail"),)
 
 
-def test_checks_that_changed_their_mind_are_listed(tmp_path: Path) -> None:
-    left, right = sides(tmp_path, {MIXTURE: plain([])}, {MIXTURE: plain([])})
+def test_checks_with_a_changed_status_are_listed(tmp_path: Path) -> None:
+    left, right = sides(tmp_path, {MIXTURE: model_wrong_on([])}, {MIXTURE: model_wrong_on([])})
     for side, status in (("left", "pass"), ("right", "warn")):
         checks = [{"check": "gradients", "status": status}, {"check": "budget", "status": "pass"}]
         edit(tmp_path / side / "metrics/verdict.json", mixture={"verdict": "pass", "checks": checks})
-    assert compare(left, right).verdicts.rows == ((MIXTURE, "gradients", "pass", "warn"),)
+    assert compare_snapshots(left, right).verdicts.rows == ((MIXTURE, "gradients", "pass", "warn"),)
 
 
 def test_changed_params_are_listed_by_their_dotted_keys(tmp_path: Path) -> None:
-    models = {MIXTURE: plain([])}
+    models = {MIXTURE: model_wrong_on([])}
     left, right = sides(tmp_path, models, models, epsilon=0.2, model={"width": 4, "depth": 18})
-    found = compare(left, right)
+    found = compare_snapshots(left, right)
     assert found.params.rows == (
         ("epsilon", "0.1", "0.2"),
         ("model.kind", "resnet18", "-"),
@@ -141,10 +145,12 @@ def test_changed_params_are_listed_by_their_dotted_keys(tmp_path: Path) -> None:
     assert any("threat models differ" in note for note in found.notes)
 
 
-def test_a_model_that_only_one_has_is_told_of(tmp_path: Path) -> None:
-    found = compare(*sides(tmp_path, {MIXTURE: plain([])}, {MIXTURE: plain([]), PLAIN: plain([])}))
+def test_a_model_in_only_one_run_is_noted(tmp_path: Path) -> None:
+    found = compare_snapshots(
+        *sides(tmp_path, {MIXTURE: model_wrong_on([])}, {MIXTURE: model_wrong_on([]), PLAIN: model_wrong_on([])})
+    )
     assert {each[0] for each in found.accuracy.rows} == {MIXTURE}
-    assert "only one of the two has baseline-adversarial.json" in found.notes
+    assert "only in one of the two: baseline-adversarial.json" in found.notes
 
 
 THREATS = {
@@ -160,13 +166,13 @@ def threaten(folder: Path, changes: dict[str, Any]) -> None:
         (folder / "metrics" / name).write_text(json.dumps(content))
 
 
-def test_numbers_of_threats_that_moved_are_listed(tmp_path: Path) -> None:
-    left, right = sides(tmp_path, {MIXTURE: plain([])}, {MIXTURE: plain([])})
+def test_changed_numbers_of_threats_are_listed(tmp_path: Path) -> None:
+    left, right = sides(tmp_path, {MIXTURE: model_wrong_on([])}, {MIXTURE: model_wrong_on([])})
     threaten(left.path, {"poison/alone.json": {"schema_version": 1, "asr": 0}})
     badnets = {"schema_version": 1, "attack": "other", "mixture": {"0.1": {"asr": 0.25, "d_asr": 0.5, "new": 1}}}
     membership = {"schema_version": 1, "mixture": {"loss": {"auc": 0.625, "sure": True}}}
     threaten(right.path, {"poison/badnets.json": badnets, "membership.json": membership})
-    found = compare(left, right).threats
+    found = compare_snapshots(left, right).threats
     assert found.rows == (
         ("metrics/poison/badnets.json", "mixture.0.1.asr", "1", "0.25", "-0.75"),
         ("metrics/membership.json", "mixture.loss.auc", "0.5", "0.625", "+0.125"),
@@ -175,66 +181,66 @@ def test_numbers_of_threats_that_moved_are_listed(tmp_path: Path) -> None:
 
 
 def test_threats_of_another_schema_are_refused(tmp_path: Path) -> None:
-    left, right = sides(tmp_path, {MIXTURE: plain([])}, {MIXTURE: plain([])})
+    left, right = sides(tmp_path, {MIXTURE: model_wrong_on([])}, {MIXTURE: model_wrong_on([])})
     threaten(left.path, {})
     threaten(right.path, {"membership.json": {"schema_version": 2}})
-    with pytest.raises(UserError, match=r"right: metrics/membership\.json is of another schema"):
-        compare(left, right)
+    with pytest.raises(UserError, match=r"right: metrics/membership\.json has another schema"):
+        compare_snapshots(left, right)
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
-    models = {MIXTURE: plain([])}
+    models = {MIXTURE: model_wrong_on([])}
     other = {"source": {"kind": "npz", "train": "a.npz"}, "splits": {}}
     with pytest.raises(UserError, match=r"left and .*right cannot be compared: their images come from different"):
-        compare(*sides(tmp_path, models, models, prepare=other))
+        compare_snapshots(*sides(tmp_path, models, models, prepare=other))
     left, right = sides(tmp_path, models, models)
     edit(tmp_path / "right/metrics/prepare.json", classes=2)
-    with pytest.raises(UserError, match="one tells 10 classes apart, the other 2"):
-        compare(left, right)
+    with pytest.raises(UserError, match="one has 10 classes, the other 2"):
+        compare_snapshots(left, right)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_metrics_of_another_schema_are_refused(tmp_path: Path, side: str) -> None:
-    left, right = sides(tmp_path, {MIXTURE: plain([])}, {MIXTURE: plain([])})
+    left, right = sides(tmp_path, {MIXTURE: model_wrong_on([])}, {MIXTURE: model_wrong_on([])})
     edit(tmp_path / side / "metrics/evaluate/mixture.json", schema_version=1)
     with pytest.raises(UserError, match=f"{side}: metrics/evaluate/mixture.json has schema version 1"):
-        compare(left, right)
+        compare_snapshots(left, right)
 
 
-def test_metrics_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    left, right = sides(tmp_path, {MIXTURE: plain([])}, {MIXTURE: plain([])})
+def test_inconsistent_metrics_are_refused(tmp_path: Path) -> None:
+    left, right = sides(tmp_path, {MIXTURE: model_wrong_on([])}, {MIXTURE: model_wrong_on([])})
     accuracy = {kind: {"correct": 3, "total": 4} for kind in ("clean", "pgd", "worst")}
     edit(tmp_path / "right/metrics/evaluate/mixture.json", accuracy=accuracy)
     with pytest.raises(UserError, match="decisions and report on mixture do not agree under clean"):
-        compare(left, right)
+        compare_snapshots(left, right)
     edit(tmp_path / "right/metrics/evaluate/mixture.json", accuracy={"clean": {"correct": 3, "total": 4}})
     with pytest.raises(UserError, match="accuracy must hold clean and worst"):
-        compare(left, right)
+        compare_snapshots(left, right)
 
 
 def test_nothing_in_common_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="have no model in common"):
-        compare(*sides(tmp_path, {MIXTURE: plain([])}, {PLAIN: plain([])}))
+        compare_snapshots(*sides(tmp_path, {MIXTURE: model_wrong_on([])}, {PLAIN: model_wrong_on([])}))
 
 
 def test_markdown_shows_every_table_and_escapes_names(tmp_path: Path) -> None:
-    models = {MIXTURE: plain([]), "baseline/a|b_<i>": plain([])}
-    text = markdown(compare(*sides(tmp_path, models, models, launcher="nice | *python*\n# title")))
+    models = {MIXTURE: model_wrong_on([]), "baseline/a|b_<i>": model_wrong_on([])}
+    text = to_markdown(compare_snapshots(*sides(tmp_path, models, models, launcher="nice | *python*\n# title")))
     assert "| launcher | python | nice &#124; \\*python\\* # title |" in text
     assert "| baseline/a&#124;b\\_&lt;i&gt; | clean |" in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
-        "## What was changed in params.yaml",
+        "## Changes of params.yaml",
         "## Accuracy in % \\[95 % interval\\], difference in points",
-        "## What the checks say",
+        "## Changes of the checks",
         "## Poisoning, extraction, membership: 0 of 0 numbers differ",
     ]
     widths = {line.count("|") for line in text.splitlines() if "baseline/a" in line}
     assert widths == {8}
 
 
-def test_a_record_does_not_differ_from_itself(tmp_path: Path) -> None:
-    record = Folder(plant(tmp_path, {MIXTURE: plain([3, 4]), PLAIN: plain([5])}))
-    found = compare(record, record)
+def test_a_snapshot_does_not_differ_from_itself(tmp_path: Path) -> None:
+    record = FolderSnapshot(write_snapshot(tmp_path, {MIXTURE: model_wrong_on([3, 4]), PLAIN: model_wrong_on([5])}))
+    found = compare_snapshots(record, record)
     assert (found.params.rows, found.verdicts.rows, found.threats.rows) == ((), (), ())
     assert {each[6] for each in found.accuracy.rows} == {"no"}
     assert [table.title for table in found.tables] == [
@@ -248,18 +254,18 @@ def test_a_record_does_not_differ_from_itself(tmp_path: Path) -> None:
 def test_a_comparison_is_written_as_a_page_and_as_markdown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = {MIXTURE: plain([]), "baseline/<b>": plain([])}
-    sides(tmp_path, models, {**models, MIXTURE: plain(range(20))}, epsilon=0.2)
+    models = {MIXTURE: model_wrong_on([]), "baseline/<b>": model_wrong_on([])}
+    sides(tmp_path, models, {**models, MIXTURE: model_wrong_on(range(20))}, epsilon=0.2)
     monkeypatch.chdir(tmp_path)
     page = compare_and_write(["left", "./right"])
     assert page == Path("runs/comparisons/left--right.html")
     for file in (page, page.with_suffix(".md")):
         assert "baseline/&lt;b&gt;" in file.read_text()
         assert "-50.0" in file.read_text()
-    assert "1 changes in params.yaml; 2 of 6 accuracies moved" in capsys.readouterr().out
+    assert "1 parameters changed; 2 of 6 differences are significant" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names", [["one"], ["one", "two", "three"]])
-def test_a_comparison_is_of_two(names: list[str]) -> None:
-    with pytest.raises(UserError, match=f"is of two experiments, but {len(names)} are named: {', '.join(names)}"):
+def test_a_comparison_needs_two_names(names: list[str]) -> None:
+    with pytest.raises(UserError, match=f"needs two experiments, got {len(names)}: {', '.join(names)}"):
         compare_and_write(names)

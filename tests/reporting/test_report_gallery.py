@@ -1,4 +1,4 @@
-"""The gallery: which images it chooses, what it says of them, and when it shows none.
+"""The gallery: selection of images, contents, and when it is empty.
 
 Shapes: N images, C channel, H/W pixels.
 """
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from advmoe.core import artifacts, paths
 from advmoe.core.errors import UserError
-from advmoe.core.snapshots import HERE
+from advmoe.core.snapshots import CURRENT_FOLDER
 from advmoe.data import dataset
 from advmoe.models import classifiers
 from advmoe.reporting.report import gallery
-from advmoe.reporting.report.content import gather
+from advmoe.reporting.report.content import build_content
 from advmoe.reporting.report.document import Gallery, Section
 from advmoe.reporting.report.html import render_html
 from advmoe.reporting.report.sources import Sources
 
 ORDER = ("weak", "strong")  # as they were run; by name it would be the other way round
 LABELS = [0, 0, 1, 1, 2, 2, 3, 3]
-WEAK = [True, True, True, False, True, True, True, True]  # which images withstand it
+WEAK = [True, True, True, False, True, True, True, True]  # which images stay correct
 STRONG = [False, True, False, False, False, True, True, True]
 
 
@@ -46,29 +46,30 @@ def decided(images_NCHW: Tensor) -> dict[str, Tensor]:
     return tensors
 
 
-def test_the_choice_is_by_rule_and_varied() -> None:
+def test_the_selection_is_deterministic_and_varied() -> None:
     tensors = decided(torch.zeros(8, 1, 8, 8, dtype=torch.uint8))
-    chosen = gallery.choose(tensors, ORDER, fell=3, withstood=2)
-    assert [(each.place, each.attack, each.fell) for each in chosen] == [
-        (0, "strong", True),  # the first of each class that fell, under the first attack it fell to
+    chosen = gallery.select_images(tensors, ORDER, misclassified=3, robust=2)
+    assert [(each.position, each.attack, each.misclassified) for each in chosen] == [
+        (0, "strong", True),  # the first misclassified of each class, under the first successful attack
         (2, "strong", True),
         (4, "strong", True),
-        (1, "strong", False),  # of each class that withstood, under the attack that felled most
+        (1, "strong", False),  # the first robust of each class, under the attack with the most successes
         (5, "strong", False),
     ]
-    assert gallery.choose(tensors, ORDER, fell=3, withstood=2) == chosen
+    assert gallery.select_images(tensors, ORDER, misclassified=3, robust=2) == chosen
 
 
 def test_a_class_comes_again_when_there_are_no_others() -> None:
     tensors = decided(torch.zeros(8, 1, 8, 8, dtype=torch.uint8))
-    chosen = gallery.choose(tensors, ORDER, fell=9, withstood=0)
-    assert [(each.place, each.attack) for each in chosen] == [(0, "strong"), (2, "strong"), (4, "strong"), (3, "weak")]
+    selected = gallery.select_images(tensors, ORDER, misclassified=9, robust=0)
+    found = [(each.position, each.attack) for each in selected]
+    assert found == [(0, "strong"), (2, "strong"), (4, "strong"), (3, "weak")]
 
 
 def test_the_first_attack_is_the_one_that_was_run_first() -> None:
     tensors = decided(torch.zeros(8, 1, 8, 8, dtype=torch.uint8))
-    by_name = gallery.choose(tensors, ("strong", "weak", "without-images"), fell=9, withstood=0)
-    assert {each.place: each.attack for each in by_name}[3] == "strong"  # the third image fell to both
+    by_name = gallery.select_images(tensors, ("strong", "weak", "without-images"), misclassified=9, robust=0)
+    assert {each.position: each.attack for each in by_name}[3] == "strong"  # both attacks succeed on the third image
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -101,7 +102,7 @@ def built(project: Path) -> Path:
 
 
 def sources(clean: int = 7, worst: int = 3) -> Sources:
-    """The made-up record with the accuracies of the eight images."""
+    """The made-up snapshot with the accuracies of the eight images."""
     record, path = made_up(), "metrics/evaluate/mixture.json"
     known = {"clean": share(clean, 8), "worst": share(worst, 8), **{name: share(4, 8) for name in ORDER}}
     accuracy = json.loads(record.content[path])["accuracy"] | known
@@ -117,29 +118,29 @@ def only_sentence(section: Section) -> str:
 
 @pytest.mark.usefixtures("built")
 def test_examples_show_pictures_predictions_and_gate() -> None:
-    section = gallery.section(sources(), HERE, 4)
+    section = gallery.section(sources(), CURRENT_FOLDER, 4)
     shown = section.blocks[1]
     assert isinstance(shown, Gallery)
-    assert [each.fell for each in shown.examples] == [True, True, True, False]
+    assert [each.misclassified for each in shown.examples] == [True, True, True, False]
     first = shown.examples[0]
-    assert first.title == "Image 100 fell to strong"
+    assert first.title == "Image 100: misclassified under strong"
     assert [picture.title for picture in first.pictures] == ["clean", "perturbation", "adversarial"]
     assert all(picture.pixelated for picture in first.pictures)
     assert dict(first.facts)["true class"] == "0"
     weights = [float(each.cells[1].text) for each in first.weights.rows]
     assert sum(weights) == pytest.approx(100, abs=0.2)
-    page = render_html(gather(sources().record, lambda each: gallery.section(each, HERE, 4)))
+    page = render_html(build_content(sources().snapshot, lambda each: gallery.section(each, CURRENT_FOLDER, 4)))
     assert page.count('class="pixelated"') >= 12
 
 
 @pytest.mark.usefixtures("built")
 def test_images_of_another_run_are_not_shown() -> None:
-    assert "belong to another run" in only_sentence(gallery.section(sources(worst=2), HERE, 6))
+    assert "belong to another run" in only_sentence(gallery.section(sources(worst=2), CURRENT_FOLDER, 6))
 
 
-def test_absent_images_are_said_to_be_absent(project: Path) -> None:
+def test_missing_images_are_named(project: Path) -> None:
     sentence = only_sentence(gallery.section(sources(), project, 6))
-    assert "artifacts/evaluate/adversarial.safetensors not here" in sentence
+    assert "artifacts/evaluate/adversarial.safetensors missing" in sentence
     paths.MIXTURE.unlink()
     assert "artifacts/train/mixture.safetensors" in only_sentence(gallery.section(sources(), project, 6))
 
@@ -150,4 +151,4 @@ def test_altered_images_are_refused() -> None:
     raw[-1] ^= 1
     paths.ADVERSARIAL.write_bytes(bytes(raw))
     with pytest.raises(UserError, match="checksum"):
-        gallery.section(sources(), HERE, 6)
+        gallery.section(sources(), CURRENT_FOLDER, 6)

@@ -1,6 +1,6 @@
-"""Unfinished work whose checksums are right and whose content is not: taken over only where it can be its own.
+"""Forged checkpoints with valid checksums: restored only if they could be the run's own, else ignored.
 
-Damage does not know the checksum (tests/test_fuzz_artifacts.py); here somebody wrote another file in its place.
+Damaged files, whose checksums do not match, are tested in tests/test_fuzz_artifacts.py.
 """
 
 import copy
@@ -16,7 +16,7 @@ from fuzzing import Draw, fuzz, refusal, spoilt, watched
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save as to_safetensors
-from test_checkpoints import BALL, IMAGES, part
+from test_checkpoints import BALL, IMAGES, finished_batch
 from test_fuzz_artifacts import altered
 from test_resume_training import EPOCHS, STEPS, alternating
 from torch import Tensor
@@ -26,8 +26,9 @@ from advmoe.evaluation.batch_store import BatchStore
 from advmoe.runtime import machine
 from advmoe.runtime.checkpoints import storage
 from advmoe.runtime.checkpoints.manager import CheckpointManager
-from advmoe.runtime.checkpoints.storage import CHECKSUM, VALUES, Checkpoint
-from advmoe.training.trainer import Trainer, TrainingJob, TrainingTask
+from advmoe.runtime.checkpoints.storage import CHECKSUM_KEY, VALUES_KEY, Checkpoint
+from advmoe.training.job import TrainingJob, TrainingTask
+from advmoe.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def kept_here(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One folder for all cases of a test."""
+def state_dir(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same checkpoint folder for all cases of a test."""
     monkeypatch.setenv("ADVMOE_STATE_DIR", str(root))
     machine.machine.cache_clear()
     storage.warn_once.cache_clear()
@@ -47,7 +48,7 @@ def kept_here(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @st.composite
 def forged(draw: Draw, whole: Checkpoint) -> Checkpoint:
-    """A snapshot with other tensors, other values, or both."""
+    """A checkpoint with other tensors, other values, or both."""
     tensors, values = dict(whole.tensors), dict(whole.values)
     what = draw(st.sampled_from(("tensors", "values", "both")))
     if what != "values":
@@ -60,10 +61,10 @@ def forged(draw: Draw, whole: Checkpoint) -> Checkpoint:
 @pytest.mark.parametrize(
     "values", [b"", b"[]", b"null", b"[" * 100_000, b"\xff", b'{"a": ' + b"9" * 5000 + b"}", None], ids=range(7)
 )
-def test_values_that_are_none_are_refused(root: Path, values: bytes | None) -> None:
-    tensors = {} if values is None else {VALUES: torch.tensor(list(values), dtype=torch.uint8)}
+def test_invalid_values_are_refused(root: Path, values: bytes | None) -> None:
+    tensors = {} if values is None else {VALUES_KEY: torch.tensor(list(values), dtype=torch.uint8)}
     file = root / "a.safetensors"
-    file.write_bytes(to_safetensors(tensors, metadata={CHECKSUM: hash_tensors(tensors)}))
+    file.write_bytes(to_safetensors(tensors, metadata={CHECKSUM_KEY: hash_tensors(tensors)}))
     assert refusal(lambda: storage.load_checkpoint(file)) == f"{file} is damaged"
     file.unlink()
 
@@ -73,7 +74,7 @@ def test_values_that_are_none_are_refused(root: Path, values: bytes | None) -> N
 )
 def test_values_of_another_type_are_refused(root: Path, values: Tensor) -> None:
     file = root / "a.safetensors"
-    file.write_bytes(to_safetensors({VALUES: values}, metadata={CHECKSUM: hash_tensors({VALUES: values})}))
+    file.write_bytes(to_safetensors({VALUES_KEY: values}, metadata={CHECKSUM_KEY: hash_tensors({VALUES_KEY: values})}))
     assert refusal(lambda: storage.load_checkpoint(file)) == f"{file} is damaged"
     file.unlink()
 
@@ -87,16 +88,16 @@ class Killed(BaseException):
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A mixture whose training was killed in its second epoch: what it was made of, its file, and what is in that."""
+    """A mixture whose training was killed in its second epoch: its task and job, checkpoint file and checkpoint."""
 
-    learner: TrainingTask
-    course: TrainingJob
+    task: TrainingTask
+    job: TrainingJob
     file: Path
-    snapshot: Checkpoint
+    checkpoint: Checkpoint
 
-    def anew(self) -> Trainer:
+    def new_trainer(self) -> Trainer:
         """The same run at its beginning."""
-        return Trainer(copy.deepcopy(self.learner), self.course)
+        return Trainer(copy.deepcopy(self.task), self.job)
 
 
 @pytest.fixture(scope="module")
@@ -104,42 +105,42 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Unfinished:
     file = tmp_path_factory.mktemp("unfinished") / "a.safetensors"
     made: list[tuple[TrainingTask, TrainingJob]] = []
 
-    def begin(learner: TrainingTask, course: TrainingJob) -> NoReturn:
-        made.append((copy.deepcopy(learner), course))
-        run = Trainer(learner, course)
+    def begin(task: TrainingTask, job: TrainingJob) -> NoReturn:
+        made.append((copy.deepcopy(task), job))
+        run = Trainer(task, job)
 
-        def look() -> None:
-            if run.position == (1, 2):
-                assert storage.save_checkpoint(file, run.state())
+        def on_step_end() -> None:
+            if run.state.position == (1, 2):
+                assert storage.save_checkpoint(file, run.state.checkpoint())
                 raise Killed
 
         while True:
-            run.epoch(look)
+            run.epoch(on_step_end)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("advmoe.training.joint.fit", begin)
         with pytest.raises(Killed):
             alternating(None)
-    snapshot = storage.load_checkpoint(file)
-    assert snapshot is not None
-    return Unfinished(*made[0], file, snapshot)
+    checkpoint = storage.load_checkpoint(file)
+    assert checkpoint is not None
+    return Unfinished(*made[0], file, checkpoint)
 
 
-def printed(run: Trainer) -> str:
-    """All of a run, but the time that goes by."""
-    found = run.state()
-    return f"{hash_tensors(found.tensors)} {dict(found.values) | {'seconds': 0}}"
+def state_text(run: Trainer) -> str:
+    """The state of a run, except for its seconds."""
+    state = run.state.checkpoint()
+    return f"{hash_tensors(state.tensors)} {dict(state.values) | {'seconds': 0}}"
 
 
-def refused(unfinished: Unfinished, snapshot: Checkpoint) -> Trainer | None:
-    """None when the file was left aside and the run is as at its beginning, else the run that took it over."""
-    assert storage.save_checkpoint(unfinished.file, snapshot)
-    run = unfinished.anew()
-    before = printed(run)
+def try_resume(unfinished: Unfinished, checkpoint: Checkpoint) -> Trainer | None:
+    """Returns None if the checkpoint was ignored and the run is unchanged, else the resumed run."""
+    assert storage.save_checkpoint(unfinished.file, checkpoint)
+    run = unfinished.new_trainer()
+    before = state_text(run)
     with watched():
-        CheckpointManager(run, "mixture", unfinished.file).resume()
-    if run.position == (0, 0):
-        assert printed(run) == before
+        CheckpointManager(run.state, "mixture", unfinished.file).resume()
+    if run.state.position == (0, 0):
+        assert state_text(run) == before
         return None
     return run
 
@@ -147,41 +148,41 @@ def refused(unfinished: Unfinished, snapshot: Checkpoint) -> Trainer | None:
 @fuzz(40)
 @given(data=st.data())
 def test_any_forged_training(unfinished: Unfinished, data: st.DataObject) -> None:
-    run = refused(unfinished, data.draw(forged(unfinished.snapshot)))
+    run = try_resume(unfinished, data.draw(forged(unfinished.checkpoint)))
 
-    def go_on() -> None:
+    def finish() -> None:
         assert run is not None
-        while not run.is_over:
+        while not run.is_finished:
             run.epoch(lambda: None)
-        assert [row["epoch"] for row in run.history] == list(range(1, EPOCHS + 1))
-        assert all(tensor.isfinite().all() for tensor in run.weights.values())
+        assert [row["epoch"] for row in run.state.history] == list(range(1, EPOCHS + 1))
+        assert all(tensor.isfinite().all() for tensor in run.state.kept_weights.values())
 
-    if run is not None:  # numbers that may as well be its own, or such as diverge
-        refusal(go_on)
+    if run is not None:  # numbers that could be its own, or that diverge
+        refusal(finish)
 
 
-def test_training_that_is_its_own_is_taken_over(unfinished: Unfinished) -> None:
-    run = refused(unfinished, unfinished.snapshot)
+def test_a_run_resumes_from_its_own_checkpoint(unfinished: Unfinished) -> None:
+    run = try_resume(unfinished, unfinished.checkpoint)
     assert run is not None
-    assert run.position == (1, 2)
-    assert hash_tensors(run.state().tensors) == hash_tensors(unfinished.snapshot.tensors)
+    assert run.state.position == (1, 2)
+    assert hash_tensors(run.state.checkpoint().tensors) == hash_tensors(unfinished.checkpoint.tensors)
 
 
 ROW_CHANGES: list[dict[str, Any]] = [{"epoch": 2}, {"epoch": True}, {"pgd": "x"}, {"clean": None}, {"loss": [1]}]
 
 
 @pytest.mark.parametrize("changes", ROW_CHANGES, ids=str)
-def test_a_history_with_another_row_is_left_aside(unfinished: Unfinished, changes: dict[str, Any]) -> None:
-    (row,) = unfinished.snapshot.values["history"]
-    values = {**unfinished.snapshot.values, "history": [row | changes]}
-    assert refused(unfinished, Checkpoint(unfinished.snapshot.tensors, values)) is None
+def test_a_history_with_another_row_is_ignored(unfinished: Unfinished, changes: dict[str, Any]) -> None:
+    (row,) = unfinished.checkpoint.values["history"]
+    values = {**unfinished.checkpoint.values, "history": [row | changes]}
+    assert try_resume(unfinished, Checkpoint(unfinished.checkpoint.tensors, values)) is None
 
 
 @pytest.mark.parametrize("column", ["epoch", "loss", "clean", "pgd", "gate_shift", "load_left"])
-def test_a_history_without_a_column_is_left_aside(unfinished: Unfinished, column: str) -> None:
-    (row,) = unfinished.snapshot.values["history"]
-    values = {**unfinished.snapshot.values, "history": [{key: row[key] for key in row if key != column}]}
-    assert refused(unfinished, Checkpoint(unfinished.snapshot.tensors, values)) is None
+def test_a_history_without_a_column_is_ignored(unfinished: Unfinished, column: str) -> None:
+    (row,) = unfinished.checkpoint.values["history"]
+    values = {**unfinished.checkpoint.values, "history": [{key: row[key] for key in row if key != column}]}
+    assert try_resume(unfinished, Checkpoint(unfinished.checkpoint.tensors, values)) is None
 
 
 VALUES_CHANGES: list[dict[str, Any]] = [
@@ -196,15 +197,15 @@ VALUES_CHANGES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", VALUES_CHANGES, ids=str)
-def test_other_values_are_left_aside(unfinished: Unfinished, changes: dict[str, Any]) -> None:
-    values = {**unfinished.snapshot.values, **changes}
-    assert refused(unfinished, Checkpoint(unfinished.snapshot.tensors, values)) is None
+def test_other_values_are_ignored(unfinished: Unfinished, changes: dict[str, Any]) -> None:
+    values = {**unfinished.checkpoint.values, **changes}
+    assert try_resume(unfinished, Checkpoint(unfinished.checkpoint.tensors, values)) is None
 
 
-def test_more_epochs_than_there_are_to_be_are_left_aside(unfinished: Unfinished) -> None:
-    (row,) = unfinished.snapshot.values["history"]
-    values = {**unfinished.snapshot.values, "history": [row | {"epoch": number} for number in (1, 2, 3)]}
-    assert refused(unfinished, Checkpoint(unfinished.snapshot.tensors, values)) is None
+def test_more_epochs_than_the_training_has_are_ignored(unfinished: Unfinished) -> None:
+    (row,) = unfinished.checkpoint.values["history"]
+    values = {**unfinished.checkpoint.values, "history": [row | {"epoch": number} for number in (1, 2, 3)]}
+    assert try_resume(unfinished, Checkpoint(unfinished.checkpoint.tensors, values)) is None
 
 
 @pytest.mark.parametrize(
@@ -214,22 +215,22 @@ def test_more_epochs_than_there_are_to_be_are_left_aside(unfinished: Unfinished)
         ("epoch/losses", torch.full((2,), torch.nan)),
         ("streams/noise", torch.zeros(5056, dtype=torch.uint8)),
         ("streams/more", torch.zeros(5056, dtype=torch.uint8)),
-        ("learner/turn", torch.tensor(0.5)),
-        ("learner/gate_norms", torch.zeros(2, 2)),
-        ("learner/more", torch.zeros(2)),
+        ("task/turn", torch.tensor(0.5)),
+        ("task/gate_norms", torch.zeros(2, 2)),
+        ("task/more", torch.zeros(2)),
         ("momentum/99999", torch.zeros(2)),
         ("more", torch.zeros(1)),
         ("/", torch.zeros(1)),
     ],
 )
-def test_another_tensor_is_left_aside(
+def test_another_tensor_is_ignored(
     unfinished: Unfinished, name: str, tensor: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = Checkpoint({**unfinished.snapshot.tensors, name: tensor}, unfinished.snapshot.values)
-    assert refused(unfinished, changed) is None
+    changed = Checkpoint({**unfinished.checkpoint.tensors, name: tensor}, unfinished.checkpoint.values)
+    assert try_resume(unfinished, changed) is None
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {unfinished.file} ")
-    assert said.endswith(" and left aside; mixture begins anew\n")
+    assert said.endswith(" and ignored; mixture starts from the beginning\n")
 
 
 # ---- evaluation
@@ -239,13 +240,13 @@ def test_another_tensor_is_left_aside(
 @given(data=st.data())
 def test_any_forged_batch_of_an_evaluation(data: st.DataObject) -> None:
     store = BatchStore({"attack": "pgd"})
-    store.add(part())
-    (file,) = store.place.folder.glob("*.safetensors")
+    store.add(finished_batch())
+    (file,) = store.work_dir.folder.glob("*.safetensors")
     whole = storage.load_checkpoint(file)
     assert whole is not None
     assert storage.save_checkpoint(file, data.draw(forged(whole)))
     with watched():
-        for found in store.parts(IMAGES, BALL):
+        for found in store.load(IMAGES, BALL):
             assert len(found.rows.unique()) == len(found.rows)  # type: ignore[no-untyped-call]
             assert (found.images - IMAGES[found.rows]).abs().max() <= BALL.epsilon + 1e-5
             assert found.overshoot.dtype == torch.bool
@@ -253,20 +254,20 @@ def test_any_forged_batch_of_an_evaluation(data: st.DataObject) -> None:
     store.clear()
 
 
-def test_an_image_outside_the_ball_and_one_met_twice_are_attacked_again(capsys: pytest.CaptureFixture[str]) -> None:
-    store, whole = BatchStore({"attack": "pgd"}), part()
+def test_an_image_outside_the_ball_and_a_repeated_one_are_attacked_again(capsys: pytest.CaptureFixture[str]) -> None:
+    store, whole = BatchStore({"attack": "pgd"}), finished_batch()
     store.add(whole)
-    (file,) = store.place.folder.glob("*.safetensors")
+    (file,) = store.work_dir.folder.glob("*.safetensors")
     tensors = {"rows": whole.rows, "images": whole.images, "overshoot": whole.overshoot}
-    spent = {"forward": 7, "backward": 8, "seconds": 0.25}
+    work = {"forward": 7, "backward": 8, "seconds": 0.25}
     again = file.with_name("99999999-2.safetensors")
-    assert storage.save_checkpoint(again, Checkpoint(tensors, spent))
-    assert len(store.parts(IMAGES, BALL)) == 1
-    assert f"{again} is not as this attack writes it" in capsys.readouterr().err
-    assert storage.save_checkpoint(file, Checkpoint({**tensors, "images": 1 - whole.images}, spent))
+    assert storage.save_checkpoint(again, Checkpoint(tensors, work))
+    assert len(store.load(IMAGES, BALL)) == 1
+    assert f"{again} is not a batch of this attack" in capsys.readouterr().err
+    assert storage.save_checkpoint(file, Checkpoint({**tensors, "images": 1 - whole.images}, work))
     again.unlink()
-    assert store.parts(IMAGES, BALL) == []
-    assert f"{file} is not as this attack writes it and left aside; its images are attacked again" in (
+    assert store.load(IMAGES, BALL) == []
+    assert f"{file} is not a batch of this attack and ignored; its images are attacked again" in (
         capsys.readouterr().err
     )
     store.clear()

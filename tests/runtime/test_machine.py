@@ -1,4 +1,4 @@
-"""The machine: its settings come from the environment and cannot change a result."""
+"""Settings of the machine from environment variables, and seeds."""
 
 import re
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SetVariable = Callable[[str, str], None]
 
 @pytest.fixture
 def variable(monkeypatch: pytest.MonkeyPatch) -> SetVariable:
-    """`variable("ADVMOE_DEVICE", "cpu")`, and the settings are read anew."""
+    """`variable("ADVMOE_DEVICE", "cpu")` sets a variable and reads the settings again."""
 
     def put(name: str, value: str) -> None:
         monkeypatch.setenv(name, value)
@@ -32,7 +32,7 @@ def test_without_variables_there_are_defaults() -> None:
     assert settings.state_seconds == 30
 
 
-def test_unfinished_work_lies_beside_the_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_are_stored_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADVMOE_STATE_DIR", raising=False)
     machine.machine.cache_clear()
     assert machine.machine().state_dir == machine.machine().cache_dir / "state"
@@ -76,18 +76,18 @@ def test_a_bad_value_is_refused(variable: SetVariable, name: str, value: str) ->
         machine.machine()
 
 
-def test_a_bad_value_is_named_as_the_user_wrote_it(variable: SetVariable) -> None:
+def test_an_invalid_value_is_reported_with_its_variable(variable: SetVariable) -> None:
     variable("ADVMOE_THREADS", "two")
     with pytest.raises(UserError, match="ADVMOE_THREADS"):
         machine.machine()
 
 
 @pytest.mark.parametrize(("wanted", "backend"), [("cuda", "cuda"), ("cuda:1", "cuda"), ("mps", "mps")])
-def test_a_device_that_is_not_there_is_refused(
+def test_a_missing_device_is_refused(
     variable: SetVariable, monkeypatch: pytest.MonkeyPatch, wanted: str, backend: str
 ) -> None:
-    home = torch.cuda if backend == "cuda" else torch.backends.mps
-    monkeypatch.setattr(home, "is_available", lambda: False)
+    backend_module = torch.cuda if backend == "cuda" else torch.backends.mps
+    monkeypatch.setattr(backend_module, "is_available", lambda: False)
     variable("ADVMOE_DEVICE", wanted)
     expected = f"environment: ADVMOE_DEVICE={wanted}, but PyTorch finds no such device here"
     with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
@@ -111,7 +111,7 @@ def test_prepare_torch_sets_threads_and_determinism(variable: SetVariable) -> No
     assert torch.are_deterministic_algorithms_enabled()
 
 
-def test_describe_says_what_computes(variable: SetVariable) -> None:
+def test_describe_lists_device_threads_and_versions(variable: SetVariable) -> None:
     variable("ADVMOE_DEVICE", "cpu")
     variable("ADVMOE_CACHE_DIR", "/somewhere")
     rows = dict(machine.describe())
@@ -130,7 +130,7 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_seeds_are_stable() -> None:
-    # golden: were these to change, every artifact would change under unchanged parameters
+    # if these change, every artifact changes under unchanged parameters
     assert derive_seed(0, "fgsm-1", "shuffle") == 2554925726329611970
     assert derive_seed(0) == 3456079177858693020
 

@@ -1,4 +1,4 @@
-"""Work spread over processes: the order of results, what travels as bytes, and when it stays in this process."""
+"""parallel_map: order of results, pickling, and when it runs in this process."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ USED: list[int] = []
 
 
 class Pool:
-    """In place of a pool of processes: does the work here, and insists on bytes both ways."""
+    """Replaces the process pool: runs in this process, and checks that arguments and results are bytes."""
 
     def __init__(self, count: int, *_: object) -> None:
         USED.append(count)
@@ -56,31 +56,31 @@ def fail(item: int) -> int:
 
 
 @pytest.mark.parametrize(("threads", "items", "pools"), [(1, 3, 0), (2, 3, 1), (2, 1, 0), (2, 0, 0), (4, 2, 1)])
-def test_work_is_spread_where_it_pays(threads: int, items: int, pools: int) -> None:
+def test_workers_are_used_with_several_threads_and_items(threads: int, items: int, pools: int) -> None:
     torch.set_num_threads(threads)
-    given = [torch.full((2,), float(number)) for number in range(items)]
-    found = parallel_map(double, given)
-    assert [tensor.tolist() for tensor in found] == [[2.0 * number] * 2 for number in range(items)]
+    tensors = [torch.full((2,), float(number)) for number in range(items)]
+    results = parallel_map(double, tensors)
+    assert [tensor.tolist() for tensor in results] == [[2.0 * number] * 2 for number in range(items)]
     assert len(USED) == pools
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_errors_are_raised_here(threads: int) -> None:
+def test_exceptions_are_raised_in_this_process(threads: int) -> None:
     torch.set_num_threads(threads)
     with pytest.raises(ZeroDivisionError):
         parallel_map(fail, [1, 2])
 
 
-def test_what_travels_is_unpacked_there() -> None:
+def test_arguments_and_results_are_pickled() -> None:
     packed = parallel._call_pickled(double, pickle.dumps(torch.ones(2)))
-    assert pickle.loads(packed).tolist() == [2, 2]  # noqa: S301  (our own)
+    assert pickle.loads(packed).tolist() == [2, 2]  # noqa: S301  (trusted)
 
 
 SCRIPT = """
 import os, time
 from pathlib import Path
 import torch
-from advmoe.runtime.parallel import spread
+from advmoe.runtime.parallel import parallel_map
 
 
 def wait(name):
@@ -90,11 +90,11 @@ def wait(name):
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    spread(wait, ["first", "second"])
+    parallel_map(wait, ["first", "second"])
 """
 
 
-def test_nobody_works_on_for_a_process_that_was_killed(tmp_path: Path) -> None:
+def test_workers_end_when_the_main_process_is_killed(tmp_path: Path) -> None:
     (tmp_path / "work.py").write_text(SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "2", "ADVMOE_DEVICE": "cpu"}
     with subprocess.Popen([sys.executable, "work.py"], cwd=tmp_path, env=environment) as first:
@@ -103,13 +103,13 @@ def test_nobody_works_on_for_a_process_that_was_killed(tmp_path: Path) -> None:
     assert until(lambda: not any(alive(pid) for pid in pids))
 
 
-def until(look: Callable[[], Any]) -> Any:
-    """What `look` returns as soon as it is something; the test fails after two minutes."""
+def until(condition: Callable[[], Any]) -> Any:
+    """Returns the first true value of `condition()`; the test fails after two minutes."""
     for _ in range(1200):
         with contextlib.suppress(FileNotFoundError):
-            found = look()
-            if found:
-                return found
+            value = condition()
+            if value:
+                return value
         time.sleep(0.1)
     return pytest.fail("waited for two minutes")
 

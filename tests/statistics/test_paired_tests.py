@@ -1,4 +1,4 @@
-"""Paired comparisons: McNemar against scipy, the bootstrap against data whose truth is known."""
+"""Paired comparisons: McNemar against exact values, the bootstrap against data with a known difference."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from advmoe.runtime.machine import generator
-from advmoe.statistics.paired_tests import PairedDifference, compare, mcnemar
+from advmoe.statistics.paired_tests import PairedDifference, compare_paired, mcnemar_p_value
 
 
 def verdicts(both: int, only_first: int, only_second: int, neither: int) -> tuple[Tensor, Tensor]:
@@ -21,55 +21,57 @@ def verdicts(both: int, only_first: int, only_second: int, neither: int) -> tupl
 def test_mcnemar_is_the_exact_sign_test(discordant: int) -> None:
     for only_first in range(discordant + 1):
         expected = binomtest(only_first, discordant).pvalue if discordant else 1.0
-        assert mcnemar(only_first, discordant - only_first) == pytest.approx(expected, rel=1e-9)
+        assert mcnemar_p_value(only_first, discordant - only_first) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(400, 600), (0, 900), (5200, 5000), (3000, 3000)])
 def test_mcnemar_of_many_images_neither_underflows_nor_overflows(only_first: int, only_second: int) -> None:
     expected = binomtest(only_first, only_first + only_second).pvalue
-    assert mcnemar(only_first, only_second) == pytest.approx(expected, rel=1e-6)
+    assert mcnemar_p_value(only_first, only_second) == pytest.approx(expected, rel=1e-6)
 
 
-def test_mcnemar_does_not_care_who_is_first() -> None:
-    assert mcnemar(3, 11) == mcnemar(11, 3)
+def test_mcnemar_is_symmetric() -> None:
+    assert mcnemar_p_value(3, 11) == mcnemar_p_value(11, 3)
 
 
 def test_images_on_which_both_agree_do_not_count_for_mcnemar() -> None:
-    few, many = compare(*verdicts(2, 1, 9, 2), seed=0), compare(*verdicts(2000, 1, 9, 500), seed=0)
-    assert few.p == many.p == round(mcnemar(1, 9), 6)
+    few, many = compare_paired(*verdicts(2, 1, 9, 2), seed=0), compare_paired(*verdicts(2000, 1, 9, 500), seed=0)
+    assert few.p == many.p == round(mcnemar_p_value(1, 9), 6)
 
 
 def test_the_difference_is_first_minus_second() -> None:
-    found = compare(*verdicts(50, 30, 10, 10), seed=0)
+    found = compare_paired(*verdicts(50, 30, 10, 10), seed=0)
     assert (found.difference, found.only_first, found.only_second) == (0.2, 30, 10)
     assert 0 < found.low < 0.2 < found.high
     assert found.p == round(binomtest(10, 40).pvalue, 6)
     second_N, first_N = verdicts(50, 30, 10, 10)
-    swapped = compare(first_N, second_N, seed=0)
+    swapped = compare_paired(first_N, second_N, seed=0)
     assert (swapped.difference, swapped.low, swapped.high) == (-0.2, -found.high, -found.low)
 
 
 def test_the_same_classifier_does_not_differ_from_itself() -> None:
     first_N, _ = verdicts(30, 5, 0, 5)
-    assert compare(first_N, first_N, seed=0) == PairedDifference(0.0, 0.0, 0.0, 0, 0, 1.0)
+    assert compare_paired(first_N, first_N, seed=0) == PairedDifference(0.0, 0.0, 0.0, 0, 0, 1.0)
 
 
 def test_one_image_is_enough() -> None:
-    assert compare(torch.tensor([True]), torch.tensor([False]), seed=0) == PairedDifference(1.0, 1.0, 1.0, 1, 0, 1.0)
+    assert compare_paired(torch.tensor([True]), torch.tensor([False]), seed=0) == PairedDifference(
+        1.0, 1.0, 1.0, 1, 0, 1.0
+    )
 
 
 def test_the_interval_is_repeatable() -> None:
     first_N, second_N = verdicts(200, 31, 17, 52)
-    found = compare(first_N, second_N, seed=3)
-    assert compare(first_N, second_N, seed=3) == found
-    another = compare(first_N, second_N, seed=4)
+    found = compare_paired(first_N, second_N, seed=3)
+    assert compare_paired(first_N, second_N, seed=3) == found
+    another = compare_paired(first_N, second_N, seed=4)
     assert (another.low, another.high) != (found.low, found.high)
-    assert another.low == pytest.approx(found.low, abs=0.01)  # the wobble of the resampling is small
+    assert another.low == pytest.approx(found.low, abs=0.01)  # the variation of the resampling is small
 
 
 def test_the_interval_agrees_with_the_normal_one_for_many_images() -> None:
     first_N, second_N = verdicts(2000, 300, 200, 500)
-    found = compare(first_N, second_N, seed=0)
+    found = compare_paired(first_N, second_N, seed=0)
     change_N = first_N.double() - second_N.double()
     half = 1.96 * float(change_N.std()) / len(change_N) ** 0.5
     assert found.low == pytest.approx(found.difference - half, abs=0.002)
@@ -77,18 +79,18 @@ def test_the_interval_agrees_with_the_normal_one_for_many_images() -> None:
 
 
 def test_the_interval_is_narrower_than_that_of_unpaired_images() -> None:
-    """Paired is the point: on images that both find easy or hard the two share their luck."""
-    found = compare(*verdicts(500, 20, 10, 470), seed=0)
+    """Errors on the same images are correlated, which a paired interval uses."""
+    found = compare_paired(*verdicts(500, 20, 10, 470), seed=0)
     unpaired = 2 * 1.96 * (2 * 0.25 / 1000) ** 0.5
     assert found.high - found.low < 0.4 * unpaired
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_has_its_nominal_coverage() -> None:
     stream, rounds, covered = generator("test_paired", "coverage"), 120, 0
     for seed in range(rounds):
         # right with probability 0.7 and 0.6 on an image; the truth is a difference of 0.1
         luck_N = torch.rand(150, generator=stream)
-        found = compare(luck_N < 0.7, (luck_N + 0.2 * torch.rand(150, generator=stream)) < 0.7, seed=seed)
+        found = compare_paired(luck_N < 0.7, (luck_N + 0.2 * torch.rand(150, generator=stream)) < 0.7, seed=seed)
         covered += found.low <= 0.1 <= found.high
     assert 0.88 * rounds <= covered <= 0.99 * rounds
 
@@ -96,10 +98,10 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 @pytest.mark.parametrize(("first", "second"), [(3, 4), (4, 3), (0, 0), (0, 3)])
 def test_classifiers_on_other_images_are_not_paired(first: int, second: int) -> None:
     with pytest.raises(ValueError, match=f"cannot pair {first} with {second} images"):
-        compare(torch.ones(first, dtype=torch.bool), torch.ones(second, dtype=torch.bool), seed=0)
+        compare_paired(torch.ones(first, dtype=torch.bool), torch.ones(second, dtype=torch.bool), seed=0)
 
 
-def test_a_comparison_can_be_written_down() -> None:
-    found = compare(*verdicts(3, 2, 1, 0), seed=0)
+def test_a_comparison_can_be_written_as_json() -> None:
+    found = compare_paired(*verdicts(3, 2, 1, 0), seed=0)
     assert set(found.as_dict()) == {"difference", "low", "high", "only_first", "only_second", "p"}
     assert PairedDifference(**found.as_dict()) == found

@@ -1,4 +1,4 @@
-"""Studies that are killed and go on: attackers that learn by asking, poison that is crafted, and what was measured."""
+"""Resume of interrupted studies: attacks that work in rounds, crafted poisoned sets, and measured results."""
 
 import os
 import shutil
@@ -51,14 +51,14 @@ class Killed(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def everything_is_kept_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever the last bit of a second would have allowed; nothing is remembered of another project."""
+def save_after_every_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Saves a checkpoint after every step; caches of other projects are cleared."""
     monkeypatch.setenv("ADVMOE_STATE_SECONDS", "0")
     monkeypatch.setattr(manager, "MAX_TIME_SHARE", float("inf"))
     monkeypatch.setattr(artifacts, "_git", lambda *_: None)  # asked twice for every file, and this is no repository
     machine.machine.cache_clear()
     storage.warn_once.cache_clear()
-    remembered = (victim_training._clean, extraction._data)
+    remembered = (victim_training._clean_dataset, extraction._dataset)
     for each in remembered:
         each.cache_clear()
     yield
@@ -67,13 +67,13 @@ def everything_is_kept_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def tracked() -> dict[str, bytes]:
-    """All that the study left, but for the sidecars that tell how long it took."""
+    """All files of a study except the sidecars, which contain timings."""
     found = [path for name in ("artifacts", "metrics", "plots") for path in Path(name).rglob("*") if path.is_file()]
     return {str(path): path.read_bytes() for path in found if not path.name.endswith(".run.json")}
 
 
-def forget() -> None:
-    """Remove what studies left."""
+def remove_results() -> None:
+    """Removes the files of studies."""
     for path in [path for name in ("artifacts", "metrics", "plots") for path in Path(name).rglob("*")]:
         if path.is_file() and {"extract", "extract-runs", "poison", "poison-runs"} & set(path.parts):
             path.unlink()
@@ -102,16 +102,16 @@ LOOPS = {
     "dfme": Loop(
         ("extract", "dfme"),
         {"extract": EXTRACTION | {"attacks": {"dfme": STUDY | {"attack": DFME, "budgets": [ROUNDS * QUERIES]}}}},
-        dfme._Thief,
-        "improve_generator",
+        dfme._DfmeTrainer,
+        "update_generator",
         "dfme on mixture",
         f"{2 * QUERIES} queries",
     ),
     "unlearnable": Loop(
         ("poison", "noisy"),
         QUICKLY | {"poison.attacks": {"noisy": POISON | {"attack": UNLEARNABLE}}},
-        unlearnable._Crafting,
-        "_learn",
+        unlearnable._NoiseOptimization,
+        "_train_network",
         "unlearnable rate-0.02-seed-0-trial-0",
         "2 rounds",
     ),
@@ -145,7 +145,7 @@ def die() -> None:
 
 
 @Each
-def test_killed_in_every_round_it_ends_the_same(
+def test_a_study_killed_in_every_round_has_the_same_results(
     loop: Loop, advmoe: Advmoe, project: Path, edit: Edit, in_round: Interrupt
 ) -> None:
     del project
@@ -155,7 +155,7 @@ def test_killed_in_every_round_it_ends_the_same(
     assert len(whole) == ROUNDS
     expected = tracked()
     assert unfinished() == []
-    forget()
+    remove_results()
     for _ in range(ROUNDS - 1):
         in_round(loop, 2, die)  # one round is kept, the second is lost
         with pytest.raises(Killed):
@@ -178,7 +178,7 @@ def python_hears_signals() -> Iterator[None]:
 @Each
 @pytest.mark.usefixtures("python_hears_signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_end_it_saves_at_once_and_says_how_to_go_on(
+def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(
     loop: Loop,
     number: signal.Signals,
     code: int,
@@ -194,16 +194,16 @@ def test_told_to_end_it_saves_at_once_and_says_how_to_go_on(
     in_round(loop, 2, lambda: signal.raise_signal(number))
     ran = advmoe(*loop.command)
     assert ran.code == code
-    assert f"{loop.title}: kept as it is; run the same command again to go on" in ran.out
+    assert f"{loop.title}: checkpoint saved; run the same command again to resume" in ran.out
     rest = in_round(loop, None, die)
     ran = advmoe(*loop.command)
     assert ran.code == 0
     assert len(rest) == ROUNDS - 2
-    assert f"{loop.title}: taken over from the run that was stopped, after {loop.progress}" in ran.out
+    assert f"{loop.title}: resumed from a checkpoint, after {loop.progress}" in ran.out
 
 
 @Each
-def test_a_damaged_state_is_named_and_never_used(
+def test_a_damaged_checkpoint_is_named_and_not_used(
     loop: Loop, advmoe: Advmoe, project: Path, edit: Edit, in_round: Interrupt
 ) -> None:
     del project
@@ -217,11 +217,11 @@ def test_a_damaged_state_is_named_and_never_used(
     file.write_bytes(bytes(whole))
     again = in_round(loop, None, die)
     ran = advmoe(*loop.command)
-    assert f"warning: {file} is damaged and left aside; {loop.title} begins anew" in ran.err
+    assert f"warning: {file} is damaged and ignored; {loop.title} starts from the beginning" in ran.err
     assert len(again) == ROUNDS
 
 
-def test_another_victim_is_asked_everything_anew(
+def test_another_victim_is_queried_from_the_start(
     advmoe: Advmoe, project: Path, edit: Edit, in_round: Interrupt
 ) -> None:
     loop = LOOPS["dfme"]
@@ -235,7 +235,7 @@ def test_another_victim_is_asked_everything_anew(
     assert len(begun) == ROUNDS
 
 
-def test_a_quick_question_goes_on_too(advmoe: Advmoe, project: Path, edit: Edit, in_round: Interrupt) -> None:
+def test_a_quick_run_is_resumed(advmoe: Advmoe, project: Path, edit: Edit, in_round: Interrupt) -> None:
     del project
     loop = LOOPS["dfme"]
     edit(loop.changes)
@@ -262,12 +262,12 @@ MEASURED: dict[str, tuple[tuple[str, str], dict[str, Any], list[tuple[Any, str, 
     "extract": (  # a control and a surrogate at each budget, beside the victim
         ("extract", "knockoff"),
         {"extract": EXTRACTION | {"attacks": {"knockoff": KNOCKOFF}}},
-        [(stolen, "examine", 3), (stolen, "sheet", 1)],
+        [(stolen, "surrogate_answers", 3), (stolen, "victim_answers", 1)],
     ),
     "poison": (  # a twin, a victim at each rate, and what is left of these without what was flagged
         ("poison", "badnets"),
         QUICKLY | {"poison.attacks": {"badnets": BADNETS}},
-        [(poisoned, "examine", 5), (poisoning, "flag", 2)],
+        [(poisoned, "predict_clean_and_robust", 5), (poisoning, "flag_poison", 2)],
     ),
     "craft": (  # for each of three targets
         ("poison", "brew"),
@@ -278,7 +278,7 @@ MEASURED: dict[str, tuple[tuple[str, str], dict[str, Any], list[tuple[Any, str, 
 
 
 @pytest.mark.parametrize("study", MEASURED)
-def test_what_was_measured_or_made_before_a_kill_is_not_measured_or_made_again(
+def test_finished_steps_are_not_repeated_after_a_kill(
     study: str, advmoe: Advmoe, project: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del project
@@ -303,7 +303,7 @@ def test_what_was_measured_or_made_before_a_kill_is_not_measured_or_made_again(
         assert advmoe(*command).code == 0
     assert [len(calls) for calls in whole] == [times for _, _, times in watched]
     expected = tracked()
-    forget()
+    remove_results()
     with monkeypatch.context() as patch:
         owner, name, times = watched[0]
         count(owner, name, times)  # the last one
@@ -335,7 +335,7 @@ def started(folder: Path, state_dir: Path, *command: str) -> subprocess.Popen[st
     return subprocess.Popen(arguments, cwd=folder, env=environment, text=True, stdout=pipe, stderr=pipe)
 
 
-def test_two_processes_at_the_same_work_do_not_mix_it_up(project: Path, tmp_path: Path, edit: Edit) -> None:
+def test_two_processes_with_the_same_work_have_correct_results(project: Path, tmp_path: Path, edit: Edit) -> None:
     """As two experiments of a queue: copies of a checkout, one folder of unfinished work."""
     edit({"pretrain.epochs": 3})
     folders = [shutil.copytree(project, tmp_path / name) for name in ("alone", "left", "right")]
@@ -348,7 +348,7 @@ def test_two_processes_at_the_same_work_do_not_mix_it_up(project: Path, tmp_path
     assert list((tmp_path / "shared").iterdir()) == []
 
 
-def test_params_that_change_under_a_stage_are_not_put_on_record(
+def test_params_that_change_during_a_stage_are_refused(
     advmoe: Advmoe, project: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by a second `make repro PROFILE=...` in the same checkout; what the stage does not read may change."""
@@ -367,5 +367,5 @@ def test_params_that_change_under_a_stage_are_not_put_on_record(
     assert advmoe("pretrain", "clean").code == 0
     change("pretrain.epochs", 2)
     ran = advmoe("pretrain", "clean")
-    assert sentence(ran) == "params.yaml: 'pretrain' was changed while this ran with the old value; run it again"
+    assert sentence(ran) == "params.yaml: 'pretrain' was changed during the run; run it again"
     assert advmoe("attacks").code == 0  # no stage: nothing to compare

@@ -24,39 +24,45 @@ from torch.nn import functional
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.gate_aware import Experts, GateFrozen, Misrouting
 from advmoe.attacks.pgd import Pgd
-from advmoe.attacks.registry import AnyAttack
+from advmoe.attacks.registry import AttackSettings
 from advmoe.config.schema import load_params
 from advmoe.core import artifacts, files, paths
 from advmoe.core.errors import UserError
 from advmoe.core.settings import load_section, validate
 from advmoe.data import dataset
 from advmoe.evaluation import gate_report
-from advmoe.evaluation.checks.base import CheckContext, Probes
+from advmoe.evaluation.checks.base import CheckContext, CheckSettings
 from advmoe.evaluation.checks.gradients import gradients
 from advmoe.evaluation.harness import EvaluationConfig, EvaluationTarget, evaluate
 from advmoe.models import classifiers, gate_statistics, inference, mixture
-from advmoe.models.classifiers import Backbone, Mixture, NoGate, OwnConfidence, Plain
+from advmoe.models.classifiers import (
+    BackboneSettings,
+    ConfidenceSettings,
+    MixtureArchitecture,
+    PlainArchitecture,
+    UniformGateSettings,
+)
 from advmoe.models.mixture import ConfidenceHeads, ConfidentExperts, MixtureOfExperts, UniformGate, mix
 from advmoe.models.prediction import predict
 from advmoe.runtime.machine import generator
-from advmoe.threats.victim_training import retrainable
+from advmoe.threats.victim_training import retrainable_baselines
 from advmoe.training.baselines import specs
-from advmoe.training.baselines.learners import AlternatingTask, LastLayersTask, SynergyTask, smooth_minimum
 from advmoe.training.baselines.specs import Baseline, HardRouting, LastLayers, MixtureBaseline, Synergy, UniformAverage
+from advmoe.training.baselines.tasks import AlternatingTask, LastLayersTask, SynergyTask, smooth_minimum
 from advmoe.training.batch_attacks import PgdBatches
 from advmoe.training.config import Optimizer, Validation
-from advmoe.training.joint import Alarms, JointConfig, train_mixture
-from advmoe.training.trainer import TrainingJob, TrainingResult, fit
+from advmoe.training.job import TrainingJob, TrainingResult
+from advmoe.training.joint import AlarmThresholds, JointConfig, JointRun, train_mixture
+from advmoe.training.trainer import fit
 from stages import baseline, prepare, pretrain, train
 
-BACKBONE = Backbone(kind="cnn", width=3)
+BACKBONE = BackboneSettings(kind="cnn", width=3)
 PGD = PgdBatches(kind="pgd", steps=(1,), step_size=1.0)
-WATCHED = {"reads": "epsilon", "beside": "train", "needs": "pretrain"}
 OTHERS: dict[str, MixtureBaseline] = {
-    "uniform": UniformAverage.model_validate({"kind": "uniform", **WATCHED}),
-    "more": LastLayers.model_validate({"kind": "more", **WATCHED}),
-    "top1": HardRouting.model_validate({"kind": "top1", **WATCHED}),
-    "soe": Synergy.model_validate({"kind": "soe", "temperature": 0.5, **WATCHED}),
+    "uniform": UniformAverage.model_validate({"kind": "uniform"}),
+    "more": LastLayers.model_validate({"kind": "more"}),
+    "top1": HardRouting.model_validate({"kind": "top1"}),
+    "soe": Synergy.model_validate({"kind": "soe", "temperature": 0.5}),
 }
 every_other = pytest.mark.parametrize("name", OTHERS)
 
@@ -77,14 +83,14 @@ def joint_recipe(**changes: Any) -> JointConfig:
         "clip": 1.0,
         "validation": Validation(steps=1, step_size=1.0, gap=0.9, images=18),
         "adversary": PGD,
-        "alarms": Alarms(load=0.999, gradient=1e-9),
+        "alarms": AlarmThresholds(load=0.999, gradient=1e-9),
     }
     return JointConfig(**RECIPE | JOINT | own | changes)
 
 
 def lived_in(seed: int) -> nn.Module:
     """An untrained expert whose BatchNorms have seen images."""
-    model = classifiers.build(Plain(kind="plain", backbone=BACKBONE), FACTS, seed)
+    model = classifiers.build(PlainArchitecture(kind="plain", backbone=BACKBONE), FACTS, seed)
     with torch.no_grad():
         for batch in torch.split(DATA["train"].pixels(), 16):
             model.train()(batch)
@@ -94,25 +100,18 @@ def lived_in(seed: int) -> nn.Module:
 def start_of(name: str, **changes: Any) -> MixtureOfExperts:
     """The mixture that training starts from."""
     recipe = joint_recipe(**changes)
-    design = specs.design(OTHERS[name], recipe)
-    architecture = Mixture(
+    design = specs.mixture_design(OTHERS[name], recipe)
+    architecture = MixtureArchitecture(
         kind="mixture", backbone=BACKBONE, experts=recipe.experts, gate=design.gate, mixing=design.mixing
     )
     return classifiers.build_mixture(architecture, FACTS, [lived_in(1), lived_in(2)], 0, "tiny")
 
 
-def trained_as(name: str, **changes: Any) -> tuple[TrainingResult, Mixture]:
+def trained_as(name: str, **changes: Any) -> tuple[TrainingResult, MixtureArchitecture]:
     recipe = joint_recipe(**changes)
-    return train_mixture(
-        [lived_in(1), lived_in(2)],
-        BACKBONE,
-        DATA,
-        recipe,
-        seed=0,
-        epsilon=EPSILON,
-        name="tiny",
-        design=specs.design(OTHERS[name], recipe),
-    )
+    design = specs.mixture_design(OTHERS[name], recipe)
+    experts = [lived_in(1), lived_in(2)]
+    return train_mixture(JointRun(experts, BACKBONE, DATA, recipe, 0, EPSILON, name="tiny", design=design))
 
 
 def mixture_of(trained: TrainingResult) -> MixtureOfExperts:
@@ -214,7 +213,7 @@ def test_of_equal_weights_the_first_is_taken_and_only_one(weights: tuple[int, ..
     assert torch.equal(mix(log_gate_BE, logits_BEK, "top1"), logits_BEK[:, chosen].log_softmax(1))
 
 
-GATED: dict[str, AnyAttack] = {
+GATED: dict[str, AttackSettings] = {
     "pgd": Pgd(kind="pgd", steps=5, step_size=0.25, restarts=1, loss="ce", targets=0),
     "gate-frozen": GateFrozen(kind="gate-frozen", steps=5, step_size=0.25, restarts=1),
     "misrouting": Misrouting(kind="misrouting", steps=5, step_size=0.25, restarts=1, lambdas=(0.0, 10.0)),
@@ -236,7 +235,9 @@ def only_the_choice_matters() -> MixtureOfExperts:
     return MixtureOfExperts([Stubborn([4.0, 0.0]), Stubborn([0.0, 4.0])], Linear("gate", 2, normed=True), "top1")
 
 
-def outcomes(model: MixtureOfExperts, attacks: dict[str, AnyAttack], epsilon: float) -> tuple[EvaluationTarget, Any]:
+def outcomes(
+    model: MixtureOfExperts, attacks: dict[str, AttackSettings], epsilon: float
+) -> tuple[EvaluationTarget, Any]:
     images = linear_images()
     labels = inference.predict(model, images, 30).argmax(1)
     target = EvaluationTarget("hard", model, images, labels)
@@ -275,7 +276,9 @@ def gradient_check(model: MixtureOfExperts) -> tuple[str, str]:
     attacks = {"pgd": GATED["pgd"]}
     target, measured = outcomes(model, attacks, 0.05)
     terms = EvaluationConfig(LInf(0.05), seed=0, precision="float32", batch_size=None, drop_fallen=False)
-    found = gradients(CheckContext(target, attacks, measured, terms, Probes(images=12, steps=3, samples=10), None))
+    found = gradients(
+        CheckContext(target, attacks, measured, terms, CheckSettings(images=12, steps=3, samples=10), None)
+    )
     return found.status, found.sentence
 
 
@@ -303,7 +306,7 @@ def test_the_check_of_gradients_blames_no_comparator(name: str) -> None:
     target = EvaluationTarget(name, model, IMAGES, inference.predict(model, IMAGES, 18).argmax(1))
     terms = EvaluationConfig(LInf(0.05), seed=0, precision="float32", batch_size=None, drop_fallen=False)
     case = CheckContext(
-        target, attacks, evaluate(target, attacks, terms), terms, Probes(images=12, steps=3, samples=10), None
+        target, attacks, evaluate(target, attacks, terms), terms, CheckSettings(images=12, steps=3, samples=10), None
     )
     assert gradients(case).status == "pass"
 
@@ -313,8 +316,8 @@ def test_the_check_of_gradients_blames_no_comparator(name: str) -> None:
 
 def test_uniform_has_no_gate_and_the_mixtures_own_mixing() -> None:
     for mixing in ("probabilities", "logits"):
-        design = specs.design(OTHERS["uniform"], joint_recipe(mixing=mixing))
-        assert (design.gate, design.mixing) == (NoGate(kind="uniform"), mixing)
+        design = specs.mixture_design(OTHERS["uniform"], joint_recipe(mixing=mixing))
+        assert (design.gate, design.mixing) == (UniformGateSettings(kind="uniform"), mixing)
     model = start_of("uniform")
     assert isinstance(model.gate, UniformGate)
     assert list(model.gate.parameters()) == []
@@ -324,11 +327,14 @@ def test_uniform_has_no_gate_and_the_mixtures_own_mixing() -> None:
 
 def test_designs_of_the_others() -> None:
     recipe = joint_recipe()
-    designs = {name: specs.design(other, recipe) for name, other in OTHERS.items()}
+    designs = {name: specs.mixture_design(other, recipe) for name, other in OTHERS.items()}
     assert (designs["more"].gate, designs["more"].mixing) == (recipe.gate, "probabilities")
     assert (designs["top1"].gate, designs["top1"].mixing) == (recipe.gate, "top1")
-    assert (designs["soe"].gate, designs["soe"].mixing) == (OwnConfidence(kind="confidence", temperature=0.5), "top1")
-    learners = [designs[name].learner for name in ("more", "top1", "soe")]
+    assert (designs["soe"].gate, designs["soe"].mixing) == (
+        ConfidenceSettings(kind="confidence", temperature=0.5),
+        "top1",
+    )
+    learners = [designs[name].make_task for name in ("more", "top1", "soe")]
     assert learners == [LastLayersTask, AlternatingTask, SynergyTask]
 
 
@@ -376,7 +382,7 @@ def test_weights_of_the_experts_add_up(name: str) -> None:
 def test_weights_are_those_of_the_forward_pass(name: str) -> None:
     model = mixture_of(trained_as(name, epochs=2)[0])
     with torch.no_grad():
-        parts = model.parts(IMAGES)
+        parts = model.forward_parts(IMAGES)
     counts_NE = parts.log_gate_BE.exp()
     if model.mixing == "top1":  # one expert answers, the others count for nothing
         counts_NE = functional.one_hot(counts_NE.argmax(1), 2).float()
@@ -386,7 +392,7 @@ def test_weights_are_those_of_the_forward_pass(name: str) -> None:
 
 
 def test_uniform_is_watched_without_a_gate_to_look_at() -> None:
-    trained, _ = trained_as("uniform", alarms=Alarms(load=0.6, gradient=1e3))
+    trained, _ = trained_as("uniform", alarms=AlarmThresholds(load=0.6, gradient=1e3))
     assert trained.alarms == []
     assert "gate_gradient" not in trained.history[0]
     found = {key: trained.kept[key] for key in ("gate_entropy", "gate_shift", "load_left", "load_right")}
@@ -400,14 +406,14 @@ def test_a_gate_that_learns_is_watched(name: str) -> None:
     assert row["gate_gradient"] > 0
     assert row["load_left"] + row["load_right"] == pytest.approx(1.0, abs=1e-5)
     load = max(row["load_left"], row["load_right"])
-    alarms = trained_as(name, alarms=Alarms(load=0.999, gradient=1e3))[0].alarms
+    alarms = trained_as(name, alarms=AlarmThresholds(load=0.999, gradient=1e3))[0].alarms
     assert alarms[-1] == "gate: no gradient in epoch 1, it does not learn"
     assert [alarm for alarm in alarms[:-1] if "collapsed" in alarm] == alarms[:-1]
     assert len(alarms) == 1 + (load > 0.999)
 
 
 def test_a_hard_choice_that_is_always_the_same_is_a_collapse_however_soft_the_weights() -> None:
-    trained, _ = trained_as("top1", alarms=Alarms(load=0.999, gradient=1e-12))
+    trained, _ = trained_as("top1", alarms=AlarmThresholds(load=0.999, gradient=1e-12))
     row = trained.kept
     assert {row["load_left"], row["load_right"]} == {0.0, 1.0}  # all of these few images go one way
     with torch.no_grad():
@@ -431,24 +437,24 @@ def test_more_changes_the_gate_and_the_last_layers_and_nothing_else() -> None:
 
 def test_more_learns_in_the_state_that_pre_training_left() -> None:
     """Expert statistics are those of pre-training in the forward pass too, not the batch's."""
-    learner = LastLayersTask(start_of("more").train(), joint_recipe())
-    learner.begin()
-    assert learner.mixture.gate.training
-    assert not any(module.training for module in learner.mixture.experts.modules())
-    whole = learner.mixture.parts(IMAGES).logits_BEK
-    alone = learner.mixture.parts(IMAGES[:2]).logits_BEK
+    task = LastLayersTask(start_of("more").train(), joint_recipe())
+    task.on_step_start()
+    assert task.mixture.gate.training
+    assert not any(module.training for module in task.mixture.experts.modules())
+    whole = task.mixture.forward_parts(IMAGES).logits_BEK
+    alone = task.mixture.forward_parts(IMAGES[:2]).logits_BEK
     torch.testing.assert_close(whole[:2], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_more_gives_each_part_its_own_rate() -> None:
-    learner = LastLayersTask(start_of("more"), joint_recipe(gate_lr=0.7))
-    optimizer = learner.optimizer()
+    task = LastLayersTask(start_of("more"), joint_recipe(gate_lr=0.7))
+    optimizer = task.optimizer()
     rates = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
     heads = [
-        parameter for expert in learner.mixture.experts for parameter in expert.get_submodule("classify").parameters()
+        parameter for expert in task.mixture.experts for parameter in expert.get_submodule("classify").parameters()
     ]
     assert {rates.pop(id(parameter)) for parameter in heads} == {0.05}
-    assert {rates.pop(id(parameter)) for parameter in learner.mixture.gate.parameters()} == {0.7}
+    assert {rates.pop(id(parameter)) for parameter in task.mixture.gate.parameters()} == {0.7}
     assert rates == {}
 
 
@@ -462,17 +468,17 @@ class Turns(AlternatingTask):
         super().__init__(model, recipe)
         self.seen: list[nn.Module] = []
 
-    def begin(self) -> None:
+    def on_step_start(self) -> None:
         self.seen.append(copy.deepcopy(self.mixture))
-        super().begin()
+        super().on_step_start()
 
 
 def turns(epochs: int = 2, **changes: Any) -> list[set[str]]:
     """Which part changed in each step of a run, one after another."""
     recipe = joint_recipe(epochs=epochs, **changes)
-    learner = Turns(start_of("top1"), recipe)
-    trained = fit(learner, TrainingJob("tiny", 0, DATA, recipe, recipe.adversary, EPSILON, "pgd"))
-    seen = [*learner.seen, trained.model]
+    task = Turns(start_of("top1"), recipe)
+    trained = fit(task, TrainingJob("tiny", 0, DATA, recipe, recipe.adversary, EPSILON, "pgd"))
+    seen = [*task.seen, trained.model]
     assert len(seen) == epochs * 6 + 1
     return [changed(before, after) for before, after in itertools.pairwise(seen)]
 
@@ -496,10 +502,10 @@ def test_only_the_experts_that_were_chosen_learn() -> None:
     model = start_of("top1")
     with torch.no_grad():
         model.gate.get_parameter("score.bias").copy_(torch.tensor([0.0, 3.0]))
-    learner = AlternatingTask(model, joint_recipe())
+    task = AlternatingTask(model, joint_recipe())
     for _ in range(2):
-        learner.begin()
-    learner.loss(IMAGES, LABELS, IMAGES).backward()  # type: ignore[no-untyped-call]
+        task.on_step_start()
+    task.loss(IMAGES, LABELS, IMAGES).backward()  # type: ignore[no-untyped-call]
     first, second = ([parameter.grad for parameter in expert.parameters()] for expert in model.experts)
     assert all(gradient is not None and (gradient == 0).all() for gradient in first)
     assert any(gradient is not None and (gradient != 0).any() for gradient in second)
@@ -508,9 +514,9 @@ def test_only_the_experts_that_were_chosen_learn() -> None:
 
 def test_the_gate_has_the_first_turn() -> None:
     model = start_of("top1")
-    learner = AlternatingTask(model, joint_recipe())
-    learner.begin()
-    learner.loss(IMAGES, LABELS, IMAGES).backward()  # type: ignore[no-untyped-call]
+    task = AlternatingTask(model, joint_recipe())
+    task.on_step_start()
+    task.loss(IMAGES, LABELS, IMAGES).backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is None for parameter in model.experts.parameters())
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.gate.parameters())
 
@@ -559,12 +565,12 @@ def right_of(model: MixtureOfExperts) -> Tensor:
 
 
 def test_loss_of_synergy_is_worked_out_by_hand() -> None:
-    learner = synergy()
-    model = learner.mixture.eval()
+    task = synergy()
+    model = task.mixture.eval()
     with torch.no_grad():
         for head, bias in zip(heads_of(model), (0.7, -0.4), strict=True):
             head.bias.fill_(bias)
-        found = float(learner.loss(IMAGES, LABELS, IMAGES))
+        found = float(task.loss(IMAGES, LABELS, IMAGES))
     p_NE, sure_E = right_of(model), torch.tensor([0.7, -0.4]).sigmoid()
     unsure = -(p_NE * sure_E.log() + (1 - p_NE) * (1 - sure_E).log()).mean()
     assert found == pytest.approx(float(-p_NE.mean(1).log().mean() + unsure), abs=1e-5)
@@ -572,15 +578,15 @@ def test_loss_of_synergy_is_worked_out_by_hand() -> None:
 
 def test_confidence_learns_the_probability_of_the_true_class() -> None:
     """At the logit of the mean of p(true) the slope is nil, beside it it points there."""
-    learner = synergy()
-    model = learner.mixture.eval()
+    task = synergy()
+    model = task.mixture.eval()
     p_E = right_of(model).mean(0)
     for offset, direction in ((0.0, 0.0), (1.0, 1.0), (-1.0, -1.0)):
         model.zero_grad()
         with torch.no_grad():
             for head, p in zip(heads_of(model), p_E, strict=True):
                 head.bias.fill_(float(torch.logit(p)) + offset)
-        learner.loss(IMAGES, LABELS, IMAGES).backward()  # type: ignore[no-untyped-call]
+        task.loss(IMAGES, LABELS, IMAGES).backward()  # type: ignore[no-untyped-call]
         slopes = torch.cat([head.bias.grad for head in heads_of(model) if head.bias.grad is not None])
         expected = (torch.logit(p_E) + offset).sigmoid() - p_E
         torch.testing.assert_close(slopes, expected / 2, atol=1e-5, rtol=1e-4)  # a mean over two experts
@@ -590,12 +596,12 @@ def test_confidence_learns_the_probability_of_the_true_class() -> None:
 
 def test_experts_do_not_learn_to_fit_what_is_said_of_them() -> None:
     """The target of a confidence is taken as it is: votes learn from the smooth minimum alone."""
-    learner = synergy()
-    model = learner.mixture.eval()
+    task = synergy()
+    model = task.mixture.eval()
     with torch.no_grad():
         for head, bias in zip(heads_of(model), (2.0, -2.0), strict=True):
             head.bias.fill_(bias)
-    learner.loss(IMAGES, LABELS, IMAGES).backward()  # type: ignore[no-untyped-call]
+    task.loss(IMAGES, LABELS, IMAGES).backward()  # type: ignore[no-untyped-call]
     found = [expert.get_parameter("classify.bias").grad for expert in model.experts]
     with torch.no_grad():
         answers_NEK = torch.stack([expert(IMAGES).softmax(1) for expert in model.experts], dim=1)
@@ -652,7 +658,7 @@ def test_tensors_of_another_design_are_refused(name: str, other: str, tmp_path: 
     (trained, _), (_, architecture) = trained_as(name), trained_as(other)
     path = tmp_path / "mixed-up.safetensors"
     classifiers.save(path, trained.model, architecture, FACTS, params={}, inputs={}, seed=0, metrics={}, seconds=0.0)
-    with pytest.raises(UserError, match="does not fit the architecture that the header describes"):
+    with pytest.raises(UserError, match="does not match the architecture in the header"):
         classifiers.load(path)
 
 
@@ -663,7 +669,7 @@ def test_what_the_gate_does_under_attack_is_measured(name: str) -> None:
     target = EvaluationTarget(name, model, IMAGES, LABELS)
     terms = EvaluationConfig(LInf(0.05), seed=0, precision="float32", batch_size=None, drop_fallen=False)
     measured = evaluate(target, GATED, terms)
-    report = gate_report.weights(target, measured, ("left", "right"))
+    report = gate_report.gate_weights_by_attack(target, measured, ("left", "right"))
     assert list(report) == ["clean", *GATED]
     for row in report.values():
         assert sum(row["mean_weight"].values()) == pytest.approx(1.0, abs=1e-5)
@@ -676,7 +682,7 @@ def test_what_the_gate_does_under_attack_is_measured(name: str) -> None:
         assert max(shifts) == 0
     else:  # a hard choice changes for whole images
         assert all((len(IMAGES) * shift) == pytest.approx(round(len(IMAGES) * shift), abs=1e-4) for shift in shifts)
-    oracle = gate_report.oracle_routing(target, measured)
+    oracle = gate_report.oracle_accuracy(target, measured)
     for attack, right in measured.correct.items():
         if attack != "worst" and model.mixing == "top1":  # whoever was chosen, a better choice is at least as good
             assert oracle[attack]["accuracy"] >= float(right.float().mean()) - 1e-6
@@ -689,54 +695,40 @@ SINGLE: dict[str, Any] = {
     "backbone": "cnn",
     "match": "nothing",
     "seed": 0,
-    "reads": "epsilon",
-    "beside": "train.epochs",
-    "needs": "prepare",
     "adversary": {"kind": "pgd", "steps": [1], "step_size": 1.0},
 }
-UNIFORM: dict[str, Any] = {"kind": "uniform", **WATCHED}
-SOE: dict[str, Any] = {"kind": "soe", "temperature": 1.0, **WATCHED}
+EQUAL_PASSES = {name: value for name, value in SINGLE.items() if name != "match"} | {"kind": "equal-passes"}
+UNIFORM: dict[str, Any] = {"kind": "uniform"}
+SOE: dict[str, Any] = {"kind": "soe", "temperature": 1.0}
 DISTILLED: dict[str, Any] = {name: value for name, value in SINGLE.items() if name != "match"} | {
     "kind": "distilled",
     "alpha": 0.75,
-    "needs": "train/mixture.safetensors",
 }
 TRADES: dict[str, Any] = {"kind": "trades", "steps": [1], "step_size": 1.0, "beta": 6.0}
-WHY = ", or DVC would not see a change, or see one that is none"
+DERIVED = ": what a stage depends on is derived from params.yaml now"
 
 
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
-        (SINGLE | {"beside": "train"}, f"beside must be train.epochs for match: nothing{WHY}"),
-        (SINGLE | {"match": "parameters"}, f"beside must be train for match: parameters{WHY}"),
-        (SINGLE | {"match": "passes", "needs": "pretrain"}, f"beside must be train for match: passes{WHY}"),
-        (SINGLE | {"needs": "pretrain"}, f"needs must be prepare for match: nothing{WHY}"),
-        (
-            SINGLE | {"match": "parameters", "beside": "train", "needs": "pretrain"},
-            f"needs must be prepare for match: parameters{WHY}",
-        ),
-        (SINGLE | {"match": "passes", "beside": "train"}, f"needs must be pretrain for match: passes{WHY}"),
-        (SINGLE | {"reads": "seed"}, "reads must be epsilon for a 'pgd' adversary"),
-        (SINGLE | {"adversary": TRADES, "reads": "seed"}, "reads must be epsilon for a 'trades' adversary"),
-        (SINGLE | {"adversary": {"kind": "clean"}}, "reads must be seed for a 'clean' adversary"),
-        (UNIFORM | {"reads": "seed"}, f"reads must be epsilon for a mixture{WHY}"),
-        (SOE | {"beside": "train.epochs"}, f"beside must be train for a mixture{WHY}"),
-        (UNIFORM | {"kind": "more", "needs": "prepare"}, f"needs must be pretrain for a mixture{WHY}"),
-        (DISTILLED | {"needs": "pretrain"}, f"needs must be train/mixture.safetensors for a distilled network{WHY}"),
-        (DISTILLED | {"beside": "train"}, f"beside must be train.epochs for a distilled network{WHY}"),
-        (DISTILLED | {"reads": "seed"}, "reads must be epsilon for a 'pgd' adversary"),
+        (SINGLE | {"beside": "train"}, f"delete 'beside'{DERIVED}"),
+        (SINGLE | {"reads": "seed", "needs": "prepare"}, f"delete 'reads', 'needs'{DERIVED}"),
+        (EQUAL_PASSES | {"needs": "pretrain"}, f"delete 'needs'{DERIVED}"),
+        (UNIFORM | {"reads": "epsilon"}, f"delete 'reads'{DERIVED}"),
+        (SOE | {"beside": "train"}, f"delete 'beside'{DERIVED}"),
+        (DISTILLED | {"needs": "train/mixture.safetensors"}, f"delete 'needs'{DERIVED}"),
+        (SINGLE | {"match": "passes"}, "'match: passes' is 'kind: equal-passes' now; replace one by the other"),
         (
             DISTILLED | {"adversary": TRADES},
             "a 'trades' adversary has no attacked images of its own; fgsm, n-fgsm, pgd, pgd-radii and mixed have",
         ),
         (
-            DISTILLED | {"adversary": {"kind": "clean"}, "reads": "seed"},
+            DISTILLED | {"adversary": {"kind": "clean"}},
             "a 'clean' adversary has no attacked images of its own; fgsm, n-fgsm, pgd, pgd-radii and mixed have",
         ),
     ],
 )
-def test_what_dvc_watches_must_be_what_training_reads(
+def test_keys_of_earlier_versions_and_adversaries_without_images_are_refused(
     inputs_only: Path, edit: Callable[[dict[str, Any]], None], entry: dict[str, Any], expected: str
 ) -> None:
     del inputs_only
@@ -757,7 +749,7 @@ def test_what_dvc_watches_must_be_what_training_reads(
         (UNIFORM | {"seed": 0}, "baseline.mine.seed: is not a known key"),
         (UNIFORM | {"temperature": 1.0}, "baseline.mine.temperature: is not a known key"),
         (SOE | {"temperature": 0}, "baseline.mine.temperature: input should be greater than 0"),
-        ({"kind": "soe", **WATCHED}, "baseline.mine.temperature: is missing"),
+        ({"kind": "soe"}, "baseline.mine.temperature: is missing"),
         (DISTILLED | {"alpha": 1.5}, "baseline.mine.alpha: input should be less than or equal to 1"),
         (
             SINGLE | {"adversary": {"kind": "mixed", "weights": [1], "of": [TRADES]}},
@@ -803,13 +795,13 @@ def test_only_plain_networks_that_match_nothing_can_be_trained_anew() -> None:
         "plain": SINGLE,
         "trades": SINGLE | {"adversary": TRADES},
         "wide": SINGLE | {"match": "parameters", "beside": "train"},
-        "long": SINGLE | {"match": "passes", "beside": "train", "needs": "pretrain"},
+        "long": EQUAL_PASSES,
         "uniform": UNIFORM,
         "soe": SOE,
         "distilled": DISTILLED,
     }
     read: dict[str, Baseline] = validate(entries, dict[str, Baseline], "params.yaml")
-    assert list(retrainable(read)) == ["plain", "trades"]
+    assert list(retrainable_baselines(read)) == ["plain", "trades"]
 
 
 @pytest.mark.parametrize("name", ["uniform", "equal-parameters"])
@@ -833,7 +825,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "adversarial": SINGLE,
     "trades": SINGLE | {"adversary": TRADES},
     "equal-parameters": SINGLE | {"match": "parameters", "beside": "train"},
-    "equal-passes": SINGLE | {"match": "passes", "beside": "train", "needs": "pretrain"},
+    "equal-passes": EQUAL_PASSES,
     "resnet50": SINGLE | {"backbone": "resnet50"},
     "uniform": UNIFORM,
     "more": UNIFORM | {"kind": "more"},
@@ -905,7 +897,7 @@ def test_the_stage_writes_artifact_metrics_and_history(pipeline: Path, name: str
     rows = paths.plots("baseline", name).read_text().splitlines()
     assert len(rows) - 1 == found.header.params["recipe"]["epochs"]
     assert metrics["cost"]["learning"] == 100 * (len(rows) - 1)
-    sidecar = json.loads(artifacts.sidecar(paths.artifact("baseline", name)).read_text())
+    sidecar = json.loads(artifacts.sidecar_path(paths.artifact("baseline", name)).read_text())
     assert sidecar["peak_memory"] > 2**20
     assert "peak_memory" not in json.dumps(found.header.model_dump())
 
@@ -954,15 +946,15 @@ def test_plain_networks_have_the_epochs_of_both_phases(pipeline: Path) -> None:
         assert header.metrics["cost"]["total_training_flops"] == header.metrics["cost"]["training_flops"]
 
 
-def backbone_of(name: str) -> Backbone:
+def backbone_of(name: str) -> BackboneSettings:
     return classifiers.load(paths.artifact("baseline", name)).about.architecture.backbone
 
 
 def test_backbones_are_those_asked_for(pipeline: Path) -> None:
     del pipeline
-    assert backbone_of("standard") == Backbone(kind="cnn", width=2)
-    assert backbone_of("resnet50") == Backbone(kind="resnet50", width=2)
-    mixture = specs.paper_mixture(Backbone(kind="cnn", width=2), load_section("train", JointConfig))
+    assert backbone_of("standard") == BackboneSettings(kind="cnn", width=2)
+    assert backbone_of("resnet50") == BackboneSettings(kind="resnet50", width=2)
+    mixture = specs.paper_mixture(BackboneSettings(kind="cnn", width=2), load_section("train", JointConfig))
     assert backbone_of("equal-parameters") == specs.match_parameters("cnn", mixture, dataset.load(paths.DATASET).facts)
     assert backbone_of("equal-parameters").width > 2
 
@@ -988,9 +980,9 @@ def test_predict_and_inspect_know_every_kind(pipeline: Path, advmoe: Advmoe, nam
     assert ("gate weight" in said.out) == (name in OF_EXPERTS)
     (found,) = predict(classifiers.load(path), [image])
     assert found.label in said.out
-    assert [vote.expert for vote in found.votes] == (EXPERTS if name in OF_EXPERTS else [])
-    if found.votes:
-        assert sum(vote.weight for vote in found.votes) == pytest.approx(1.0, abs=1e-5)
+    assert [vote.expert for vote in found.expert_predictions] == (EXPERTS if name in OF_EXPERTS else [])
+    if found.expert_predictions:
+        assert sum(vote.weight for vote in found.expert_predictions) == pytest.approx(1.0, abs=1e-5)
     told = advmoe("inspect", path)
     assert json.loads(told.out)["metrics"]["cost"]["total_training_flops"] > 0
 

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from advmoe.data.dataset import Dataset, Split
 from advmoe.models import classifiers, inference
-from advmoe.models.classifiers import Backbone, Plain
+from advmoe.models.classifiers import BackboneSettings, PlainArchitecture
 from advmoe.runtime.machine import generator
 from advmoe.training.baselines.distillation import DistillationTask
 from advmoe.training.batch_attacks import PgdBatches
 from advmoe.training.config import Optimizer, ValidatedTrainingConfig
+from advmoe.training.job import TrainingJob, TrainingResult
 from advmoe.training.job_key import checkpoint_name
-from advmoe.training.single import PlainLearner
-from advmoe.training.trainer import TrainingJob, TrainingResult, fit
+from advmoe.training.single import PlainTask
+from advmoe.training.trainer import fit
 
 PGD = PgdBatches(kind="pgd", steps=(2,), step_size=0.5)
 COUNT = 64
@@ -50,18 +51,18 @@ def images(row: int) -> Tensor:
 def test_loss_is_both_divergences_from_what_the_teacher_says_of_the_clean_image(alpha: float) -> None:
     clean, attacked = 0, 1
     teacher, student = [[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]], [[0.5, 0.25, 0.25], [0.2, 0.6, 0.2]]
-    learner = DistillationTask(Told(student), ValidatedTrainingConfig(**RECIPE), Told(teacher), alpha)
+    task = DistillationTask(Told(student), ValidatedTrainingConfig(**RECIPE), Told(teacher), alpha)
     expected = (1 - alpha) * kl(teacher[clean], student[clean]) + alpha * kl(teacher[clean], student[attacked])
     for label in (0, 1):  # which play no part
-        found = learner.loss(images(attacked), torch.tensor([label]), images(clean))
+        found = task.loss(images(attacked), torch.tensor([label]), images(clean))
         assert float(found.detach()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_only_the_student_learns() -> None:
     teacher, student = Told([[0.7, 0.2, 0.1]]), Told([[0.5, 0.25, 0.25]])
-    learner = DistillationTask(student, ValidatedTrainingConfig(**RECIPE), teacher, 0.5)
-    learner.begin()
-    learner.loss(images(0), torch.tensor([0]), images(0)).backward()  # type: ignore[no-untyped-call]
+    task = DistillationTask(student, ValidatedTrainingConfig(**RECIPE), teacher, 0.5)
+    task.on_step_start()
+    task.loss(images(0), torch.tensor([0]), images(0)).backward()  # type: ignore[no-untyped-call]
     assert student.training
     assert student.rows.grad is not None
     assert not teacher.training
@@ -86,22 +87,24 @@ DATA = Dataset({"train": pixels("train"), "validation": pixels("validation")}, F
 
 def network(seed: int, width: int = 8) -> nn.Module:
     """With opinions: logits of a new network are nearly alike."""
-    model = classifiers.build(Plain(kind="plain", backbone=Backbone(kind="cnn", width=width)), FACTS, seed)
+    model = classifiers.build(
+        PlainArchitecture(kind="plain", backbone=BackboneSettings(kind="cnn", width=width)), FACTS, seed
+    )
     last = model.get_submodule("classify")
     assert isinstance(last, nn.Linear)
     last.weight.data.mul_(30)
     return model.eval()
 
 
-def course(epochs: int) -> TrainingJob:
+def job(epochs: int) -> TrainingJob:
     optimizer = Optimizer(lr=0.05, momentum=0.9, weight_decay=0.0)
     recipe = ValidatedTrainingConfig(**RECIPE | {"epochs": epochs, "batch_size": 16, "optimizer": optimizer})
     return TrainingJob("distilled", 0, DATA, recipe, PGD, EPSILON, "pgd")
 
 
 def distilled(teacher: nn.Module, epochs: int, alpha: float = 0.75) -> TrainingResult:
-    held = course(epochs)
-    return fit(DistillationTask(network(1), held.recipe, teacher, alpha), held)
+    held = job(epochs)
+    return fit(DistillationTask(network(1), held.config, teacher, alpha), held)
 
 
 def answers(model: nn.Module) -> Tensor:
@@ -111,8 +114,8 @@ def answers(model: nn.Module) -> Tensor:
 def test_the_student_comes_to_answer_as_its_teacher_where_labels_say_nothing() -> None:
     teacher = network(0)
     agreed = float((answers(distilled(teacher, 30).model) == answers(teacher)).double().mean())
-    held = course(30)
-    from_labels = fit(PlainLearner(network(1), held.recipe), held)
+    held = job(30)
+    from_labels = fit(PlainTask(network(1), held.config), held)
     assert len(set(answers(teacher).tolist())) > 1
     assert agreed > 0.8
     assert agreed > float((answers(from_labels.model) == answers(teacher)).double().mean()) + 0.2
@@ -131,7 +134,7 @@ def test_another_teacher_is_another_run() -> None:
             "distilled",
             DistillationTask(network(1), ValidatedTrainingConfig(**RECIPE), network(seed), 0.5),
             DATA,
-            course(1).settings,
+            job(1).settings,
         )
         for seed in (0, 0, 2)
     ]

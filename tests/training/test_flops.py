@@ -16,15 +16,24 @@ from advmoe.attacks.engine import PassCount
 from advmoe.attacks.pgd import Pgd
 from advmoe.core.artifacts import Header
 from advmoe.core.errors import UserError
-from advmoe.data.dataset import Dataset, Facts, Split
+from advmoe.data.dataset import Dataset, DatasetInfo, Split
 from advmoe.models import classifiers, inference
-from advmoe.models.classifiers import About, Architecture, Backbone, BackboneKind, Classifier, Mixture, Plain
+from advmoe.models.classifiers import (
+    Architecture,
+    BackboneKind,
+    BackboneSettings,
+    Classifier,
+    ClassifierMetadata,
+    MixtureArchitecture,
+    PlainArchitecture,
+)
 from advmoe.models.mixture import MixtureOfExperts
 from advmoe.models.resnet import ResNet18
 from advmoe.runtime.machine import generator
-from advmoe.training import flops, trainer
+from advmoe.training import crafting, flops, trainer, validation
 from advmoe.training.baselines import specs
 from advmoe.training.baselines.specs import (
+    EqualPassesNetwork,
     HardRouting,
     LastLayers,
     MixtureBaseline,
@@ -34,23 +43,24 @@ from advmoe.training.baselines.specs import (
 )
 from advmoe.training.batch_attacks import (
     Adversary,
+    BatchAttack,
     CleanBatches,
-    Drawn,
     FgsmBatches,
     MixedBatches,
     PgdBatches,
     TradesBatches,
-    draw,
+    draw_attack,
     expected_passes,
 )
 from advmoe.training.config import ValidatedTrainingConfig, Validation
-from advmoe.training.flops import FlopsPerImage, HasLoss, TrainingCost, measure_flops, parameters
-from advmoe.training.joint import JointConfig, paper_design, train_mixture
-from advmoe.training.single import NetworkSpec, PlainLearner, SingleConfig, TradesLearner, task_for, train_single
-from advmoe.training.trainer import TrainingJob, TrainingResult, fit
+from advmoe.training.flops import FlopsPerImage, HasLoss, TrainingCost, count_parameters, measure_flops
+from advmoe.training.job import TrainingJob, TrainingResult
+from advmoe.training.joint import JointConfig, JointRun, paper_design, train_mixture
+from advmoe.training.single import NetworkSpec, PlainTask, SingleConfig, SingleRun, TradesTask, task_for, train_single
+from advmoe.training.trainer import fit
 
-COLOUR = Facts(channels=3, height=32, width=32, class_names=tuple("abcdefghij"), mean=(0.5,) * 3, std=(0.25,) * 3)
-BACKBONE = Backbone(kind="cnn", width=3)
+COLOUR = DatasetInfo(channels=3, height=32, width=32, class_names=tuple("abcdefghij"), mean=(0.5,) * 3, std=(0.25,) * 3)
+BACKBONE = BackboneSettings(kind="cnn", width=3)
 CLEAN = CleanBatches(kind="clean")
 FGSM = FgsmBatches(kind="fgsm", epsilons=(0.01, 0.02))
 PGD = PgdBatches(kind="pgd", steps=(3,), step_size=0.5)
@@ -82,20 +92,20 @@ def joint_recipe(**changes: Any) -> JointConfig:
     return JointConfig(**RECIPE | JOINT | {"adversary": PGD, "validation": WATCHED} | changes)
 
 
-def build(architecture: Architecture, facts: Facts = FACTS) -> nn.Module:
+def build(architecture: Architecture, facts: DatasetInfo = FACTS) -> nn.Module:
     return classifiers.build(architecture, facts, 0)
 
 
-def plain(width: int = 3, kind: BackboneKind = "cnn") -> Plain:
-    return Plain(kind="plain", backbone=Backbone(kind=kind, width=width))
+def plain(width: int = 3, kind: BackboneKind = "cnn") -> PlainArchitecture:
+    return PlainArchitecture(kind="plain", backbone=BackboneSettings(kind=kind, width=width))
 
 
 def cnn(width: int = 3) -> nn.Module:
     return build(plain(width))
 
 
-def plain_learner(width: int = 3) -> PlainLearner:
-    return PlainLearner(cnn(width), single_recipe())
+def plain_learner(width: int = 3) -> PlainTask:
+    return PlainTask(cnn(width), single_recipe())
 
 
 # ---- operations of one image, by hand
@@ -133,33 +143,33 @@ def test_a_resnet_on_digits_counts_as_convolutions_whatever_attacks_make_of_its_
     network(PIXELS)
     assert {1, 4} <= set(places.values())
     by_layer = [2 * places[conv] * conv.weight.numel() for conv in places]
-    found = measure_flops(PlainLearner(network, single_recipe()), PIXELS, LABELS)
+    found = measure_flops(PlainTask(network, single_recipe()), PIXELS, LABELS)
     assert found.forward == sum(by_layer) + 2 * network.classify.weight.numel()
 
 
 def test_trades_learns_from_two_passes() -> None:
     once = measure_flops(plain_learner(), PIXELS, LABELS)
-    twice = measure_flops(TradesLearner(cnn(), single_recipe(), beta=1.0), PIXELS, LABELS)
+    twice = measure_flops(TradesTask(cnn(), single_recipe(), beta=1.0), PIXELS, LABELS)
     assert (twice.forward, twice.pixels, twice.learning) == (once.forward, once.pixels, 2 * once.learning)
 
 
 OTHERS: dict[str, MixtureBaseline] = {
-    "uniform": UniformAverage(kind="uniform", reads="epsilon", beside="train", needs="pretrain"),
-    "more": LastLayers(kind="more", reads="epsilon", beside="train", needs="pretrain"),
-    "top1": HardRouting(kind="top1", reads="epsilon", beside="train", needs="pretrain"),
-    "soe": Synergy(kind="soe", temperature=1.0, reads="epsilon", beside="train", needs="pretrain"),
+    "uniform": UniformAverage(kind="uniform"),
+    "more": LastLayers(kind="more"),
+    "top1": HardRouting(kind="top1"),
+    "soe": Synergy(kind="soe", temperature=1.0),
 }
 
 
 def learner_of_mixture(name: str | None, **changes: Any) -> Any:
     recipe = joint_recipe(**changes)
-    design = specs.design(OTHERS[name], recipe) if name else paper_design(recipe)
-    architecture = Mixture(
+    design = specs.mixture_design(OTHERS[name], recipe) if name else paper_design(recipe)
+    architecture = MixtureArchitecture(
         kind="mixture", backbone=BACKBONE, experts=recipe.experts, gate=design.gate, mixing=design.mixing
     )
     mixture = build(architecture)
     assert isinstance(mixture, MixtureOfExperts)
-    return design.learner(mixture, recipe)
+    return design.make_task(mixture, recipe)
 
 
 GATE = {"first": 2 * 64 * 2 * 9, "second": 2 * 16 * 4 * 9 * 2, "third": 2 * 4 * 8 * 9 * 4, "last": 2 * 8 * 2}
@@ -213,35 +223,35 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", [None, *OTHERS])
 def test_counting_leaves_a_mixtures_learner_as_it_was(name: str | None) -> None:
-    learner = learner_of_mixture(name)
-    before, modes = state(learner.model), [module.training for module in learner.model.modules()]
-    learning = [parameter.requires_grad for parameter in learner.model.parameters()]
-    own = {key: copy.deepcopy(value) for key, value in vars(learner).items() if isinstance(value, int | list)}
+    task = learner_of_mixture(name)
+    before, modes = state(task.model), [module.training for module in task.model.modules()]
+    learning = [parameter.requires_grad for parameter in task.model.parameters()]
+    own = {key: copy.deepcopy(value) for key, value in vars(task).items() if isinstance(value, int | list)}
     torch.manual_seed(3)
     drawn = torch.rand(2)
     torch.manual_seed(3)
-    measure_flops(learner, PIXELS, LABELS)
+    measure_flops(task, PIXELS, LABELS)
     assert torch.equal(torch.rand(2), drawn)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in learner.model.state_dict().items())
-    assert [module.training for module in learner.model.modules()] == modes
-    assert [parameter.requires_grad for parameter in learner.model.parameters()] == learning
-    assert all(parameter.grad is None for parameter in learner.model.parameters())
-    assert {key: vars(learner)[key] for key in own} == own
+    assert all(torch.equal(tensor, before[key]) for key, tensor in task.model.state_dict().items())
+    assert [module.training for module in task.model.modules()] == modes
+    assert [parameter.requires_grad for parameter in task.model.parameters()] == learning
+    assert all(parameter.grad is None for parameter in task.model.parameters())
+    assert {key: vars(task)[key] for key in own} == own
 
 
 def train_one(adversary: Adversary, **changes: Any) -> TrainingResult:
     meets = not isinstance(adversary, CleanBatches | FgsmBatches)
-    student = NetworkSpec(adversary=adversary, seed=0, reads="epsilon" if meets else "seed")
+    student = NetworkSpec(adversary=adversary, seed=0)
     recipe, radius = single_recipe(**changes), EPSILON if meets else None
-    return train_single("tiny", student, BACKBONE, DATA, recipe, seed=0, epsilon=radius)
+    return train_single(SingleRun("tiny", student, BACKBONE, DATA, recipe, seed=0, epsilon=radius))
 
 
-def train_joint(name: str | None = None, spent: int = 0, **changes: Any) -> TrainingResult:
+def train_joint(name: str | None = None, prior_flops: int = 0, **changes: Any) -> TrainingResult:
     recipe = joint_recipe(**changes)
-    design = specs.design(OTHERS[name], recipe) if name else None
+    design = specs.mixture_design(OTHERS[name], recipe) if name else None
     experts = [classifiers.build(plain(), FACTS, seed) for seed in (1, 2)]
     trained, _ = train_mixture(
-        experts, BACKBONE, DATA, recipe, seed=0, epsilon=EPSILON, spent=spent, name="tiny", design=design
+        JointRun(experts, BACKBONE, DATA, recipe, 0, EPSILON, name="tiny", design=design, prior_flops=prior_flops)
     )
     return trained
 
@@ -249,7 +259,7 @@ def train_joint(name: str | None = None, spent: int = 0, **changes: Any) -> Trai
 @pytest.mark.parametrize("name", [None, *OTHERS])
 def test_training_is_the_same_whether_or_not_anybody_counts(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
     counted = train_joint(name, epochs=1)
-    monkeypatch.setattr(trainer, "rates", lambda *_: FlopsPerImage(1, 1, 1))
+    monkeypatch.setattr(trainer, "measure_flops", lambda *_: FlopsPerImage(1, 1, 1))
     blind = train_joint(name, epochs=1)
     tensors = blind.model.state_dict()
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in counted.model.state_dict().items())
@@ -262,7 +272,11 @@ def test_training_is_the_same_whether_or_not_anybody_counts(monkeypatch: pytest.
 
 def test_cost_is_a_sum_of_products() -> None:
     found = flops.training_cost(
-        nn.Linear(3, 2), FlopsPerImage(forward=10, pixels=20, learning=50), PassCount(7, 5), learned=3, before=1000
+        nn.Linear(3, 2),
+        FlopsPerImage(forward=10, pixels=20, learning=50),
+        PassCount(7, 5),
+        images_learned=3,
+        prior=1000,
     )
     assert found == TrainingCost(8, 10, 7, 5, 3, 7 * 10 + 5 * 20 + 3 * 50, 1000 + 320)
     assert list(found.as_dict()) == [
@@ -292,20 +306,20 @@ def test_work_of_a_run_is_what_its_recipe_says(adversary: Adversary, forward: in
     learning = passes * (3 * each - layers["first"])
     assert found.training_flops == 3 * IMAGES * ((forward + backward) * each + learning)
     assert found.total_training_flops == found.training_flops
-    assert found.parameters == parameters(cnn())
+    assert found.parameters == count_parameters(cnn())
 
 
 def test_work_follows_the_steps_that_were_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
 
-    def watched(*args: Any) -> Drawn | None:
-        drawn = draw(*args)
+    def watched(*args: Any) -> BatchAttack | None:
+        drawn = draw_attack(*args)
         assert drawn is not None
-        assert isinstance(drawn.attack, Pgd)
-        steps.append(drawn.attack.steps)
+        assert isinstance(drawn.settings, Pgd)
+        steps.append(drawn.settings.steps)
         return drawn
 
-    monkeypatch.setattr(trainer, "draw", watched)
+    monkeypatch.setattr(crafting, "draw_attack", watched)
     found = train_one(PgdBatches(kind="pgd", steps=(1, 2, 5), step_size=0.5), epochs=2).cost
     assert len(set(steps)) > 1
     assert found.crafting_forward == found.crafting_backward == 8 * sum(steps)  # five batches of eight an epoch
@@ -313,11 +327,11 @@ def test_work_follows_the_steps_that_were_drawn(monkeypatch: pytest.MonkeyPatch)
 
 def test_parameters_are_those_that_training_may_choose() -> None:
     """9w + 18w^2 + 72w^2 weights, two numbers a BatchNorm channel, a last layer; no statistics."""
-    assert parameters(cnn(3)) == 9 * 3 + 18 * 9 + 72 * 9 + 2 * 7 * 3 + 12 * 3 + 3
+    assert count_parameters(cnn(3)) == 9 * 3 + 18 * 9 + 72 * 9 + 2 * 7 * 3 + 12 * 3 + 3
 
 
 def test_a_mixture_pays_for_its_experts_too() -> None:
-    alone, built_on = train_joint(epochs=1).cost, train_joint(epochs=1, spent=12345).cost
+    alone, built_on = train_joint(epochs=1).cost, train_joint(epochs=1, prior_flops=12345).cost
     assert alone.total_training_flops == alone.training_flops
     assert built_on.training_flops == alone.training_flops
     assert built_on.total_training_flops == alone.training_flops + 12345
@@ -332,7 +346,7 @@ def classifier(metrics: dict[str, Any]) -> Classifier:
     header = Header(
         kind="classifier", about={}, params={}, inputs={}, seed=0, torch="2", metrics=metrics, sha256="0" * 64
     )
-    return Classifier(cnn(), About(architecture=plain(), facts=FACTS), header)
+    return Classifier(cnn(), ClassifierMetadata(architecture=plain(), facts=FACTS), header)
 
 
 def test_what_was_spent_on_all_experts_is_added_up() -> None:
@@ -344,7 +358,7 @@ def test_what_was_spent_on_all_experts_is_added_up() -> None:
 @pytest.mark.parametrize("metrics", [{}, {"cost": None}, {"cost": {}}, {"cost": {"total_training_flops": "much"}}])
 def test_an_expert_that_does_not_say_what_it_cost_is_named(metrics: dict[str, Any]) -> None:
     known = classifier({"cost": {"total_training_flops": 3}})
-    with pytest.raises(UserError, match=r"^\S*pgd-1\S*: does not say what its training cost; `dvc repro` ") as caught:
+    with pytest.raises(UserError, match=r"^\S*pgd-1\S*: does not hold its training cost; run `dvc repro` ") as caught:
         flops.total_prior_flops({"clean": known, "pgd-1": classifier(metrics)})
     assert "\n" not in str(caught.value)
 
@@ -352,17 +366,17 @@ def test_an_expert_that_does_not_say_what_it_cost_is_named(metrics: dict[str, An
 # ---- budgets: as many parameters
 
 
-def the_mixture(width: int, experts: int, kind: BackboneKind) -> Mixture:
+def the_mixture(width: int, experts: int, kind: BackboneKind) -> MixtureArchitecture:
     recipe = joint_recipe(experts=tuple(f"expert-{number}" for number in range(experts)))
-    return specs.paper_mixture(Backbone(kind=kind, width=width), recipe)
+    return specs.paper_mixture(BackboneSettings(kind=kind, width=width), recipe)
 
 
-def size(architecture: Architecture, facts: Facts) -> int:
+def size(architecture: Architecture, facts: DatasetInfo) -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build(architecture, facts).parameters())
 
 
-WIDE: list[tuple[BackboneKind, BackboneKind, int, int, Facts]] = [
+WIDE: list[tuple[BackboneKind, BackboneKind, int, int, DatasetInfo]] = [
     *(("cnn", "cnn", width, experts, FACTS) for width, experts in ((1, 1), (2, 3), (5, 2), (8, 9), (64, 9))),
     *(("resnet18", "resnet18", width, 9, facts) for width in (4, 16) for facts in (FACTS, COLOUR)),
     ("cnn", "resnet18", 4, 9, FACTS),
@@ -372,7 +386,9 @@ WIDE: list[tuple[BackboneKind, BackboneKind, int, int, Facts]] = [
 
 
 @pytest.mark.parametrize(("kind", "of", "width", "experts", "facts"), WIDE)
-def test_widened_comes_nearest(kind: BackboneKind, of: BackboneKind, width: int, experts: int, facts: Facts) -> None:
+def test_widened_comes_nearest(
+    kind: BackboneKind, of: BackboneKind, width: int, experts: int, facts: DatasetInfo
+) -> None:
     mixture = the_mixture(width, experts, of)
     target = size(mixture, facts)
     found = specs.match_parameters(kind, mixture, facts)
@@ -399,17 +415,8 @@ def test_a_mixture_smaller_than_any_other_backbone_is_met_by_the_narrowest() -> 
 
 
 def student(adversary: Adversary = PGD, kind: BackboneKind = "cnn") -> SingleNetwork:
-    return SingleNetwork.model_validate(
-        {
-            "kind": "single",
-            "backbone": kind,
-            "match": "passes",
-            "beside": "train",
-            "needs": "pretrain",
-            "seed": 0,
-            "reads": "seed" if isinstance(adversary, CleanBatches | FgsmBatches) else "epsilon",
-            "adversary": adversary.model_dump(),
-        }
+    return EqualPassesNetwork.model_validate(
+        {"kind": "equal-passes", "backbone": kind, "seed": 0, "adversary": adversary.model_dump()}
     )
 
 
@@ -426,7 +433,7 @@ BUDGETS: dict[str, tuple[SingleNetwork, JointConfig, int]] = {
 }
 
 
-def course(recipe: ValidatedTrainingConfig, adversary: Adversary) -> TrainingJob:
+def job(recipe: ValidatedTrainingConfig, adversary: Adversary) -> TrainingJob:
     return TrainingJob("tiny", 0, DATA, recipe, adversary, EPSILON, "pgd")
 
 
@@ -434,23 +441,23 @@ def course(recipe: ValidatedTrainingConfig, adversary: Adversary) -> TrainingJob
 def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long runs of tiny networks; validation does not count and would take longer than training."""
     monkeypatch.setattr(
-        trainer, "validate", lambda *_: ({"clean": 0.5, "fgsm": 0.5, "pgd": 0.5}, PIXELS[:2], PIXELS[:2])
+        validation, "validate", lambda *_: ({"clean": 0.5, "fgsm": 0.5, "pgd": 0.5}, PIXELS[:2], PIXELS[:2])
     )
 
 
 @pytest.mark.usefixtures("unwatched")
-@pytest.mark.parametrize(("wanted", "joint", "spent"), BUDGETS.values(), ids=BUDGETS.keys())
+@pytest.mark.parametrize(("wanted", "joint", "prior_flops"), BUDGETS.values(), ids=BUDGETS.keys())
 def test_a_lengthened_run_takes_the_mixtures_work_to_half_an_epoch(
-    wanted: SingleNetwork, joint: JointConfig, spent: int
+    wanted: SingleNetwork, joint: JointConfig, prior_flops: int
 ) -> None:
     """Both are trained for real, and what they are found to have cost is compared."""
     assert joint.adversary in (PGD, TWO_STEPS)  # nothing is drawn: what is expected on average is what happens
     own: dict[str, Any] = {"epochs": joint.epochs, "adversary": joint.adversary, "awp": joint.awp}
-    target = train_joint(spent=spent, **own).cost.total_training_flops
-    recipe = specs.match_flops(single_recipe(), wanted, BACKBONE, joint, spent, DATA)
-    model = build(specs.plain(wanted, BACKBONE))
+    target = train_joint(prior_flops=prior_flops, **own).cost.total_training_flops
+    recipe = specs.match_flops(single_recipe(), wanted, BACKBONE, joint, prior_flops, DATA)
+    model = build(specs.plain_architecture(wanted, BACKBONE))
     short = recipe.model_copy(update={"epochs": 1})
-    epoch = fit(task_for(wanted, model, short), course(short, wanted.adversary)).cost.training_flops
+    epoch = fit(task_for(wanted, model, short), job(short, wanted.adversary)).cost.training_flops
     assert abs(recipe.epochs * epoch - target) <= epoch / 2
     assert recipe.epochs > 1
     assert recipe.model_dump(exclude={"epochs"}) == single_recipe().model_dump(exclude={"epochs"})
@@ -484,6 +491,6 @@ def test_expected_passes_are_the_mean_over_the_draws(adversary: Adversary, expec
 
 
 def test_counting_is_the_same_in_any_number_of_images() -> None:
-    learner: HasLoss = plain_learner()
-    assert measure_flops(learner, PIXELS[:2], LABELS[:2]) == measure_flops(learner, PIXELS, LABELS)
-    assert inference.predict(learner.model, PIXELS, IMAGES).shape == (IMAGES, 3)
+    task: HasLoss = plain_learner()
+    assert measure_flops(task, PIXELS[:2], LABELS[:2]) == measure_flops(task, PIXELS, LABELS)
+    assert inference.predict(task.model, PIXELS, IMAGES).shape == (IMAGES, 3)

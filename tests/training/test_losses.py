@@ -14,24 +14,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from advmoe.attacks.ball import LInf
-from advmoe.attacks.random_streams import BatchDraws
+from advmoe.attacks.random_streams import BatchStream
 from advmoe.core.errors import UserError
-from advmoe.models.classifiers import Backbone, Mixture, build
+from advmoe.models.classifiers import BackboneSettings, MixtureArchitecture, build
 from advmoe.models.mixture import MixtureOfExperts, MixtureOutput, mix
 from advmoe.runtime.machine import generator
-from advmoe.training.batch_attacks import NFgsmBatches, PgdAtRadii, PgdBatches, TradesBatches, draw, expected_passes
+from advmoe.training.batch_attacks import (
+    NFgsmBatches,
+    PgdAtRadii,
+    PgdBatches,
+    TradesBatches,
+    draw_attack,
+    expected_passes,
+)
+from advmoe.training.job import TrainingJob
 from advmoe.training.joint import JointConfig, MixtureTask, load_imbalance
 from advmoe.training.losses.adp import JITTER, Adp, adp_loss, diversity, log_volume
 from advmoe.training.losses.batch import Batch
 from advmoe.training.losses.dwf import Dwf
 from advmoe.training.losses.igat import Igat, igat_loss
-from advmoe.training.losses.mart import Mart, boosted, mart_loss
+from advmoe.training.losses.mart import Mart, boosted_cross_entropy, mart_loss
 from advmoe.training.losses.mart_adp import MartAdp, mart_adp_loss
 from advmoe.training.losses.mutual import Mutual, mutual_loss
 from advmoe.training.losses.registry import Objective
 from advmoe.training.nfgsm import NFgsm, nfgsm
-from advmoe.training.single import NetworkSpec, SingleConfig, train_single
-from advmoe.training.trainer import TrainingJob, fit
+from advmoe.training.single import NetworkSpec, SingleConfig, SingleRun, train_single
+from advmoe.training.trainer import fit
 
 MART = Mart(kind="mart", weight=5.0)
 ADP = Adp(kind="adp", alpha=2.0, beta=0.5)
@@ -68,9 +76,9 @@ def recipe(**changes: object) -> JointConfig:
 
 
 def mixture() -> MixtureOfExperts:
-    plan = Mixture(
+    plan = MixtureArchitecture(
         kind="mixture",
-        backbone=Backbone(kind="resnet18", width=2),
+        backbone=BackboneSettings(kind="resnet18", width=2),
         experts=("left", "right"),
         gate=JOINT["gate"],
         mixing="probabilities",
@@ -96,7 +104,7 @@ def test_mart_is_its_formula_image_by_image() -> None:
 
 def test_mart_stays_finite_where_a_wrong_class_is_certain() -> None:
     certain_BK = torch.tensor([[0.0, 60.0, -60.0]], requires_grad=True)
-    loss = boosted(certain_BK.log_softmax(dim=1), torch.tensor([0])).sum()
+    loss = boosted_cross_entropy(certain_BK.log_softmax(dim=1), torch.tensor([0])).sum()
     loss.backward()  # type: ignore[no-untyped-call]
     # -log p_y is 60, and 1 - p of the wrong class is p_y (the third is nothing): 60 again
     assert loss.item() == pytest.approx(120, rel=1e-5)
@@ -145,7 +153,7 @@ def test_adp_is_what_the_experts_lose_less_entropy_and_volume() -> None:
 
 
 def test_adp_refuses_more_experts_than_wrong_classes() -> None:
-    with pytest.raises(UserError, match="at most 4 experts apart for 5 classes"):
+    with pytest.raises(UserError, match="at most 4 experts for 5 classes"):
         adp_loss(logits("experts", BATCH, 5, CLASSES), LABELS, ADP)
 
 
@@ -263,8 +271,8 @@ def test_learner_takes_the_loss_that_the_recipe_names(objective: Objective) -> N
     made, data = mixture().eval(), patterned_set(stream)["train"].first(9)
     clean, labels = data.pixels(), data.labels
     attacked = (clean + 0.1 * torch.rand(clean.shape, generator=stream("noise"))).clamp(0, 1)
-    parts = made.parts(attacked)
-    expected = _expected(parts, made.parts(clean), labels, objective) + 0.01 * load_imbalance(parts.log_gate_BE)
+    parts = made.forward_parts(attacked)
+    expected = _expected(parts, made.forward_parts(clean), labels, objective) + 0.01 * load_imbalance(parts.log_gate_BE)
     found = MixtureTask(made, recipe(recipe=objective)).loss(attacked, labels, clean)
     torch.testing.assert_close(found, expected)
 
@@ -273,8 +281,8 @@ def test_learner_takes_the_loss_that_the_recipe_names(objective: Objective) -> N
 def test_mixture_learns_by_every_recipe(objective: Objective) -> None:
     slow = RECIPE["optimizer"].model_copy(update={"lr": 0.02})  # a sum over experts moves each as far as all others do
     told = recipe(recipe=objective, epochs=12, optimizer=slow)
-    course = TrainingJob("tiny", 0, patterned_set(stream), told, PGD, EPSILON, "pgd")
-    history = fit(MixtureTask(mixture(), told), course).history
+    job = TrainingJob("tiny", 0, patterned_set(stream), told, PGD, EPSILON, "pgd")
+    history = fit(MixtureTask(mixture(), told), job).history
     assert history[-1]["clean"] > 0.6  # a third is chance
     assert history[-1]["loss"] < history[0]["loss"]
 
@@ -282,7 +290,7 @@ def test_mixture_learns_by_every_recipe(objective: Objective) -> None:
 def test_trades_and_another_loss_of_the_answer_exclude_each_other() -> None:
     trades = TradesBatches(kind="trades", steps=(1,), step_size=0.5, beta=6.0)
     assert recipe(adversary=trades, recipe="dwf").recipe == DWF
-    with pytest.raises(ValidationError, match="recipe mart and adversary trades each bring a loss of the answer"):
+    with pytest.raises(ValidationError, match="recipe mart and adversary trades each define the mixture's loss"):
         recipe(adversary=trades, recipe=MART)
 
 
@@ -311,9 +319,9 @@ def test_nfgsm_is_noise_and_a_step_and_leaves_the_ball() -> None:
         torch.zeros(5, dtype=torch.int64),
         ball=LInf(0.1),
         settings=settings,
-        draws=BatchDraws(stream("noise")),
+        draws=BatchStream(stream("noise")),
     )
-    noise = 0.2 * BatchDraws(stream("noise")).uniform(images)
+    noise = 0.2 * BatchStream(stream("noise")).uniform(images)
     torch.testing.assert_close(found, images + noise - 0.1 * weights.sign())
     assert 0.25 < float((found - images).abs().max()) <= 0.3 + 1e-6
 
@@ -329,22 +337,22 @@ def test_nfgsm_stays_inside_the_pixel_range_and_takes_its_gradient_at_the_noise(
     model = Bent(torch.ones(1, 1, 1))
     labels = torch.zeros(64, dtype=torch.int64)
     settings = NFgsm(kind="n-fgsm", noise=3.0, step_size=1.0)
-    found = nfgsm(model, images, labels, ball=LInf(0.3), settings=settings, draws=BatchDraws(stream("noise")))
-    around = images + 0.9 * BatchDraws(stream("noise")).uniform(images)
+    found = nfgsm(model, images, labels, ball=LInf(0.3), settings=settings, draws=BatchStream(stream("noise")))
+    around = images + 0.9 * BatchStream(stream("noise")).uniform(images)
     assert (around < 0).any()
     torch.testing.assert_close(found, (around - 0.3 * around.sign()).clamp(0, 1))
 
 
 def test_an_expert_learns_from_nfgsm() -> None:
-    drawn = draw(NFGSM, 0.2, stream("draws"))
+    drawn = draw_attack(NFGSM, 0.2, stream("draws"))
     assert drawn is not None
-    assert (drawn.attack, drawn.ball) == (NFgsm(kind="n-fgsm", noise=2.0, step_size=1.0), LInf(0.2))
+    assert (drawn.settings, drawn.ball) == (NFgsm(kind="n-fgsm", noise=2.0, step_size=1.0), LInf(0.2))
     assert expected_passes(NFGSM) == 1
-    student = NetworkSpec(adversary=NFGSM, seed=1, reads="epsilon")
+    student = NetworkSpec(adversary=NFGSM, seed=1)
     assert student.meets_threat_model
     told = SingleConfig.model_validate(RECIPE | {"epochs": 6, "validation_epsilon": EPSILON})
-    backbone = Backbone(kind="resnet18", width=2)
-    trained = train_single("tiny", student, backbone, patterned_set(stream), told, seed=0, epsilon=EPSILON)
+    backbone = BackboneSettings(kind="resnet18", width=2)
+    trained = train_single(SingleRun("tiny", student, backbone, patterned_set(stream), told, seed=0, epsilon=EPSILON))
     assert trained.history[-1]["pgd"] > 0.6  # a third is chance
     images = 6 * 48
     assert (trained.cost.crafting_forward, trained.cost.crafting_backward) == (images, images)
@@ -354,13 +362,11 @@ def test_an_expert_learns_from_nfgsm() -> None:
 
 
 def test_radius_is_drawn_relative_to_epsilon() -> None:
-    draws = [draw(RADII, 0.2, stream("draws", number)) for number in range(40)]
+    draws = [draw_attack(RADII, 0.2, stream("draws", number)) for number in range(40)]
     assert {round(each.ball.epsilon, 6) for each in draws if each is not None} == {0.1, 0.3}
-    assert {each.attack.steps for each in draws if each is not None and each.attack.kind == "pgd"} == {1, 2, 6}
+    assert {each.settings.steps for each in draws if each is not None and each.settings.kind == "pgd"} == {1, 2, 6}
     assert expected_passes(RADII) == 3
 
 
 def test_expert_at_radii_meets_the_threat_model() -> None:
-    assert NetworkSpec(adversary=RADII, seed=1, reads="epsilon").meets_threat_model
-    with pytest.raises(ValidationError, match="reads must be epsilon"):
-        NetworkSpec(adversary=RADII, seed=1, reads="seed")
+    assert NetworkSpec(adversary=RADII, seed=1).meets_threat_model

@@ -12,17 +12,18 @@ from tiny import FACTS
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.attacks.random_streams import BatchDraws, MicroBatchDraws
+from advmoe.attacks.random_streams import BatchStream, MicroBatchStream
 from advmoe.models import classifiers
-from advmoe.models.classifiers import GateSettings, Mixture
+from advmoe.models.classifiers import GateSettings, MixtureArchitecture
 from advmoe.models.mixture import MixtureOfExperts
 from advmoe.runtime.machine import generator
-from advmoe.training.baselines.learners import AlternatingTask, LastLayersTask
+from advmoe.training.baselines.tasks import AlternatingTask, LastLayersTask
 from advmoe.training.batch_attacks import Adversary, PgdBatches, TradesBatches
-from advmoe.training.joint import Alarms, JointConfig, MixtureTask, load_imbalance
+from advmoe.training.job import TrainingJob, TrainingTask
+from advmoe.training.joint import AlarmThresholds, JointConfig, MixtureTask, load_imbalance
 from advmoe.training.microbatches import split_batch
-from advmoe.training.single import PlainLearner, SingleConfig, TradesLearner
-from advmoe.training.trainer import Trainer, TrainingJob, TrainingTask
+from advmoe.training.single import PlainTask, SingleConfig, TradesTask
+from advmoe.training.trainer import Trainer
 
 PGD = PgdBatches(kind="pgd", steps=(2, 3), step_size=0.5)
 TRADES = TradesBatches(kind="trades", steps=(2,), step_size=0.5, beta=2.0)
@@ -63,11 +64,11 @@ def joint_recipe(micro_batch: int | None, load_balance: float = 0.5) -> JointCon
         "load_balance": load_balance,
         "checkpointing": False,
     }
-    return JointConfig(**RECIPE | STEP | own | more, alarms=Alarms(load=0.99, gradient=1e-9))
+    return JointConfig(**RECIPE | STEP | own | more, alarms=AlarmThresholds(load=0.99, gradient=1e-9))
 
 
 def make_mixture() -> MixtureOfExperts:
-    about = Mixture(
+    about = MixtureArchitecture(
         kind="mixture",
         backbone=BACKBONE,
         experts=("left", "right"),
@@ -77,16 +78,16 @@ def make_mixture() -> MixtureOfExperts:
     return classifiers.build_mixture(about, FACTS, [make_model(1), make_model(2)], 0)
 
 
-def after_steps(learner: TrainingTask, recipe: Any, adversary: Adversary = PGD, steps: int = 1) -> Trainer:
-    run = Trainer(learner, TrainingJob("tiny", 0, make_data(), recipe, adversary, 0.05, "clean"))
+def after_steps(task: TrainingTask, recipe: Any, adversary: Adversary = PGD, steps: int = 1) -> Trainer:
+    run = Trainer(task, TrainingJob("tiny", 0, make_data(), recipe, adversary, 0.05, "clean"))
     for step in range(steps):
         rows = slice(12 * step, 12 * step + 12)
-        run.losses.append(run.step(run.images[rows].float() / 255, run.labels[rows]))
+        run.state.losses.append(run.step(run.images[rows].float() / 255, run.labels[rows]))
     return run
 
 
 def gradients(run: Trainer) -> list[Tensor]:
-    return [parameter.grad for parameter in run.learner.model.parameters() if parameter.grad is not None]
+    return [parameter.grad for parameter in run.task.model.parameters() if parameter.grad is not None]
 
 
 @pytest.mark.parametrize(
@@ -110,11 +111,11 @@ def test_pieces_are_few_and_alike_and_lose_no_image(count: int, most: int | None
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
 def test_an_image_draws_the_same_in_every_piece(kind: str) -> None:
     images = torch.zeros(10, 2, 3, 3)
-    whole = getattr(BatchDraws(generator("pieces")), kind)(images)
+    whole = getattr(BatchStream(generator("pieces")), kind)(images)
     for rows in (torch.arange(10), torch.tensor([3]), torch.tensor([7, 2, 9])):
-        draws = MicroBatchDraws(generator("pieces"), 10, rows)
+        draws = MicroBatchStream(generator("pieces"), 10, rows)
         assert torch.equal(getattr(draws, kind)(images[rows]), whole[rows])
-    some = MicroBatchDraws(generator("pieces"), 10, torch.tensor([7, 2, 9])).pick(torch.tensor([2, 0]))
+    some = MicroBatchStream(generator("pieces"), 10, torch.tensor([7, 2, 9])).pick(torch.tensor([2, 0]))
     assert torch.equal(getattr(some, kind)(images[:2]), whole[[9, 7]])
 
 
@@ -123,22 +124,22 @@ def test_an_image_draws_the_same_in_every_piece(kind: str) -> None:
 def test_gradients_are_those_of_the_whole_batch(most: int, adversary: Adversary, awp: float) -> None:
     def run(micro_batch: int | None) -> Trainer:
         model, recipe = exact(), recipe_of(micro_batch).model_copy(update={"awp": awp})
-        learner = TradesLearner(model, recipe, 2.0) if adversary is TRADES else PlainLearner(model, recipe)
-        return after_steps(learner, recipe, adversary, steps=2)
+        task = TradesTask(model, recipe, 2.0) if adversary is TRADES else PlainTask(model, recipe)
+        return after_steps(task, recipe, adversary, steps=2)
 
     whole, pieces = run(None), run(most)
     for found, expected in zip(gradients(pieces), gradients(whole), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
-    torch.testing.assert_close(torch.stack(pieces.losses), torch.stack(whole.losses), atol=1e-9, rtol=0)
-    assert (pieces.passes, pieces.learned) == (whole.passes, whole.learned)
-    assert whole.passes.backward > 0
+    torch.testing.assert_close(torch.stack(pieces.state.losses), torch.stack(whole.state.losses), atol=1e-9, rtol=0)
+    assert (pieces.state.passes, pieces.state.images_learned) == (whole.state.passes, whole.state.images_learned)
+    assert whole.state.passes.backward > 0
 
 
 def test_no_more_images_at_once_than_asked_for() -> None:
     seen: list[tuple[bool, int]] = []
     model = exact(norm=True)
     model.register_forward_pre_hook(lambda _, inputs: seen.append((model.training, len(inputs[0]))))
-    after_steps(PlainLearner(model, recipe_of(5)), recipe_of(5))
+    after_steps(PlainTask(model, recipe_of(5)), recipe_of(5))
     assert set(seen) == {(False, 4), (True, 4)}  # twelve in three pieces, crafted and learned from
     assert seen.count((True, 4)) == 3
 
@@ -146,7 +147,7 @@ def test_no_more_images_at_once_than_asked_for() -> None:
 def test_running_statistics_move_once_a_batch_by_the_mean_over_its_pieces() -> None:
     model, start = exact(norm=True), exact(norm=True)
     images = make_data()["train"].pixels()[:12].double()
-    after_steps(PlainLearner(model, recipe_of(5)), recipe_of(5), adversary=MIXED.of[0])
+    after_steps(PlainTask(model, recipe_of(5)), recipe_of(5), adversary=MIXED.of[0])
     conv, norm = start.layers[0], model.layers[1]
     assert isinstance(norm, nn.BatchNorm2d)
     with torch.no_grad():
@@ -170,9 +171,9 @@ def test_statistics_that_are_frozen_stay_to_the_last_bit() -> None:
 
 
 def test_a_turn_is_a_batch_however_many_pieces_it_has() -> None:
-    learner = AlternatingTask(make_mixture(), joint_recipe(2))
-    after_steps(learner, joint_recipe(2), steps=2)
-    assert learner.turn == 2
+    task = AlternatingTask(make_mixture(), joint_recipe(2))
+    after_steps(task, joint_recipe(2), steps=2)
+    assert task.turn == 2
 
 
 def test_each_piece_balances_its_own_load() -> None:
@@ -180,13 +181,13 @@ def test_each_piece_balances_its_own_load() -> None:
     with torch.no_grad():
         nn.init.normal_(mixture.gate.get_parameter("score.weight"), generator=generator("gate"))
     data = make_data()["train"].first(12)
-    learner = MixtureTask(mixture.eval(), recipe)
-    learner.begin = lambda: None  # type: ignore[method-assign]  # stays in eval mode: images do not see each other
-    course = TrainingJob("tiny", 0, make_data(), recipe, MIXED.of[0], 0.05, "clean")
+    task = MixtureTask(mixture.eval(), recipe)
+    task.on_step_start = lambda: None  # type: ignore[method-assign]  # stays in eval mode: images do not see each other
+    job = TrainingJob("tiny", 0, make_data(), recipe, MIXED.of[0], 0.05, "clean")
     with torch.no_grad():
-        parts = [mixture.parts(images) for images in torch.tensor_split(data.pixels(), 3)]
+        parts = [mixture.forward_parts(images) for images in torch.tensor_split(data.pixels(), 3)]
         nll = functional.nll_loss(torch.cat([part.log_probs_BK for part in parts]), data.labels)
         imbalance = torch.stack([load_imbalance(part.log_gate_BE) for part in parts]).mean()
-    found = Trainer(learner, course).step(data.pixels(), data.labels)
+    found = Trainer(task, job).step(data.pixels(), data.labels)
     torch.testing.assert_close(found, nll + 3.0 * imbalance)
     assert imbalance > 0

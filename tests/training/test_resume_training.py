@@ -22,21 +22,28 @@ from advmoe.data.batches import Augmentation
 from advmoe.data.dataset import Dataset, Split, SplitName
 from advmoe.evaluation.external_models import read_weights
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Backbone, GateSettings, NoGate, OwnConfidence, Plain
+from advmoe.models.classifiers import (
+    BackboneSettings,
+    ConfidenceSettings,
+    GateSettings,
+    PlainArchitecture,
+    UniformGateSettings,
+)
 from advmoe.runtime import machine
 from advmoe.runtime.checkpoints import manager, storage, workdir
 from advmoe.runtime.checkpoints.storage import Checkpoint
 from advmoe.runtime.machine import generator
 from advmoe.threats import victim_training
 from advmoe.threats.extraction import experiment as extraction
-from advmoe.training.baselines.learners import AlternatingTask, LastLayersTask, SynergyTask
+from advmoe.training.baselines.tasks import AlternatingTask, LastLayersTask, SynergyTask
 from advmoe.training.batch_attacks import CleanBatches, FgsmBatches, MixedBatches, PgdBatches, TradesBatches
 from advmoe.training.config import Schedule, Validation
-from advmoe.training.joint import Design, JointConfig, MixtureTask, paper_design, train_mixture
-from advmoe.training.single import PlainLearner, SingleConfig, TradesLearner
-from advmoe.training.trainer import Trainer, TrainingJob, TrainingResult, fit
+from advmoe.training.job import TrainingJob, TrainingResult
+from advmoe.training.joint import JointConfig, JointRun, MixtureDesign, MixtureTask, paper_design, train_mixture
+from advmoe.training.single import PlainTask, SingleConfig, TradesTask
+from advmoe.training.trainer import Trainer, fit
 
-BACKBONE = Backbone(kind="cnn", width=2)
+BACKBONE = BackboneSettings(kind="cnn", width=2)
 EPOCHS, STEPS = 2, 3  # in each epoch
 MIXED = MixedBatches(
     kind="mixed",
@@ -66,7 +73,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(manager, "MAX_TIME_SHARE", float("inf"))
     machine.machine.cache_clear()
     storage.warn_once.cache_clear()
-    datasets = (victim_training._clean, extraction._data)
+    datasets = (victim_training._clean_dataset, extraction._dataset)
     for remembered in datasets:
         remembered.cache_clear()
     yield tmp_path / "state"
@@ -86,47 +93,58 @@ def make_data() -> Dataset:
 
 
 def make_model(*seed: object) -> nn.Module:
-    return classifiers.build(Plain(kind="plain", backbone=BACKBONE), FACTS, *seed)
+    return classifiers.build(PlainArchitecture(kind="plain", backbone=BACKBONE), FACTS, *seed)
 
 
 def plain(
-    shelf: Path | None, *, model: nn.Module | None = None, beta: float | None = None, **changes: Any
+    checkpoint_dir: Path | None, *, model: nn.Module | None = None, beta: float | None = None, **changes: Any
 ) -> TrainingResult:
     recipe = SingleConfig(validation_epsilon=0.05, **RECIPE)
-    course = TrainingJob("tiny", 0, make_data(), recipe, TRADES if beta else MIXED, 0.05, "clean", shelf=shelf)
-    course = replace(course, **changes)
+    job = TrainingJob(
+        "tiny", 0, make_data(), recipe, TRADES if beta else MIXED, 0.05, "clean", checkpoint_dir=checkpoint_dir
+    )
+    job = replace(job, **changes)
     model = model or make_model(0)
-    return fit(TradesLearner(model, recipe, beta) if beta else PlainLearner(model, recipe), course)
+    return fit(TradesTask(model, recipe, beta) if beta else PlainTask(model, recipe), job)
 
 
-def trades(shelf: Path | None) -> TrainingResult:
-    return plain(shelf, beta=2.0)
+def trades(checkpoint_dir: Path | None) -> TrainingResult:
+    return plain(checkpoint_dir, beta=2.0)
 
 
-def mixture(shelf: Path | None, design: Design | None = None, temperature: float = 1.0) -> TrainingResult:
+def mixture(
+    checkpoint_dir: Path | None, design: MixtureDesign | None = None, temperature: float = 1.0
+) -> TrainingResult:
     recipe = JointConfig(
         **RECIPE | tiny.JOINT | {"gate": GateSettings(width=2, temperature=temperature), "adversary": MIXED},
     )
     experts = [make_model(1), make_model(2)]
     design = design or paper_design(recipe)
-    trained, _ = train_mixture(experts, BACKBONE, make_data(), recipe, seed=0, epsilon=0.05, design=design, shelf=shelf)
+    trained, _ = train_mixture(
+        JointRun(experts, BACKBONE, make_data(), recipe, 0, 0.05, design=design, checkpoint_dir=checkpoint_dir)
+    )
     return trained
 
 
-def uniform(shelf: Path | None) -> TrainingResult:
-    return mixture(shelf, Design(NoGate(kind="uniform"), "probabilities", MixtureTask))
+def uniform(checkpoint_dir: Path | None) -> TrainingResult:
+    return mixture(checkpoint_dir, MixtureDesign(UniformGateSettings(kind="uniform"), "probabilities", MixtureTask))
 
 
-def last_layers(shelf: Path | None) -> TrainingResult:
-    return mixture(shelf, Design(GateSettings(width=2, temperature=1.0), "probabilities", LastLayersTask))
+def last_layers(checkpoint_dir: Path | None) -> TrainingResult:
+    return mixture(
+        checkpoint_dir, MixtureDesign(GateSettings(width=2, temperature=1.0), "probabilities", LastLayersTask)
+    )
 
 
-def alternating(shelf: Path | None) -> TrainingResult:
-    return mixture(shelf, Design(GateSettings(width=2, temperature=1.0), "top1", AlternatingTask))
+def alternating(checkpoint_dir: Path | None) -> TrainingResult:
+    return mixture(checkpoint_dir, MixtureDesign(GateSettings(width=2, temperature=1.0), "top1", AlternatingTask))
 
 
-def synergy(shelf: Path | None, temperature: float = 1.0) -> TrainingResult:
-    return mixture(shelf, Design(OwnConfidence(kind="confidence", temperature=temperature), "top1", SynergyTask))
+def synergy(checkpoint_dir: Path | None, temperature: float = 1.0) -> TrainingResult:
+    return mixture(
+        checkpoint_dir,
+        MixtureDesign(ConfidenceSettings(kind="confidence", temperature=temperature), "top1", SynergyTask),
+    )
 
 
 Train = Callable[[Path | None], TrainingResult]
@@ -193,7 +211,7 @@ def test_killed_while_validating_it_ends_the_same(root: Path, kill_before: Plant
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("advmoe.training.trainer.validate", die)
+        patch.setattr("advmoe.training.validation.validate", die)
         with pytest.raises(Killed):
             mixture(root)
     taken = kill_before(None)
@@ -235,11 +253,11 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "epsilon": lambda root: plain(root, epsilon=0.06),
     "name": lambda root: plain(root, name="other"),
     "selection": lambda root: plain(root, select_by="pgd"),
-    "cost": lambda root: plain(root, spent=1),
+    "cost": lambda root: plain(root, prior_flops=1),
     "adversary": lambda root: plain(root, adversary=CleanBatches(kind="clean")),
-    "recipe": lambda root: plain(root, recipe=SingleConfig(validation_epsilon=0.05, **RECIPE | {"clip": 2.0})),
+    "recipe": lambda root: plain(root, config=SingleConfig(validation_epsilon=0.05, **RECIPE | {"clip": 2.0})),
     "weights": lambda root: plain(root, model=make_model(1)),
-    "learner": lambda root: plain(root, beta=2.0, adversary=MIXED),
+    "task": lambda root: plain(root, beta=2.0, adversary=MIXED),
     "images": lambda root: plain(root, dataset=flipped("train", "images")),
     "labels": lambda root: plain(root, dataset=flipped("train", "labels")),
     "validation": lambda root: plain(root, dataset=flipped("validation", "labels")),
@@ -269,7 +287,7 @@ def test_another_version_and_other_threads_start_anew(root: Path, monkeypatch: p
     torch.set_num_threads(2)
     plain(root)
     torch.set_num_threads(1)
-    monkeypatch.setattr(workdir, "code_digest", lambda: "another version")
+    monkeypatch.setattr(workdir, "code_fingerprint", lambda: "another version")
     plain(root)
     assert len(list(root.glob("*.safetensors"))) == 3
 
@@ -292,7 +310,7 @@ def test_a_damaged_state_is_named_once_and_never_used(
     capsys.readouterr()
     assert_same(plain(root), expected)
     assert len(taken) == EPOCHS * STEPS
-    warning = f"warning: {file} is damaged and left aside; tiny begins anew\n"
+    warning = f"warning: {file} is damaged and ignored; tiny starts from the beginning\n"
     assert capsys.readouterr().err == warning
 
 
@@ -311,7 +329,7 @@ def diverge_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         taken.append(None)
         loss = original(self, images, labels)
         if len(taken) == step:
-            next(self.learner.model.parameters()).data.fill_(torch.nan)
+            next(self.task.model.parameters()).data.fill_(torch.nan)
         return loss
 
     monkeypatch.setattr(Trainer, "step", stumble)
@@ -377,7 +395,7 @@ def test_what_a_full_disk_did_not_take_is_not_trained_again(
     assert not list(artifact.parent.glob("*clean*"))
     ran = advmoe("pretrain", "clean")
     assert ran.code == 0
-    assert "clean: taken over from the run that was stopped, after 1 epochs and 0 steps" in ran.out
+    assert "clean: resumed from a checkpoint, after 1 epochs and 0 steps" in ran.out
     assert artifact.exists()
 
 
@@ -402,14 +420,14 @@ def die_in_step(root: Path, limit: int) -> None:
     manager.MAX_TIME_SHARE = float("inf")
     taken = []
 
-    def after_backward(self: MixtureTask) -> None:
+    def on_after_backward(self: MixtureTask) -> None:
         taken.append(self)
         if len(taken) == limit:
             os.kill(os.getpid(), signal.SIGKILL)
         original(self)
 
-    original = MixtureTask.after_backward
-    MixtureTask.after_backward = after_backward  # type: ignore[method-assign]
+    original = MixtureTask.on_after_backward
+    MixtureTask.on_after_backward = on_after_backward  # type: ignore[method-assign]
     alternating(root)
 
 
@@ -460,12 +478,12 @@ def test_a_stage_that_is_told_to_end_saves_at_once_and_says_how_to_go_on(
     monkeypatch.setattr(Trainer, "step", step)
     ran = advmoe("pretrain", "clean")
     assert ran.code == code
-    assert "clean: kept as it is; run the same command again to go on" in ran.out
-    assert ran.err == "interrupted; run the same command again to go on\n"
+    assert "clean: checkpoint saved; run the same command again to resume" in ran.out
+    assert ran.err == "interrupted; run the same command again to resume\n"
     assert not file.exists()
     ran = advmoe("pretrain", "clean")
     assert ran.code == 0
-    assert "clean: taken over from the run that was stopped, after 0 epochs and 5 steps" in ran.out
+    assert "clean: resumed from a checkpoint, after 0 epochs and 5 steps" in ran.out
     assert file.read_bytes() == expected
     assert list(machine.machine().state_dir.iterdir()) == []
 
@@ -474,8 +492,8 @@ def test_clean_says_what_it_removed(advmoe: Advmoe, kill_before: Plant) -> None:
     kill_before(3)
 
     def work() -> None:
-        with workdir.open_workdir("train") as shelf:
-            plain(shelf)
+        with workdir.open_workdir("train") as checkpoint_dir:
+            plain(checkpoint_dir)
 
     with pytest.raises(Killed):
         work()

@@ -9,25 +9,34 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny import craft
 from torch import Tensor, nn
 
 from advmoe.attacks import engine
 from advmoe.attacks.ball import L2, Ball, LInf
-from advmoe.attacks.random_streams import BatchDraws, ImageDraws
+from advmoe.attacks.random_streams import BatchStream, ImageStreams
 from advmoe.data.batches import Augmentation
-from advmoe.data.dataset import Dataset, Facts, Split
+from advmoe.data.dataset import Dataset, DatasetInfo, Split
 from advmoe.models import classifiers, inference
-from advmoe.models.classifiers import Backbone, Plain
+from advmoe.models.classifiers import BackboneSettings, PlainArchitecture
 from advmoe.runtime.machine import generator
 from advmoe.training import trainer
-from advmoe.training.batch_attacks import Drawn, MixedBatches, PgdBatches, TradesBatches, craft, draw, expected_passes
+from advmoe.training.batch_attacks import (
+    BatchAttack,
+    MixedBatches,
+    PgdBatches,
+    TradesBatches,
+    draw_attack,
+    expected_passes,
+)
 from advmoe.training.config import Optimizer, Schedule, TrainingConfig
 from advmoe.training.flops import FlopsPerImage
-from advmoe.training.single import NetworkSpec, PlainLearner, TradesLearner, task_for
-from advmoe.training.trades import SPREAD, Trades, divergence, trades, trades_loss
-from advmoe.training.trainer import TrainingJob, TrainingResult, fit
+from advmoe.training.job import TrainingJob, TrainingResult
+from advmoe.training.single import NetworkSpec, PlainTask, TradesTask, task_for
+from advmoe.training.trades import START_STD, Trades, kl_divergence, trades, trades_loss
+from advmoe.training.trainer import fit
 
-FACTS = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,))
+FACTS = DatasetInfo(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,))
 EPSILON = 0.05
 BALL = LInf(EPSILON)
 SHAPE = (12, 1, 4, 4)
@@ -39,9 +48,9 @@ def stream(*parts: object) -> torch.Generator:
     return generator("test_trades", *parts)
 
 
-def draws() -> BatchDraws:
+def draws() -> BatchStream:
     """The same stream from its beginning each time."""
-    return BatchDraws(stream("attack"))
+    return BatchStream(stream("attack"))
 
 
 def ascent(steps: int = 10, step_size: float = 0.25) -> Trades:
@@ -69,7 +78,7 @@ class Linear(nn.Module):
 
 
 def start(images_BCHW: Tensor, ball: Ball = BALL) -> Tensor:
-    return ball.project(images_BCHW + SPREAD * draws().normal(images_BCHW), images_BCHW)
+    return ball.project(images_BCHW + START_STD * draws().normal(images_BCHW), images_BCHW)
 
 
 def attack(model: nn.Module, images: Tensor, settings: Trades | None = None, ball: Ball = BALL) -> Tensor:
@@ -84,21 +93,21 @@ def test_divergence_is_the_sum_of_p_log_p_over_q_with_the_clean_probabilities_in
     expected = 0.7 * math.log(0.7 / 0.25) + 0.2 * math.log(0.2 / 0.25) + 0.1 * math.log(0.1 / 0.5)
     backwards = 0.25 * math.log(0.25 / 0.7) + 0.25 * math.log(0.25 / 0.2) + 0.5 * math.log(0.5 / 0.1)
     assert abs(expected - backwards) > 0.01  # the direction can be told
-    assert float(divergence(clean.log(), attacked.log())) == pytest.approx(expected, abs=1e-6)
+    assert float(kl_divergence(clean.log(), attacked.log())) == pytest.approx(expected, abs=1e-6)
 
 
 def test_divergence_takes_logits_as_well_as_log_probabilities() -> None:
     clean_BK, attacked_BK = (3 * torch.randn(5, 4, generator=stream("logits", name)) for name in ("clean", "attacked"))
-    normalised = divergence(clean_BK.log_softmax(1), attacked_BK.log_softmax(1))
-    assert torch.allclose(divergence(clean_BK + 7, attacked_BK - 3), normalised, atol=1e-5)
+    normalised = kl_divergence(clean_BK.log_softmax(1), attacked_BK.log_softmax(1))
+    assert torch.allclose(kl_divergence(clean_BK + 7, attacked_BK - 3), normalised, atol=1e-5)
     assert normalised.shape == (5,)
     assert (normalised > 0).all()
-    assert torch.equal(divergence(clean_BK, clean_BK), torch.zeros(5))
+    assert torch.equal(kl_divergence(clean_BK, clean_BK), torch.zeros(5))
 
 
 def test_divergence_of_certainties_stays_finite() -> None:
     sure, otherwise = torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 200.0]])
-    assert float(divergence(sure, otherwise)) == pytest.approx(200.0)
+    assert float(kl_divergence(sure, otherwise)) == pytest.approx(200.0)
 
 
 def test_loss_is_clean_cross_entropy_plus_beta_times_the_mean_divergence() -> None:
@@ -164,8 +173,8 @@ def test_ascent_follows_the_slope_of_the_divergence_from_clean_to_attacked() -> 
 def test_every_step_climbs() -> None:
     model, images = Linear(3), pixels()
     clean = model(images)
-    climbed = [divergence(clean, model(attack(model, images, ascent(steps, 0.2)))) for steps in (1, 2, 4)]
-    assert (divergence(clean, model(start(images))) < climbed[0]).all()
+    climbed = [kl_divergence(clean, model(attack(model, images, ascent(steps, 0.2)))) for steps in (1, 2, 4)]
+    assert (kl_divergence(clean, model(start(images))) < climbed[0]).all()
     assert (climbed[0] < climbed[1]).all()
     assert (climbed[1] < climbed[2]).all()
 
@@ -186,7 +195,9 @@ def test_nobody_leaves_before_the_last_step() -> None:
     def everything_counts(points: Tensor, labels_b: Tensor) -> Tensor:
         raise AssertionError(f"asked about {len(points)} points and {len(labels_b)} labels")
 
-    asked = trades(model, images, labels(), ball=BALL, settings=ascent(), draws=draws(), fooled=everything_counts)
+    asked = trades(
+        model, images, labels(), ball=BALL, settings=ascent(), draws=draws(), is_adversarial=everything_counts
+    )
     assert torch.equal(asked, attack(model, images))
 
 
@@ -220,10 +231,10 @@ def test_an_image_finds_the_same_in_any_company() -> None:
     """Each image climbs its own divergence, from a stream of its own."""
     model, images = Linear(3), pixels()
     together = trades(
-        model, images, labels(), ball=BALL, settings=ascent(), draws=ImageDraws(0, "trades", torch.arange(12))
+        model, images, labels(), ball=BALL, settings=ascent(), draws=ImageStreams(0, "trades", torch.arange(12))
     )
     alone = trades(
-        model, images[5:6], labels(1), ball=BALL, settings=ascent(), draws=ImageDraws(0, "trades", torch.tensor([5]))
+        model, images[5:6], labels(1), ball=BALL, settings=ascent(), draws=ImageStreams(0, "trades", torch.tensor([5]))
     )
     torch.testing.assert_close(together[5:6], alone, atol=1e-6, rtol=0)
 
@@ -238,7 +249,9 @@ def test_the_models_gradients_are_left_alone() -> None:
 
 
 def make_model(seed: int = 0) -> nn.Module:
-    return classifiers.build(Plain(kind="plain", backbone=Backbone(kind="cnn", width=3)), FACTS, seed)
+    return classifiers.build(
+        PlainArchitecture(kind="plain", backbone=BackboneSettings(kind="cnn", width=3)), FACTS, seed
+    )
 
 
 def make_split(count: int, name: str) -> Split:
@@ -253,11 +266,11 @@ def test_every_number_of_steps_occurs_at_the_epsilon_of_the_threat_model() -> No
     source = stream("draw")
     counts = dict.fromkeys(BATCHES.steps, 0)
     for _ in range(300):
-        drawn = draw(BATCHES, EPSILON, source)
+        drawn = draw_attack(BATCHES, EPSILON, source)
         assert drawn is not None
-        assert isinstance(drawn.attack, Trades)
-        assert (drawn.ball, drawn.attack.step_size) == (BALL, 0.5)
-        counts[drawn.attack.steps] += 1
+        assert isinstance(drawn.settings, Trades)
+        assert (drawn.ball, drawn.settings.step_size) == (BALL, 0.5)
+        counts[drawn.settings.steps] += 1
     assert min(counts.values()) > 70  # of 100 expected
 
 
@@ -266,7 +279,7 @@ def test_passes_are_expected_as_often_as_steps_are_drawn() -> None:
 
 
 def test_mixed_batches_cannot_contain_trades() -> None:
-    """It is a loss as much as an attack: a batch of it means something else to the learner."""
+    """It is a loss as much as an attack: a batch of it means something else to the task."""
     with pytest.raises(ValidationError, match=r"Input tag 'trades' .* does not match any of the expected tags"):
         MixedBatches.model_validate(
             {"kind": "mixed", "weights": [1, 1], "of": [PGD.model_dump(), BATCHES.model_dump()]}
@@ -280,17 +293,15 @@ def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
 
 
 def test_trades_meets_the_threat_model() -> None:
-    assert NetworkSpec(adversary=BATCHES, seed=0, reads="epsilon").meets_threat_model
-    with pytest.raises(ValueError, match="reads must be epsilon for a 'trades' adversary"):
-        NetworkSpec(adversary=BATCHES, seed=0, reads="seed")
+    assert NetworkSpec(adversary=BATCHES, seed=0).meets_threat_model
 
 
 def test_crafting_is_in_eval_mode_and_changes_no_buffer() -> None:
     model, images = make_model(), make_split(8, "crafted").pixels()
     model.train()(images)  # statistics other than 0 and 1
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    drawn = Drawn(ascent(3), BALL)
-    found = craft(model, images, labels(8), drawn, draws(), "float32")
+    drawn = BatchAttack(ascent(3), BALL)
+    found = craft(model, images, labels(8), drawn, draws())
     assert all(module.training for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     model.eval()
@@ -302,12 +313,17 @@ def test_crafting_is_in_eval_mode_and_changes_no_buffer() -> None:
 def test_work_of_crafting_is_one_clean_pass_and_one_of_each_kind_a_step() -> None:
     passes = engine.PassCount()
     craft(
-        make_model(), make_split(8, "counted").pixels(), labels(8), Drawn(ascent(3), BALL), draws(), "float32", passes
+        make_model(),
+        make_split(8, "counted").pixels(),
+        labels(8),
+        BatchAttack(ascent(3), BALL),
+        draws(),
+        passes,
     )
     assert (passes.forward, passes.backward) == (8 * 4, 8 * 3)
 
 
-# ---- the learner
+# ---- the task
 
 
 def make_recipe(**changes: Any) -> TrainingConfig:
@@ -328,16 +344,16 @@ def make_recipe(**changes: Any) -> TrainingConfig:
 def train(adversary: TradesBatches, **changes: Any) -> TrainingResult:
     recipe = make_recipe(**changes)
     data = Dataset({"train": make_split(48, "train")}, FACTS, "0" * 64)
-    course = TrainingJob("trades", 0, data, recipe, adversary, EPSILON, "pgd")
-    return fit(task_for(NetworkSpec(adversary=adversary, seed=0, reads="epsilon"), make_model(), recipe), course)
+    job = TrainingJob("trades", 0, data, recipe, adversary, EPSILON, "pgd")
+    return fit(task_for(NetworkSpec(adversary=adversary, seed=0), make_model(), recipe), job)
 
 
 def test_who_learns_by_trades_is_told_by_the_adversary() -> None:
-    learner = task_for(NetworkSpec(adversary=BATCHES, seed=0, reads="epsilon"), make_model(), make_recipe())
-    assert isinstance(learner, TradesLearner)
-    assert learner.beta == 6.0
-    plain = task_for(NetworkSpec(adversary=PGD, seed=0, reads="epsilon"), make_model(), make_recipe())
-    assert type(plain) is PlainLearner
+    task = task_for(NetworkSpec(adversary=BATCHES, seed=0), make_model(), make_recipe())
+    assert isinstance(task, TradesTask)
+    assert task.beta == 6.0
+    plain = task_for(NetworkSpec(adversary=PGD, seed=0), make_model(), make_recipe())
+    assert type(plain) is PlainTask
 
 
 def test_a_learning_step_passes_the_clean_batch_and_then_the_attacked_one() -> None:
@@ -345,9 +361,9 @@ def test_a_learning_step_passes_the_clean_batch_and_then_the_attacked_one() -> N
     model, twin = make_model(), make_model()
     seen: list[Tensor] = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    learner = TradesLearner(model.eval(), make_recipe(), beta=2.0)
-    learner.begin()
-    loss = learner.loss(attacked, labels(8), clean)
+    task = TradesTask(model.eval(), make_recipe(), beta=2.0)
+    task.on_step_start()
+    loss = task.loss(attacked, labels(8), clean)
     assert len(seen) == 2
     assert torch.equal(seen[0], clean)
     assert torch.equal(seen[1], attacked)
@@ -361,13 +377,13 @@ def test_a_learning_step_passes_the_clean_batch_and_then_the_attacked_one() -> N
 def test_training_hands_over_the_clean_images_of_the_very_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs: list[tuple[Tensor, Tensor]] = []
 
-    def watched(self: TradesLearner, images: Tensor, labels_B: Tensor, clean: Tensor) -> Tensor:
+    def watched(self: TradesTask, images: Tensor, labels_B: Tensor, clean: Tensor) -> Tensor:
         pairs.append((clean.clone(), images.clone()))
         return original(self, images, labels_B, clean)
 
-    original = TradesLearner.loss
-    monkeypatch.setattr(trainer, "rates", lambda *_: FlopsPerImage(1, 1, 1))  # or its trial step would be seen too
-    monkeypatch.setattr(TradesLearner, "loss", watched)
+    original = TradesTask.loss
+    monkeypatch.setattr(trainer, "measure_flops", lambda *_: FlopsPerImage(1, 1, 1))  # else its steps would be seen
+    monkeypatch.setattr(TradesTask, "loss", watched)
     train(BATCHES, augmentation=Augmentation(crop=1, flip=True))
     assert len(pairs) == 12
     for clean, attacked in pairs:
@@ -387,7 +403,7 @@ def test_beta_buys_stability() -> None:
         with torch.no_grad():
             clean = model(images)
         found = attack(model, images, ascent(8))
-        return float(divergence(clean, model(found)).mean().detach())
+        return float(kl_divergence(clean, model(found)).mean().detach())
 
     assert moved(20.0) < 0.5 * moved(0.01)
 

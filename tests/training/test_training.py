@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import CONSTANT, EPSILON, FACTS, JOINT, RECIPE, patterned, patterned_set
+from tiny import CONSTANT, EPSILON, FACTS, JOINT, RECIPE, craft, patterned, patterned_set
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,36 +18,35 @@ from advmoe.attacks import engine
 from advmoe.attacks.ball import LInf
 from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.pgd import Pgd
-from advmoe.attacks.random_streams import BatchDraws
+from advmoe.attacks.random_streams import BatchStream
 from advmoe.core.errors import UserError
 from advmoe.data.batches import Augmentation, augment, batch_indices, batches, batches_per_epoch
 from advmoe.data.dataset import Dataset
 from advmoe.models import classifiers, gate_statistics, inference
-from advmoe.models.classifiers import Backbone, GateSettings, Mixture, Plain
+from advmoe.models.classifiers import BackboneSettings, GateSettings, MixtureArchitecture, PlainArchitecture
 from advmoe.models.gate import Gate
 from advmoe.models.mixture import MixtureOfExperts
 from advmoe.runtime.machine import generator
-from advmoe.training import joint, trainer
+from advmoe.training import crafting, joint, validation
 from advmoe.training.batch_attacks import (
     Adversary,
+    BatchAttack,
     CleanBatches,
-    Drawn,
     FgsmBatches,
     MixedBatches,
     PgdBatches,
     TradesBatches,
-    bind,
-    craft,
-    draw,
+    draw_attack,
 )
 from advmoe.training.config import Optimizer, Schedule, ValidatedTrainingConfig, lr_factor, parameter_groups
-from advmoe.training.joint import JointConfig, MixtureTask, train_mixture
-from advmoe.training.losses.expert_losses import own_losses
-from advmoe.training.single import NetworkSpec, PlainLearner, SingleConfig, baseline_recipe, train_single
-from advmoe.training.trades import divergence
-from advmoe.training.trainer import Row, TrainingJob, TrainingResult, fit
+from advmoe.training.job import Row, TrainingJob, TrainingResult
+from advmoe.training.joint import JointConfig, JointRun, MixtureTask, train_mixture
+from advmoe.training.losses.expert_losses import expert_cross_entropy
+from advmoe.training.single import NetworkSpec, PlainTask, SingleConfig, SingleRun, baseline_config, train_single
+from advmoe.training.trades import kl_divergence
+from advmoe.training.trainer import fit
 
-BACKBONE = Backbone(kind="resnet18", width=2)
+BACKBONE = BackboneSettings(kind="resnet18", width=2)
 CLEAN = CleanBatches(kind="clean")
 FGSM = FgsmBatches(kind="fgsm", epsilons=(0.01, 0.02, 0.03, 0.04))
 PGD = PgdBatches(kind="pgd", steps=(1, 2, 3), step_size=0.5)
@@ -78,12 +77,12 @@ def joint_recipe(**changes: Any) -> JointConfig:
     return JointConfig(**RECIPE | JOINT | {"adversary": MIXED} | changes)
 
 
-def make_course(recipe: ValidatedTrainingConfig, adversary: Adversary = CLEAN, select_by: str = "clean") -> TrainingJob:
+def make_job(recipe: ValidatedTrainingConfig, adversary: Adversary = CLEAN, select_by: str = "clean") -> TrainingJob:
     return TrainingJob(
         name="tiny",
         seed=0,
         dataset=make_dataset(),
-        recipe=recipe,
+        config=recipe,
         adversary=adversary,
         epsilon=EPSILON,
         select_by=select_by,
@@ -91,12 +90,12 @@ def make_course(recipe: ValidatedTrainingConfig, adversary: Adversary = CLEAN, s
 
 
 def make_model(seed: int = 0) -> nn.Module:
-    return classifiers.build(Plain(kind="plain", backbone=BACKBONE), FACTS, seed)
+    return classifiers.build(PlainArchitecture(kind="plain", backbone=BACKBONE), FACTS, seed)
 
 
 def train_plain(adversary: Adversary = CLEAN, select_by: str = "clean", **changes: Any) -> TrainingResult:
     recipe = make_recipe(**changes)
-    return fit(PlainLearner(make_model(), recipe), make_course(recipe, adversary, select_by))
+    return fit(PlainTask(make_model(), recipe), make_job(recipe, adversary, select_by))
 
 
 def same(left: nn.Module, right: nn.Module) -> bool:
@@ -108,9 +107,9 @@ def same(left: nn.Module, right: nn.Module) -> bool:
 # ---- what a batch is attacked with
 
 
-def many(adversary: Adversary, count: int = 400, seed: int = 0) -> list[Drawn | None]:
+def many(adversary: Adversary, count: int = 400, seed: int = 0) -> list[BatchAttack | None]:
     source = stream("draw", seed)
-    return [draw(adversary, EPSILON, source) for _ in range(count)]
+    return [draw_attack(adversary, EPSILON, source) for _ in range(count)]
 
 
 def test_clean_batches_are_not_attacked() -> None:
@@ -120,7 +119,7 @@ def test_clean_batches_are_not_attacked() -> None:
 def test_every_fgsm_epsilon_occurs() -> None:
     drawn = [each for each in many(FGSM) if each is not None]
     assert {each.ball.epsilon for each in drawn} == set(FGSM.epsilons)
-    assert all(isinstance(each.attack, Fgsm) for each in drawn)
+    assert all(isinstance(each.settings, Fgsm) for each in drawn)
     counts = [sum(each.ball.epsilon == epsilon for each in drawn) for epsilon in FGSM.epsilons]
     assert min(counts) > 70  # of 100 expected: nothing is rare
     assert len(drawn) == 400
@@ -130,9 +129,9 @@ def test_every_number_of_pgd_steps_occurs_at_the_epsilon_of_the_threat_model() -
     attacks = []
     for each in many(PGD):
         assert each is not None
-        assert isinstance(each.attack, Pgd)
+        assert isinstance(each.settings, Pgd)
         assert each.ball.epsilon == EPSILON
-        attacks.append(each.attack)
+        attacks.append(each.settings)
     assert {attack.steps for attack in attacks} == set(PGD.steps)
     assert {(each.step_size, each.restarts, each.loss, each.targets) for each in attacks} == {(0.5, 1, "ce", 0)}
 
@@ -140,7 +139,7 @@ def test_every_number_of_pgd_steps_occurs_at_the_epsilon_of_the_threat_model() -
 def kinds(weights: tuple[float, ...]) -> dict[str, int]:
     found = {"clean": 0, "fgsm": 0, "pgd": 0}
     for each in many(MixedBatches(kind="mixed", weights=weights, of=(CLEAN, FGSM, PGD))):
-        found["clean" if each is None else each.attack.kind] += 1
+        found["clean" if each is None else each.settings.kind] += 1
     return found
 
 
@@ -162,8 +161,8 @@ def test_mixed_batches_never_draw_weight_zero(never: int) -> None:
 
 def test_mixed_batches_draw_within_their_kind() -> None:
     drawn = [each for each in many(MIXED) if each is not None]
-    assert {each.ball.epsilon for each in drawn if isinstance(each.attack, Fgsm)} == set(FGSM.epsilons)
-    assert {each.attack.steps for each in drawn if isinstance(each.attack, Pgd)} == set(PGD.steps)
+    assert {each.ball.epsilon for each in drawn if isinstance(each.settings, Fgsm)} == set(FGSM.epsilons)
+    assert {each.settings.steps for each in drawn if isinstance(each.settings, Pgd)} == set(PGD.steps)
 
 
 def test_draws_follow_the_stream() -> None:
@@ -177,15 +176,15 @@ def test_mixed_batches_refuse_weights_that_do_not_fit(weights: tuple[float, ...]
         MixedBatches(kind="mixed", weights=weights, of=(CLEAN, FGSM))
 
 
-Draw = Callable[[Adversary, float, torch.Generator], Drawn | None]
+Draw = Callable[[Adversary, float, torch.Generator], BatchAttack | None]
 
 
 def once_per_run() -> Draw:
     """Planted: a draw at the start of the run, and never again."""
-    drawn: list[Drawn | None] = []
+    drawn: list[BatchAttack | None] = []
 
-    def planted(adversary: Adversary, epsilon: float, source: torch.Generator) -> Drawn | None:
-        drawn.append(drawn[0] if drawn else draw(adversary, epsilon, source))
+    def planted(adversary: Adversary, epsilon: float, source: torch.Generator) -> BatchAttack | None:
+        drawn.append(drawn[0] if drawn else draw_attack(adversary, epsilon, source))
         return drawn[-1]
 
     return planted
@@ -193,10 +192,10 @@ def once_per_run() -> Draw:
 
 def once_per_epoch() -> Draw:
     """Planted: a draw at the start of every epoch."""
-    drawn: list[Drawn | None] = []
+    drawn: list[BatchAttack | None] = []
 
-    def planted(adversary: Adversary, epsilon: float, source: torch.Generator) -> Drawn | None:
-        drawn.append(drawn[-1] if len(drawn) % BATCHES else draw(adversary, epsilon, source))
+    def planted(adversary: Adversary, epsilon: float, source: torch.Generator) -> BatchAttack | None:
+        drawn.append(drawn[-1] if len(drawn) % BATCHES else draw_attack(adversary, epsilon, source))
         return drawn[-1]
 
     return planted
@@ -204,13 +203,14 @@ def once_per_epoch() -> Draw:
 
 def is_drawn_per_batch(monkeypatch: pytest.MonkeyPatch, adversary: Adversary, epochs: int = 2) -> bool:
     """Trains for real, watching what each batch is crafted with: a fresh draw for all of them, in every epoch."""
-    crafted: list[Drawn] = []
+    crafted: list[BatchAttack] = []
+    attack_batch = engine.attack_batch
 
-    def watched(model: nn.Module, images: Tensor, labels: Tensor, drawn: Drawn, *rest: Any) -> Tensor:
-        crafted.append(drawn)
-        return craft(model, images, labels, drawn, *rest)
+    def watched(model: nn.Module, images: Tensor, labels: Tensor, attack: Any, *, ball: Any, **rest: Any) -> Tensor:
+        crafted.append(BatchAttack(attack.keywords["settings"], ball))
+        return attack_batch(model, images, labels, attack, ball=ball, **rest)
 
-    monkeypatch.setattr(trainer, "craft", watched)
+    monkeypatch.setattr(engine, "attack_batch", watched)
     train_plain(adversary, epochs=epochs)
     assert len(crafted) == epochs * BATCHES
     by_epoch = [crafted[start : start + BATCHES] for start in range(0, len(crafted), BATCHES)]
@@ -224,15 +224,15 @@ def test_training_draws_per_batch(monkeypatch: pytest.MonkeyPatch, adversary: Ad
 
 @pytest.mark.parametrize("bug", [once_per_run, once_per_epoch])
 def test_drawing_less_often_is_caught(monkeypatch: pytest.MonkeyPatch, bug: Callable[[], Draw]) -> None:
-    monkeypatch.setattr(trainer, "draw", bug())
+    monkeypatch.setattr(crafting, "draw_attack", bug())
     assert not is_drawn_per_batch(monkeypatch, FGSM)
 
 
 def test_clean_training_crafts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(*args: object) -> Tensor:
-        raise AssertionError(f"crafted for a clean batch: {len(args)} arguments")
+    def forbidden(*args: object, **options: object) -> Tensor:
+        raise AssertionError(f"crafted for a clean batch: {len(args) + len(options)} arguments")
 
-    monkeypatch.setattr(trainer, "craft", forbidden)
+    monkeypatch.setattr(engine, "attack_batch", forbidden)
     train_plain(CLEAN, epochs=1)
 
 
@@ -240,9 +240,11 @@ def test_clean_training_crafts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_training_batch_gets_the_attack_as_it_was_drawn(attack: Fgsm | Pgd) -> None:
     model, images = make_model().eval(), patterned(stream, 8, "crafted").pixels()
     labels, ball = inference.predict(model, images, 8).argmax(1), LInf(EPSILON)
-    found = craft(model, images, labels, Drawn(attack, ball), BatchDraws(stream("craft")), "float32")
+    found = craft(model, images, labels, BatchAttack(attack, ball), BatchStream(stream("craft")))
     with engine.attack_mode(model, "float32") as cheap:
-        expected = bind(attack)(cheap, images, labels, ball=ball, draws=BatchDraws(stream("craft")))
+        expected = BatchAttack(attack, ball).function(
+            cheap, images, labels, ball=ball, draws=BatchStream(stream("craft"))
+        )
     assert torch.equal(found, expected)
     assert not torch.equal(found, images)
 
@@ -251,7 +253,7 @@ def test_training_attacks_every_image_to_the_last_step() -> None:
     """Evaluation lets an image go when it has fallen; a network that learns should meet the worst that was found."""
     model, images = make_model().eval(), patterned(stream, 8, "crafted").pixels()
     labels = (inference.predict(model, images, 8).argmax(1) + 1) % 3  # fallen before the first step
-    found = craft(model, images, labels, Drawn(LONG, LInf(EPSILON)), BatchDraws(stream("craft")), "float32")
+    found = craft(model, images, labels, BatchAttack(LONG, LInf(EPSILON)), BatchStream(stream("craft")))
     at_the_wall = (found - images).abs() > 0.99 * EPSILON
     assert at_the_wall.double().mean() > 0.5
 
@@ -286,7 +288,7 @@ def test_rate_of_constant_is_one_after_warm_up() -> None:
 
 
 def make_mixture() -> MixtureOfExperts:
-    architecture = Mixture(
+    architecture = MixtureArchitecture(
         kind="mixture",
         backbone=BACKBONE,
         experts=("left", "right"),
@@ -346,7 +348,7 @@ def test_smallest_batch_size_leaves_no_image_alone() -> None:
 def test_a_network_ruined_by_its_very_last_update_is_refused() -> None:
     wild = single_recipe(epochs=1, batch_size=1000, optimizer={"lr": 1e30, "momentum": 0.0, "weight_decay": 0.0})
     with pytest.raises(UserError, match="NaN or infinity after epoch 1"):
-        train_single("expert", student(CLEAN), BACKBONE, make_dataset(), wild, seed=0, epsilon=None)
+        train_single(SingleRun("expert", student(CLEAN), BACKBONE, make_dataset(), wild, seed=0, epsilon=None))
 
 
 def test_batch_indices_are_shuffled_anew_every_epoch() -> None:
@@ -442,9 +444,9 @@ def test_entropy_closed_forms() -> None:
 
 def test_shift_closed_forms() -> None:
     even, certain = torch.full((4, 4), 0.25), torch.eye(4)
-    assert float(gate_statistics.shift(even, even)) == 0.0
-    assert float(gate_statistics.shift(certain, certain.flip(0))) == pytest.approx(1.0)
-    assert float(gate_statistics.shift(even, certain)) == pytest.approx(0.75)
+    assert float(gate_statistics.total_variation(even, even)) == 0.0
+    assert float(gate_statistics.total_variation(certain, certain.flip(0))) == pytest.approx(1.0)
+    assert float(gate_statistics.total_variation(even, certain)) == pytest.approx(0.75)
 
 
 def health_row(epoch: int = 1, gradient: float = 0.1, left: float = 0.5) -> Row:
@@ -452,28 +454,30 @@ def health_row(epoch: int = 1, gradient: float = 0.1, left: float = 0.5) -> Row:
 
 
 def test_a_healthy_gate_raises_no_alarm() -> None:
-    assert joint.alarms([health_row(1), health_row(2, left=0.89)], health_row(2, left=0.89), joint_recipe()) == []
+    assert joint.gate_alarms([health_row(1), health_row(2, left=0.89)], health_row(2, left=0.89), joint_recipe()) == []
 
 
 def test_a_collapsed_gate_raises_an_alarm() -> None:
-    (alarm,) = joint.alarms([health_row(1), health_row(2, left=0.95)], health_row(2, left=0.95), joint_recipe())
+    (alarm,) = joint.gate_alarms([health_row(1), health_row(2, left=0.95)], health_row(2, left=0.95), joint_recipe())
     assert "collapsed" in alarm
     assert "left" in alarm
     assert "95%" in alarm
 
 
 def test_a_gate_that_recovers_raises_no_alarm() -> None:
-    assert joint.alarms([health_row(1, left=0.95), health_row(2)], health_row(2), joint_recipe()) == []
+    assert joint.gate_alarms([health_row(1, left=0.95), health_row(2)], health_row(2), joint_recipe()) == []
 
 
 @pytest.mark.parametrize("gradient", [0.1, 0.0])
 def test_a_gate_of_one_expert_neither_collapses_nor_has_anything_to_learn(gradient: float) -> None:
     history = [{"epoch": 1, "gate_gradient": gradient, "load_left": 1.0}]
-    assert joint.alarms(history, history[-1], joint_recipe(experts=("left",))) == []
+    assert joint.gate_alarms(history, history[-1], joint_recipe(experts=("left",))) == []
 
 
 def test_a_dead_gate_raises_an_alarm() -> None:
-    (alarm,) = joint.alarms([health_row(1), health_row(2, gradient=1e-7), health_row(3)], health_row(3), joint_recipe())
+    (alarm,) = joint.gate_alarms(
+        [health_row(1), health_row(2, gradient=1e-7), health_row(3)], health_row(3), joint_recipe()
+    )
     assert "no gradient in epoch 2" in alarm
 
 
@@ -487,18 +491,18 @@ def give_scores(mixture: MixtureOfExperts, scores: list[float]) -> None:
 def test_health_of_a_mixture_is_what_its_gate_says() -> None:
     mixture = make_mixture()
     give_scores(mixture, [math.log(3), 0.0])  # weights 3/4 and 1/4 for every image
-    learner = MixtureTask(mixture, joint_recipe())
+    task = MixtureTask(mixture, joint_recipe())
     images, labels = patterned(stream, 12, "health").pixels(), torch.arange(12) % 3
-    learner.loss(images, labels, images).backward()  # type: ignore[no-untyped-call]
-    learner.after_backward()
-    row = learner.health(mixture, images, 1 - images)
+    task.loss(images, labels, images).backward()  # type: ignore[no-untyped-call]
+    task.on_after_backward()
+    row = task.validation_metrics(mixture, images, 1 - images)
     assert row["load_left"] == pytest.approx(0.75)
     assert row["load_right"] == pytest.approx(0.25)
     assert row["gate_shift"] == 0.0
     assert row["gate_entropy"] == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4), abs=1e-5)
     assert row["gate_gradient"] > 0
-    learner.epoch_ends()
-    assert learner.gate_norms == []
+    task.on_epoch_end()
+    assert task.gate_norms == []
 
 
 def test_loss_of_a_mixture_is_its_nll_plus_the_weighted_imbalance() -> None:
@@ -516,13 +520,13 @@ def test_own_losses_are_the_mean_cross_entropy_of_the_experts() -> None:
     logits_BEK = torch.randn(4, 2, 3, generator=stream("own"))
     labels = torch.tensor([0, 1, 2, 0])
     each = [functional.cross_entropy(logits_BEK[:, expert], labels) for expert in range(2)]
-    torch.testing.assert_close(own_losses(logits_BEK, labels), (each[0] + each[1]) / 2)
+    torch.testing.assert_close(expert_cross_entropy(logits_BEK, labels), (each[0] + each[1]) / 2)
 
 
 def test_loss_of_a_mixture_counts_its_experts_own_losses() -> None:
     mixture, images, labels = make_mixture().eval(), patterned(stream, 12, "loss").pixels(), torch.arange(12) % 3
     with torch.no_grad():
-        own = own_losses(mixture.parts(images).logits_BEK, labels)
+        own = expert_cross_entropy(mixture.forward_parts(images).logits_BEK, labels)
         without = MixtureTask(mixture, joint_recipe()).loss(images, labels, images)
         found = MixtureTask(mixture, joint_recipe(own_loss=0.5)).loss(images, labels, images)
     assert own > 0
@@ -552,7 +556,7 @@ def test_loss_of_a_mixture_under_trades_has_two_terms() -> None:
     with torch.no_grad():
         found = MixtureTask(mixture, recipe).loss(attacked, labels, clean)
         nll = functional.nll_loss(mixture(clean), labels)
-        apart = divergence(mixture(clean), mixture(attacked)).mean()
+        apart = kl_divergence(mixture(clean), mixture(attacked)).mean()
     assert apart > 1e-3
     torch.testing.assert_close(found, nll + TRADES.beta * apart)
 
@@ -569,12 +573,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch, rows: list[Row]) -> None:
     """Let validation say what the test needs; training stays real."""
     left = iter(rows)
 
-    def validate(model: nn.Module, course: TrainingJob) -> tuple[Row, Tensor, Tensor]:
+    def validate(model: nn.Module, job: TrainingJob) -> tuple[Row, Tensor, Tensor]:
         del model
-        pixels = course.dataset["validation"].pixels()
+        pixels = job.dataset["validation"].pixels()
         return next(left), pixels, pixels
 
-    monkeypatch.setattr(trainer, "validate", validate)
+    monkeypatch.setattr(validation, "validate", validate)
 
 
 def score(clean: float, fgsm: float = 0.5, pgd: float = 0.5) -> Row:
@@ -614,14 +618,15 @@ def test_fit_twice_is_the_same_to_the_last_bit(adversary: Adversary) -> None:
 
 
 def student(adversary: Adversary, seed: int = 0) -> NetworkSpec:
-    meets = not isinstance(adversary, CleanBatches | FgsmBatches)
-    return NetworkSpec(adversary=adversary, seed=seed, reads="epsilon" if meets else "seed")
+    return NetworkSpec(adversary=adversary, seed=seed)
 
 
 def run_single(adversary: Adversary, seed: int = 0, own: int = 0, **changes: Any) -> TrainingResult:
     radius = EPSILON if student(adversary).meets_threat_model else None
     recipe = single_recipe(**changes)
-    return train_single("expert", student(adversary, own), BACKBONE, make_dataset(), recipe, seed=seed, epsilon=radius)
+    return train_single(
+        SingleRun("expert", student(adversary, own), BACKBONE, make_dataset(), recipe, seed=seed, epsilon=radius)
+    )
 
 
 @pytest.mark.parametrize("adversary", [FGSM, PGD], ids=["fgsm", "pgd"])
@@ -643,10 +648,10 @@ def test_training_does_not_touch_the_global_random_state() -> None:
     assert same(run_single(FGSM, epochs=1).model, first.model)
 
 
-def run_mixture(seed: int = 0, **changes: Any) -> tuple[TrainingResult, Mixture]:
+def run_mixture(seed: int = 0, **changes: Any) -> tuple[TrainingResult, MixtureArchitecture]:
     experts = [make_model(1), make_model(2)]
     recipe = joint_recipe(**changes)
-    return train_mixture(experts, BACKBONE, make_dataset(), recipe, seed=seed, epsilon=EPSILON)
+    return train_mixture(JointRun(experts, BACKBONE, make_dataset(), recipe, seed=seed, epsilon=EPSILON))
 
 
 def test_train_mixture_twice_is_the_same_to_the_last_bit() -> None:
@@ -665,7 +670,7 @@ def test_checkpointing_changes_no_number() -> None:
 
 def test_train_mixture_moves_gate_and_copies_of_the_experts() -> None:
     experts = [make_model(1), make_model(2)]
-    trained, _ = train_mixture(experts, BACKBONE, make_dataset(), joint_recipe(), seed=0, epsilon=EPSILON)
+    trained, _ = train_mixture(JointRun(experts, BACKBONE, make_dataset(), joint_recipe(), seed=0, epsilon=EPSILON))
     assert isinstance(trained.model, MixtureOfExperts)
     assert same(experts[0], make_model(1))
     assert same(experts[1], make_model(2))
@@ -741,7 +746,7 @@ def test_clipping_bounds_a_step() -> None:
 # ---- averaged weights, and which epoch is kept
 
 
-class Watched(PlainLearner):
+class Watched(PlainTask):
     """Keeps the weights that each step starts from."""
 
     def __init__(self, model: nn.Module, recipe: ValidatedTrainingConfig) -> None:
@@ -755,9 +760,9 @@ class Watched(PlainLearner):
 
 def test_ema_keeps_the_averaged_weights() -> None:
     recipe = make_recipe()
-    learner = Watched(make_model(), recipe)
-    plain = fit(learner, make_course(recipe, FGSM))
-    after_each_step = [*learner.seen[1:], [parameter.detach() for parameter in plain.model.parameters()]]
+    task = Watched(make_model(), recipe)
+    plain = fit(task, make_job(recipe, FGSM))
+    after_each_step = [*task.seen[1:], [parameter.detach() for parameter in plain.model.parameters()]]
     average = after_each_step[0]
     for weights in after_each_step[1:]:
         average = [0.8 * old + 0.2 * new for old, new in zip(average, weights, strict=True)]
@@ -815,29 +820,28 @@ def test_selection_by_robust_accuracy_for_those_who_meet_the_threat_model(monkey
 # ---- students
 
 
-@pytest.mark.parametrize(("adversary", "reads"), [(CLEAN, "epsilon"), (FGSM, "epsilon"), (PGD, "seed")])
-def test_a_student_that_hides_what_it_reads_is_refused(adversary: Adversary, reads: Any) -> None:
-    with pytest.raises(ValueError, match="reads must be"):
-        NetworkSpec(adversary=adversary, seed=0, reads=reads)
+@pytest.mark.parametrize(("adversary", "meets"), [(CLEAN, False), (FGSM, False), (PGD, True)])
+def test_only_attacks_at_the_top_level_epsilon_meet_the_threat_model(adversary: Adversary, meets: bool) -> None:
+    assert NetworkSpec(adversary=adversary, seed=0).meets_threat_model == meets
 
 
 def test_validation_radius_is_the_threat_models_or_the_fixed_one(monkeypatch: pytest.MonkeyPatch) -> None:
     radii: list[float] = []
 
-    def validate(model: nn.Module, course: TrainingJob) -> tuple[Row, Tensor, Tensor]:
+    def validate(model: nn.Module, job: TrainingJob) -> tuple[Row, Tensor, Tensor]:
         del model
-        radii.append(course.epsilon)
-        pixels = course.dataset["validation"].pixels()
+        radii.append(job.epsilon)
+        pixels = job.dataset["validation"].pixels()
         return score(0.5), pixels, pixels
 
-    monkeypatch.setattr(trainer, "validate", validate)
+    monkeypatch.setattr(validation, "validate", validate)
     recipe = single_recipe(epochs=1)
     for adversary, epsilon in ((FGSM, None), (PGD, 0.25)):
-        train_single("expert", student(adversary), BACKBONE, make_dataset(), recipe, seed=0, epsilon=epsilon)
+        train_single(SingleRun("expert", student(adversary), BACKBONE, make_dataset(), recipe, seed=0, epsilon=epsilon))
     assert radii == [EPSILON, 0.25]
 
 
 def test_baselines_are_trained_by_the_experts_recipe_for_as_long_in_total() -> None:
     recipe = single_recipe(epochs=5)
-    assert baseline_recipe(recipe, 3) == single_recipe(epochs=8)
+    assert baseline_config(recipe, 3) == single_recipe(epochs=8)
     assert recipe.epochs == 5

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Backbone, Plain
+from advmoe.models.classifiers import BackboneSettings, PlainArchitecture
 from advmoe.runtime.machine import generator
 from advmoe.training.batch_attacks import CleanBatches, PgdBatches
 from advmoe.training.config import Optimizer
-from advmoe.training.single import PlainLearner, SingleConfig
-from advmoe.training.trainer import Trainer, TrainingJob, TrainingResult, fit
+from advmoe.training.job import TrainingJob, TrainingResult
+from advmoe.training.single import PlainTask, SingleConfig
+from advmoe.training.trainer import Trainer, fit
 from advmoe.training.weight_perturbation import perturbed_weights
 
 GAMMA = 0.05
@@ -28,7 +29,7 @@ def stream(*parts: object) -> torch.Generator:
 
 
 def make_model() -> nn.Module:
-    return classifiers.build(Plain(kind="plain", backbone=Backbone(kind="cnn", width=3)), FACTS, 0)
+    return classifiers.build(PlainArchitecture(kind="plain", backbone=BackboneSettings(kind="cnn", width=3)), FACTS, 0)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def recipe_of(**changes: Any) -> SingleConfig:
 def run_of(model: nn.Module, **changes: Any) -> Trainer:
     recipe = recipe_of(**changes)
     return Trainer(
-        PlainLearner(model, recipe), TrainingJob("tiny", 0, patterned_set(stream), recipe, CLEAN, EPSILON, "clean")
+        PlainTask(model, recipe), TrainingJob("tiny", 0, patterned_set(stream), recipe, CLEAN, EPSILON, "clean")
     )
 
 
@@ -143,7 +144,7 @@ def test_a_step_goes_from_the_old_weights_by_the_gradient_at_the_perturbed_ones(
     run = run_of(model, awp=GAMMA)
     found = run.step(images, labels)
     torch.testing.assert_close(found, loss.detach())
-    assert run.learned == 2 * len(labels)
+    assert run.state.images_learned == 2 * len(labels)
     for name, tensor in model.state_dict().items():
         slope = slopes.get(name)
         there = expected[name] if slope is None else expected[name] - 0.1 * slope
@@ -155,7 +156,7 @@ def test_a_step_without_it_takes_one_gradient() -> None:
     plain, perturbed = make_model(), make_model()
     run = run_of(plain, awp=0.0)
     run.step(images, labels)
-    assert run.learned == len(labels)
+    assert run.state.images_learned == len(labels)
     run_of(perturbed, awp=GAMMA).step(images, labels)
     pairs = list(zip(plain.named_parameters(), perturbed.parameters(), strict=True))
     assert any(not torch.equal(left, right) for (_, left), right in pairs)
@@ -164,8 +165,8 @@ def test_a_step_without_it_takes_one_gradient() -> None:
 def trained(awp: float) -> TrainingResult:
     recipe = recipe_of(awp=awp, epochs=3, optimizer=Optimizer(lr=0.05, momentum=0.9, weight_decay=0.0005))
     adversary = PgdBatches(kind="pgd", steps=(2,), step_size=0.5)
-    course = TrainingJob("tiny", 0, patterned_set(stream), recipe, adversary, EPSILON, "pgd")
-    return fit(PlainLearner(make_model(), recipe), course)
+    job = TrainingJob("tiny", 0, patterned_set(stream), recipe, adversary, EPSILON, "pgd")
+    return fit(PlainTask(make_model(), recipe), job)
 
 
 def test_a_whole_run_learns_and_pays_for_every_gradient() -> None:

@@ -1,7 +1,6 @@
-"""Your own images as a folder: one subfolder per class, PNG or JPEG inside.
+"""Images from a folder with one subfolder per class that contains PNG or JPEG files.
 
-With subfolders `train` and `test` (each holding the class folders) the test split is yours;
-without, `prepare` draws one.
+Subfolders `train` and `test`, each with the class folders, define the test split; without them `prepare` draws one.
 """
 
 import os
@@ -13,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from advmoe.core.errors import STUMBLES, UserError, first_line
+from advmoe.core.errors import MALFORMED_INPUT_ERRORS, UserError, error_summary
 from advmoe.core.settings import PositiveInt, Settings
-from advmoe.data.images import SMALLEST_SIDE, Labelled, SourceImages, stack
+from advmoe.data.images import SMALLEST_SIDE, LabelledImages, SourceImages, stack_images
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
-# whatever a name says: Pillow reads many more formats, and starts Ghostscript for one of them
+# regardless of the file name: Pillow reads many more formats, and starts Ghostscript for one of them
 FORMATS = ("PNG", "JPEG")
 MODES = {1: "L", 3: "RGB"}
 
 
 class Folder(Settings):
-    """`size`: side in pixels that every image is resized to; null keeps sizes, which must then agree."""
+    """`size`: side in pixels to which every image is resized; null keeps the sizes, which must then be equal."""
 
     kind: Literal["folder"]
     path: Path
@@ -32,8 +31,8 @@ class Folder(Settings):
     channels: Literal[1, 3]
 
     def read(self) -> SourceImages:
-        """Raises UserError for an empty folder, fewer than two classes, mixed sizes or a broken image."""
-        if not is_folder(self.path):
+        """Returns the images. Raises UserError for no images, fewer than two classes, mixed sizes or a broken image."""
+        if not is_directory(self.path):
             raise UserError(f"{self.path}: no such folder")
         official = (self.path / "train").is_dir() and (self.path / "test").is_dir()
         train_root = self.path / "train" if official else self.path
@@ -43,10 +42,10 @@ class Folder(Settings):
         test = self._read_split(self.path / "test", names) if official else None
         return SourceImages(self._read_split(train_root, names), test, names)
 
-    def _read_split(self, root: Path, names: tuple[str, ...]) -> Labelled:
-        strangers = sorted(set(_subfolders(root)) - set(names))
-        if strangers:
-            raise UserError(f"{root / strangers[0]}: a class that has no training images")
+    def _read_split(self, root: Path, names: tuple[str, ...]) -> LabelledImages:
+        unknown = sorted(set(_subfolders(root)) - set(names))
+        if unknown:
+            raise UserError(f"{root / unknown[0]}: a class that has no training images")
         images: list[NDArray[np.uint8]] = []
         labels: list[int] = []
         for label, name in enumerate(names):
@@ -56,54 +55,54 @@ class Folder(Settings):
                     labels.append(label)
                     if images[-1].shape != images[0].shape:
                         raise UserError(
-                            f"{file}: {_size(images[-1])} pixels where the first image has {_size(images[0])}; "
+                            f"{file}: {_size(images[-1])} pixels, but the first image has {_size(images[0])}; "
                             "set prepare.source.size to resize them all"
                         )
         if not images:
             raise UserError(f"{root}: no PNG or JPEG images in its class folders")
-        return Labelled(stack(images), np.array(labels, dtype=np.int64))
+        return LabelledImages(stack_images(images), np.array(labels, dtype=np.int64))
 
 
-def is_folder(path: Path) -> bool:
-    """Whether there is such a folder; False, not OSError or ValueError, for what no path can be."""
+def is_directory(path: Path) -> bool:
+    """Returns whether `path` is a directory; False, not OSError or ValueError, for an invalid path."""
     try:
         return path.is_dir()
-    except (OSError, ValueError):  # too long a name, a NUL in it
+    except (OSError, ValueError):  # the name is too long or contains a NUL
         return False
 
 
 def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> NDArray[np.uint8]:
-    """One image file as (H, W, C) uint8, resized to `size` (width, height) unless None.
+    """Returns an image file as (H, W, C) uint8, resized to `size` (width, height) unless None.
 
     Raises UserError if it is missing, broken or too small.
     """
     try:
-        with _open(path) as picture:
-            pixels = _eight_bit(picture).convert(MODES[channels])
+        with _open(path) as image:
+            pixels = _eight_bit(image).convert(MODES[channels])
             if size is not None and pixels.size != size:
                 pixels = pixels.resize(size, Image.Resampling.LANCZOS)
             array = np.asarray(pixels, dtype=np.uint8)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (Image.DecompressionBombError, Warning, *STUMBLES) as error:
-        raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from error
+    except (Image.DecompressionBombError, Warning, *MALFORMED_INPUT_ERRORS) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error_summary(error)})") from error
     if min(array.shape[:2]) < SMALLEST_SIDE:
         raise UserError(f"{path}: images must be at least {SMALLEST_SIDE} pixels a side, got {_size(array)}")
     return array[..., None] if array.ndim == 2 else array
 
 
 def _open(path: Path) -> Image.Image:
-    """Pillow only warns of pictures that are suspiciously large, and refuses those that are twice as large."""
+    """Opens an image; turns Pillow's warning about very large images into an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(path, formats=FORMATS)
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """16-bit grey images scaled to 8 bit: Pillow's own conversion would clip everything above 255 to white."""
-    if picture.mode not in {"I", "I;16", "I;16B", "I;16L"}:
-        return picture
-    return Image.fromarray((np.asarray(picture, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scales 16-bit grey images to 8 bit; Pillow's own conversion would clip values above 255."""
+    if image.mode not in {"I", "I;16", "I;16B", "I;16L"}:
+        return image
+    return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
 
 
 def _subfolders(root: Path) -> tuple[str, ...]:

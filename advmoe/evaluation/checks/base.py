@@ -1,19 +1,19 @@
-"""What a check is given, and what it answers."""
+"""Input, settings and result of a check."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from advmoe.attacks.registry import AnyAttack
+from advmoe.attacks.registry import AttackSettings
 from advmoe.core.settings import PositiveInt, Settings
 from advmoe.evaluation.harness import EvaluationConfig, EvaluationResult, EvaluationTarget
 
 Status = Literal["pass", "warn", "fail", "not checked"]
 
 
-class Probes(Settings):
-    """How much the checks may spend. `images`: so many images are attacked again; `steps`: of those attacks, twice as
-    many where more steps are compared; `samples`: random points of the ball that a planted read-out learns from.
+class CheckSettings(Settings):
+    """Cost of the checks. `images`: number of images that are attacked again; `steps`: of those attacks, doubled where
+    more steps are compared; `samples`: random points per image to which the binarisation test fits its read-out.
     """
 
     images: PositiveInt
@@ -23,22 +23,22 @@ class Probes(Settings):
 
 @dataclass(frozen=True)
 class CheckContext:
-    """An evaluation under suspicion: the model with its images, the attacks it met, what came out, on which terms.
+    """The evaluation to check: the model with its images, the attacks, their result, and the configuration.
 
-    `training`: content hashes of the training images, None when they are not at hand.
+    `training_hashes`: content hashes of the training images, None if they are not available.
     """
 
     target: EvaluationTarget
-    attacks: Mapping[str, AnyAttack]
-    measured: EvaluationResult
-    terms: EvaluationConfig
-    probes: Probes
-    training: frozenset[str] | None
+    attacks: Mapping[str, AttackSettings]
+    result: EvaluationResult
+    config: EvaluationConfig
+    settings: CheckSettings
+    training_hashes: frozenset[str] | None
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The answer of one check: a sentence for people, and the numbers behind it."""
+    """Result of one check: its id, status, a sentence that explains it, and the numbers behind it."""
 
     check: str
     status: Status

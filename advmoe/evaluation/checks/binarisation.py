@@ -1,14 +1,14 @@
-"""Check 9: would these attacks find adversarial examples on *this* model if there were any?
+"""Check 9, binarisation test: the attacks find adversarial examples that are planted in the model.
 
-The binarisation test (Zimmermann et al. 2022, arXiv 2206.13991). For each image a binary read-out of the model's own
-penultimate features is fitted: one random point on the surface of the ball, a corner in L-inf, against the image and
-random points of the inner ball. That point is an adversarial example, known to be there; attacks that do not find it or
-another one say nothing about the model. As the authors do, the binary logits are scaled to a range of about 1, so the
-test speaks of what lies below the last layer; logits that are out of range are another check's business.
+The binarisation test of Zimmermann et al. 2022, arXiv 2206.13991. For each image a binary read-out of the model's
+penultimate features is fitted that separates one random point on the surface of the ball (a corner in L-inf) from the
+image and random points of the inner ball. That point is an adversarial example by construction; attacks that find
+neither it nor another one prove nothing about the model. As in the paper, the binary logits are scaled to a range of
+about 1, so the test covers the layers below the last one; the scale of the logits is covered by the check `gradients`.
 
-Two things are ours. The plane is the closed form of linear discriminant analysis instead of a logistic regression. And
-the planted point is moved on by some random changes, kept where they lead further from the harmless points, because a
-small image has so few pixels that a second random point often does as well as the first; no gradient is asked.
+There are two differences from the paper. The hyperplane is the closed form of linear discriminant analysis instead of a
+logistic regression. And the planted point is refined by random changes, kept where they increase its score, because a
+small image has so few pixels that a second random point often scores as well as the first; no gradient is used.
 
 Shapes: N images, B batch, S samples, P candidates to plant, C channel, H/W pixels, F features, K classes.
 """
@@ -21,96 +21,108 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks import engine, registry
-from advmoe.attacks.ball import ORDER, TINY, Ball, Norm
-from advmoe.attacks.random_streams import BatchDraws, ImageDraws
-from advmoe.attacks.registry import AnyAttack
+from advmoe.attacks.ball import NORM_ORDER, TINY, Ball, Norm
+from advmoe.attacks.random_streams import BatchStream, ImageStreams
+from advmoe.attacks.registry import AttackSettings
 from advmoe.evaluation.checks.base import CheckContext, CheckResult
-from advmoe.evaluation.checks.probe_attacks import Answer, CheckSkippedError, Remark, error_message, percent, run_check
+from advmoe.evaluation.checks.probe_attacks import (
+    CheckOutput,
+    CheckSkippedError,
+    Issue,
+    error_message,
+    percent,
+    run_check,
+)
 from advmoe.models import inference
 from advmoe.runtime.machine import generator
 
-CHECK = "binarisation"
-GOOD, POOR = 0.95, 0.8  # share found that passes (the authors' bar), and below which it is a failure
-EASY = 0.5  # share found by random points above which finding them proves nothing
-FEWEST = 10  # images; a share of fewer cannot be told from 0.95
-INNER = 0.95  # of epsilon: how far out the harmless points lie (the authors' eta)
-CANDIDATES = 8  # points tried for planting; the one that stands out most is taken
+CHECK_ID = "binarisation"
+PASS_SHARE = 0.95  # share of planted examples that the attacks find, from which the check passes (as in the paper)
+FAIL_SHARE = 0.8  # and below which it fails
+MAX_RANDOM_SHARE = 0.5  # share found by random points above which the test is too easy
+MIN_IMAGES = 10  # images; with fewer a share cannot be distinguished from 0.95
+INNER_RADIUS = 0.95  # of epsilon: radius of the harmless points (eta in the paper)
+CANDIDATES = 8  # random points per image; the best separated one is planted
 RIDGE = 10.0  # of the mean variance along the samples' axes; with 0.1 the plane fits noise, and good attacks miss 10 %
-CLOSENESS = 0.9  # where the plane cuts, between the outermost harmless point (0) and the planted one (1)
-KICK = 0.6  # standard deviation of a random change, in units of the planted one's: turns 5 % of the signs
+BOUNDARY_POSITION = 0.9  # of the plane, between the outermost harmless point (0) and the planted one (1)
+MOVE_STD = 0.6  # standard deviation of a random change, relative to the perturbation: flips 5 % of the signs
 
 
-def binarisation(case: CheckContext) -> CheckResult:
-    """Plants an adversarial example at each of the first images and lets the case's own attacks look for it."""
-    return run_check(CHECK, _answer, case)
+def binarisation(context: CheckContext) -> CheckResult:
+    """Plants an adversarial example at each of the first images and runs the attacks of the evaluation on them."""
+    return run_check(CHECK_ID, _check, context)
 
 
-def _answer(case: CheckContext) -> Answer:
-    suite = {name: attack for name, attack in case.attacks.items() if _searches(attack)}
-    if not suite:
-        raise CheckSkippedError("not checked", "no white-box attack was run, so there is no gradient search to test")
-    binary, rows = _plant(case, _heads(case), _apart(case.target.images[: case.probes.images], case.terms.ball))
-    if len(rows) < FEWEST:
-        raise CheckSkippedError("not checked", f"an adversarial example could be planted at {len(rows)} images only")
-    found, refused = _attack(case, binary, rows, suite)
-    if len(refused) == len(suite):
-        why = next(iter(refused.values()))
-        raise CheckSkippedError("not checked", f"the attacks did not run on the planted problem ({why})")
-    random = _random_score(case, binary, rows)
-    hits, total = int(found.sum()), len(rows)
-    used = [name for name in suite if name not in refused]
-    evidence = {"planted": total, "found": hits, "score": hits / total, "random": random, "attacks": used}
-    return *_judge(hits, total, random), evidence
+def _check(context: CheckContext) -> CheckOutput:
+    attacks = {name: attack for name, attack in context.attacks.items() if _follows_gradients(attack)}
+    if not attacks:
+        raise CheckSkippedError("not checked", "no white-box attack was run")
+    binary, rows = _plant_examples(
+        context,
+        _output_layers(context),
+        _disjoint_balls(context.target.images[: context.settings.images], context.config.ball),
+    )
+    if len(rows) < MIN_IMAGES:
+        raise CheckSkippedError("not checked", f"an adversarial example could be planted at only {len(rows)} images")
+    found, failed = _run_attacks(context, binary, rows, attacks)
+    if len(failed) == len(attacks):
+        reason = next(iter(failed.values()))
+        raise CheckSkippedError("not checked", f"the attacks failed on the binary model ({reason})")
+    random = _random_search_share(context, binary, rows)
+    count, total = int(found.sum()), len(rows)
+    used = [name for name in attacks if name not in failed]
+    evidence = {"planted": total, "found": count, "score": count / total, "random": random, "attacks": used}
+    return *_status_and_sentence(count, total, random), evidence
 
 
-def _searches(attack: AnyAttack) -> bool:
-    entry = registry.ENTRIES[type(attack)]
+def _follows_gradients(attack: AttackSettings) -> bool:
+    entry = registry.REGISTRY[type(attack)]
     return entry.access in ("white", "own") and not entry.needs_gate
 
 
-def _heads(case: CheckContext) -> list[nn.Linear]:
-    """The last layers: one in a plain network, one for each expert in a mixture."""
-    classes = case.measured.clean_logits.shape[1]
-    heads = [m for m in case.target.model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+def _output_layers(context: CheckContext) -> list[nn.Linear]:
+    """Returns the last layers: one in a plain network, one per expert in a mixture."""
+    classes = context.result.clean_logits.shape[1]
+    heads = [m for m in context.target.model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
     if not heads:
-        reason = f"the model has no linear layer with {classes} outputs whose input could be read"
+        reason = f"the model has no linear layer with {classes} outputs"
         raise CheckSkippedError("not checked", reason)
     return heads
 
 
-def _judge(hits: int, total: int, random: float) -> Remark:
-    beside = f"{hits} of {total} adversarial examples planted in this model (random points: {percent(random)})"
-    if hits < GOOD * total:
-        why = "its gradients do not lead there, or the attacks are too weak, so images that survive prove little"
-        return "warn" if hits >= POOR * total else "fail", f"the attacks found only {beside}: {why}"
-    if random > EASY:
-        return "not checked", f"the attacks found {beside}: what random points find too is no test"
-    return "pass", f"the attacks found {beside}"
+def _status_and_sentence(count: int, total: int, random: float) -> Issue:
+    found = f"{count} of {total} adversarial examples planted in this model (random points: {percent(random)})"
+    if count < PASS_SHARE * total:
+        reason = "gradients are masked or the attacks are too weak, so surviving images prove little"
+        return "warn" if count >= FAIL_SHARE * total else "fail", f"the attacks found only {found}: {reason}"
+    if random > MAX_RANDOM_SHARE:
+        return "not checked", f"the attacks found {found}: random points find them too, so the test is too easy"
+    return "pass", f"the attacks found {found}"
 
 
 # ---- planting
 
 
 @dataclass(frozen=True)
-class ReadOut:
-    """A plane in feature space for each image, (N, F) and (N,): above 0 lies the planted point (N, C, H, W)."""
+class LinearReadOuts:
+    """Hyperplanes in feature space, one per image: weights (N, F), offsets (N,), planted points (N, C, H, W)."""
 
     weights: Tensor
     offsets: Tensor
     points: Tensor
 
 
-class Binary(nn.Module):
-    """The model with its last layer exchanged: pixels (B, C, H, W) -> logits (B, 2) of harmless and planted.
+class BinaryClassifier(nn.Module):
+    """The model with its last layer replaced: pixels (B, C, H, W) -> logits (B, 2) of harmless and planted.
 
-    Every image has a read-out of its own; a point belongs to the nearest image, which no point of its ball can mistake.
+    Every image has its own read-out; a point belongs to the nearest image, which is unique as the balls are disjoint.
     """
 
     def __init__(
-        self, model: nn.Module, heads: list[nn.Linear], images_NCHW: Tensor, planes: ReadOut, norm: Norm
+        self, model: nn.Module, heads: list[nn.Linear], images_NCHW: Tensor, planes: LinearReadOuts, norm: Norm
     ) -> None:
         super().__init__()
-        self.reader, self.images, self.planes, self.norm = Reader(model, heads), images_NCHW, planes, norm
+        self.reader, self.images, self.planes, self.norm = FeatureExtractor(model, heads), images_NCHW, planes, norm
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         features_BF = self.reader(images_BCHW)
@@ -120,43 +132,43 @@ class Binary(nn.Module):
         return torch.stack([-score_B, score_B], dim=1) / 2
 
 
-class Reader(nn.Module):
-    """The model up to its last layers: pixels (B, C, H, W) -> what those read, side by side, (B, F) in float32."""
+class FeatureExtractor(nn.Module):
+    """The model up to its last layers: pixels (B, C, H, W) -> their inputs, concatenated, (B, F) in float32."""
 
     def __init__(self, model: nn.Module, heads: list[nn.Linear]) -> None:
         super().__init__()
         self.model, self.heads = model, heads
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        with _overheard(self.heads) as heard:
+        with _captured_inputs(self.heads) as captured:
             self.model(images_BCHW)
-        # a layer that is called on something else than the images, pairs of them say, has no features of an image
-        return torch.cat([inputs.flatten(1) for inputs in heard if len(inputs) == len(images_BCHW)], dim=1).float()
+        # a layer whose batch is not the images (pairs of them, for example) has no features of an image
+        return torch.cat([inputs.flatten(1) for inputs in captured if len(inputs) == len(images_BCHW)], dim=1).float()
 
 
 @contextmanager
-def _overheard(heads: list[nn.Linear]) -> Iterator[list[Tensor]]:
-    heard: list[Tensor] = []
+def _captured_inputs(heads: list[nn.Linear]) -> Iterator[list[Tensor]]:
+    captured: list[Tensor] = []
 
-    def listen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        heard.append(inputs[0])
+    def capture(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        captured.append(inputs[0])
 
-    handles = [head.register_forward_pre_hook(listen) for head in heads]
+    handles = [head.register_forward_pre_hook(capture) for head in heads]
     try:
-        yield heard
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
 
 
 def distances(points_BCHW: Tensor, images_NCHW: Tensor, norm: Norm) -> Tensor:
-    """Between every point and every image (B, N)."""
-    apart: Tensor = torch.cdist(points_BCHW.flatten(1).float(), images_NCHW.flatten(1).float(), p=ORDER[norm])
+    """Returns the distance of every point to every image (B, N)."""
+    apart: Tensor = torch.cdist(points_BCHW.flatten(1).float(), images_NCHW.flatten(1).float(), p=NORM_ORDER[norm])
     return apart
 
 
-def _apart(images_NCHW: Tensor, ball: Ball) -> Tensor:
-    """The images (n,) whose balls do not touch, so that a point tells whose it is."""
+def _disjoint_balls(images_NCHW: Tensor, ball: Ball) -> Tensor:
+    """Returns positions (n,) of images whose balls do not intersect."""
     apart = distances(images_NCHW, images_NCHW, ball.norm) > 2 * ball.epsilon
     kept: list[int] = []
     for row in range(len(images_NCHW)):
@@ -165,45 +177,45 @@ def _apart(images_NCHW: Tensor, ball: Ball) -> Tensor:
     return torch.tensor(kept)
 
 
-def _plant(case: CheckContext, heads: list[nn.Linear], rows: Tensor) -> tuple[Binary, Tensor]:
-    """The binary model of the images, and those (n,) at which the planted point holds in the deciding forward pass."""
-    model, images = case.target.model, case.target.images[rows]
+def _plant_examples(context: CheckContext, heads: list[nn.Linear], rows: Tensor) -> tuple[BinaryClassifier, Tensor]:
+    """Returns the binary model, and the positions (n,) at which it classifies image and planted point correctly."""
+    model, images = context.target.model, context.target.images[rows]
     try:
-        fitted = [_fit(case, heads, row) for row in rows]
-    except Exception as error:  # anybody's model, which may raise anything
+        fitted = [_fit_read_out(context, heads, row) for row in rows]
+    except Exception as error:  # a user's model may raise anything
         raise CheckSkippedError(
-            "not checked", f"what the last layer reads cannot be read ({error_message(error)})"
+            "not checked", f"the input of the last layer cannot be captured ({error_message(error)})"
         ) from error
-    planes = ReadOut(*(torch.stack(part) for part in zip(*fitted, strict=True)))
-    binary = Binary(model, heads, images, planes, case.terms.ball.norm)
-    points, scores = _move_on(case, binary)
-    binary.planes = ReadOut(planes.weights, planes.offsets - CLOSENESS * scores, points)
+    planes = LinearReadOuts(*(torch.stack(part) for part in zip(*fitted, strict=True)))
+    binary = BinaryClassifier(model, heads, images, planes, context.config.ball.norm)
+    points, scores = _refine_planted(context, binary)
+    binary.planes = LinearReadOuts(planes.weights, planes.offsets - BOUNDARY_POSITION * scores, points)
     harmless, planted = (_scores(binary, points) for points in (images, points))
     return binary, rows[((harmless < 0) & (planted > 0)).cpu()]
 
 
-def _fit(case: CheckContext, heads: list[nn.Linear], row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (F,), offset () and planted point (C, H, W) of one image."""
-    image, ball = case.target.images[row][None], case.terms.ball
-    draws = BatchDraws(generator(case.terms.seed, "check", CHECK, int(row)))
-    inner = ball.resized(INNER * ball.epsilon).start(image.expand(case.probes.samples, -1, -1, -1), draws)
-    outer = _surface(ball, image.expand(CANDIDATES, -1, -1, -1), draws)
+def _fit_read_out(context: CheckContext, heads: list[nn.Linear], row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns weights (F,), offset () and planted point (C, H, W) of one image."""
+    image, ball = context.target.images[row][None], context.config.ball
+    draws = BatchStream(generator(context.config.seed, "check", CHECK_ID, int(row)))
+    inner = ball.resized(INNER_RADIUS * ball.epsilon).start(image.expand(context.settings.samples, -1, -1, -1), draws)
+    outer = _random_surface_points(ball, image.expand(CANDIDATES, -1, -1, -1), draws)
     points = torch.cat([image, inner, outer])
-    read = inference.predict(Reader(case.target.model, heads), points, len(points)).double()
-    weights, offset, best = separate(read[:-CANDIDATES], read[-CANDIDATES:])
+    features = inference.predict(FeatureExtractor(context.target.model, heads), points, len(points)).double()
+    weights, offset, best = fit_hyperplane(features[:-CANDIDATES], features[-CANDIDATES:])
     return weights.float(), offset.float(), outer[best]
 
 
-def _surface(ball: Ball, images_BCHW: Tensor, draws: BatchDraws) -> Tensor:
-    """Random points as far away as the ball allows: corners of the cube, or the sphere."""
+def _random_surface_points(ball: Ball, images_BCHW: Tensor, draws: BatchStream) -> Tensor:
+    """Returns random points on the surface of the ball: corners of the cube, or the sphere."""
     return ball.project(images_BCHW + ball.epsilon * ball.steepest(draws.normal(images_BCHW)), images_BCHW)
 
 
-def separate(inner_SF: Tensor, outer_PF: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The plane through the outermost inner point that leaves one of the outer points furthest outside; which one.
+def fit_hyperplane(inner_SF: Tensor, outer_PF: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Fits the hyperplane through the outermost inner point that separates one of the outer points best.
 
-    Weights (F,) = (covariance + ridge)^-1 (outer - mean), solved among the samples, and offset (), with scores in a
-    range of 1. Where no outer point can be cut off, none has a score above 0.
+    Returns weights (F,) = (covariance + ridge)^-1 (outer - mean), solved in the span of the samples, the offset (), and
+    the index of the outer point; scores have a range of 1. No outer point scores above 0 if none can be separated.
     """
     mean_F = inner_SF.mean(dim=0)
     centred_SF, towards_PF = inner_SF - mean_F, outer_PF - mean_F
@@ -219,66 +231,71 @@ def separate(inner_SF: Tensor, outer_PF: Tensor) -> tuple[Tensor, Tensor, int]:
     return weights_F, -outermost_P[best] - weights_F @ mean_F, best
 
 
-def _move_on(case: CheckContext, binary: Binary) -> tuple[Tensor, Tensor]:
-    """The planted points (N, C, H, W) after as many random changes as a probe has steps, and their scores (N,)."""
-    ball, images, points = case.terms.ball, binary.images, binary.planes.points
-    draws = BatchDraws(generator(case.terms.seed, "check", CHECK, "move"))
+def _refine_planted(context: CheckContext, binary: BinaryClassifier) -> tuple[Tensor, Tensor]:
+    """Returns planted points (N, C, H, W) after `settings.steps` random changes, and their scores (N,)."""
+    ball, images, points = context.config.ball, binary.images, binary.planes.points
+    draws = BatchStream(generator(context.config.seed, "check", CHECK_ID, "move"))
     scores = _scores(binary, points)
-    for _ in range(case.probes.steps):
+    for _ in range(context.settings.steps):
         change = points - images
-        kick = KICK * change.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() * draws.normal(images)
-        moved = ball.project(images + ball.epsilon * ball.steepest(change + kick), images)
-        reached = _scores(binary, moved)
-        better = reached > scores
-        points, scores = torch.where(better[:, None, None, None], moved, points), torch.where(better, reached, scores)
+        noise = MOVE_STD * change.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() * draws.normal(images)
+        candidates = ball.project(images + ball.epsilon * ball.steepest(change + noise), images)
+        new_scores = _scores(binary, candidates)
+        better = new_scores > scores
+        points, scores = (
+            torch.where(better[:, None, None, None], candidates, points),
+            torch.where(better, new_scores, scores),
+        )
     return points, scores
 
 
-def _scores(binary: Binary, points_BCHW: Tensor) -> Tensor:
-    """How far (B,) beyond the plane, in float32."""
+def _scores(binary: BinaryClassifier, points_BCHW: Tensor) -> Tensor:
+    """Returns the score (B,) of each point relative to the plane, in float32."""
     logits_B2 = inference.predict(binary, points_BCHW, len(points_BCHW))
     return logits_B2[:, 1] - logits_B2[:, 0]
 
 
-# ---- searching
+# ---- attacking
 
 
-def _attack(
-    case: CheckContext, binary: Binary, rows: Tensor, suite: dict[str, AnyAttack]
+def _run_attacks(
+    context: CheckContext, binary: BinaryClassifier, rows: Tensor, attacks: dict[str, AttackSettings]
 ) -> tuple[Tensor, dict[str, str]]:
-    """Whose planted problem some attack solves (n,), and which attacks did not run, with the reason."""
-    found, refused = torch.zeros(len(rows), dtype=torch.bool), dict[str, str]()
-    for name, attack in suite.items():
+    """Returns where an attack finds an adversarial example (n,) bool, and the attacks that raised, with the reason."""
+    found, failed = torch.zeros(len(rows), dtype=torch.bool), dict[str, str]()
+    for name, attack in attacks.items():
         if found.all():
             break
-        left = ~found
+        remaining = ~found
         try:
-            found[left] = _strike(case, binary, rows[left], name, attack)
-        except Exception as error:  # anybody's model or attack, which may raise anything
-            refused[name] = error_message(error)
-    return found, refused
+            found[remaining] = _run_one_attack(context, binary, rows[remaining], name, attack)
+        except Exception as error:  # a user's model or attack may raise anything
+            failed[name] = error_message(error)
+    return found, failed
 
 
-def _strike(case: CheckContext, binary: Binary, rows: Tensor, name: str, attack: AnyAttack) -> Tensor:
-    images = case.target.images[rows]
+def _run_one_attack(
+    context: CheckContext, binary: BinaryClassifier, rows: Tensor, name: str, attack: AttackSettings
+) -> Tensor:
+    images = context.target.images[rows]
     harmless = torch.zeros(len(rows), dtype=torch.int64, device=images.device)
-    struck = engine.run_attack(
+    adversarial = engine.run_attack(
         binary,
         images,
         harmless,
         registry.bind(attack, {}),
-        ball=case.terms.ball,
-        draws=ImageDraws(case.terms.seed, f"check-{CHECK}-{name}", rows),
-        precision=case.terms.precision,
+        ball=context.config.ball,
+        draws=ImageStreams(context.config.seed, f"check-{CHECK_ID}-{name}", rows),
+        precision=context.config.precision,
     )
-    return (_scores(binary, struck.images) > 0).cpu()
+    return (_scores(binary, adversarial.images) > 0).cpu()
 
 
-def _random_score(case: CheckContext, binary: Binary, rows: Tensor) -> float:
-    """Share of images at which one of as many random points of the surface as a probe has steps would do."""
-    images, found = case.target.images[rows], torch.zeros(len(rows), dtype=torch.bool)
-    draws = BatchDraws(generator(case.terms.seed, "check", CHECK, "random"))
-    for _ in range(case.probes.steps):
-        guesses = _surface(case.terms.ball, images, draws)
+def _random_search_share(context: CheckContext, binary: BinaryClassifier, rows: Tensor) -> float:
+    """Returns the share of images at which one of `settings.steps` random points of the surface is adversarial."""
+    images, found = context.target.images[rows], torch.zeros(len(rows), dtype=torch.bool)
+    draws = BatchStream(generator(context.config.seed, "check", CHECK_ID, "random"))
+    for _ in range(context.settings.steps):
+        guesses = _random_surface_points(context.config.ball, images, draws)
         found |= (_scores(binary, guesses) > 0).cpu()
     return float(found.float().mean())

@@ -1,7 +1,7 @@
-"""Check 3: who sees the gradients should find what anybody finds (Athalye et al. 2018, arXiv 1802.00420).
+"""Check 3, black-box attacks: they fool the model on no more images than white-box attacks do.
 
-An image that falls to queries, to decisions, to transfer or to noise, though no white-box attack could fool the model
-on it, says that the gradients hide something or that the white-box attacks were weak. A few such images are ordinary.
+Athalye et al. 2018, arXiv 1802.00420. An image that a score-based, decision-based, transfer or noise attack fools and
+that all white-box attacks fail on indicates masked gradients or weak white-box attacks. A few such images are expected.
 
 Shapes: N images of the evaluation.
 """
@@ -16,68 +16,73 @@ from advmoe.attacks.fgsm import Fgsm
 from advmoe.evaluation.checks import probe_attacks
 from advmoe.evaluation.checks.base import CheckContext, CheckResult, Status
 
-BLIND = ("score", "decision", "transfer", "none")
-POINTS, FEW = 0.005, 2  # share of the images, and how many at least, that the blind attacks may add
-MUCH = 5  # times what they may add is no accident
+GRADIENT_FREE_ACCESS = ("score", "decision", "transfer", "none")
+ALLOWED_SHARE = 0.005  # of the images that only gradient-free attacks may fool
+ALLOWED_COUNT = 2  # images, however small the share
+FAIL_FACTOR = 5  # times the allowed number from which the check fails
 
 
-def blackbox(case: CheckContext) -> CheckResult:
-    """What attacks without gradients add to what white-box attacks found."""
-    return probe_attacks.run_check("blackbox", _answer, case)
+def blackbox(context: CheckContext) -> CheckResult:
+    """Counts the images that only gradient-free attacks fool."""
+    return probe_attacks.run_check("blackbox", _check, context)
 
 
-def _answer(case: CheckContext) -> probe_attacks.Answer:
-    white = probe_attacks.white_box(case)
-    blind = [name for name in case.measured.outcomes if probe_attacks.access(case.attacks[name]) in BLIND]
-    if not white or not blind:
+def _check(context: CheckContext) -> probe_attacks.CheckOutput:
+    white = probe_attacks.white_box(context)
+    gradient_free = [
+        name for name in context.result.outcomes if probe_attacks.access(context.attacks[name]) in GRADIENT_FREE_ACCESS
+    ]
+    if not white or not gradient_free:
         missing = "a black-box, transfer or noise attack" if white else "a white-box attack"
-        raise probe_attacks.CheckSkippedError(
-            "not checked", f"without {missing} among the attacks there is nothing to compare"
-        )
-    extra = _fallen(case, blind) & ~_fallen(case, white)
-    judged = _met(case, white)
-    added, unjudged = int((extra & judged).sum()), int((extra & ~judged).sum())
-    images = max(case.measured.outcomes[name].limit for name in blind)
-    allowed = max(POINTS * images, FEW)
+        raise probe_attacks.CheckSkippedError("not checked", f"{missing} is missing, so there is nothing to compare")
+    only_gradient_free = _misclassified(context, gradient_free) & ~_misclassified(context, white)
+    attacked = _attacked_by_all(context, white)
+    added, undecided = int((only_gradient_free & attacked).sum()), int((only_gradient_free & ~attacked).sum())
+    images = max(context.result.outcomes[name].limit for name in gradient_free)
+    allowed = max(ALLOWED_SHARE * images, ALLOWED_COUNT)
     evidence: dict[str, Any] = {
         "images": images,
         "added": added,
         "allowed": allowed,
-        "not_met_by_all_white_box": unjudged,
+        "not_met_by_all_white_box": undecided,
     }
-    evidence["by"] = {name: int((_fallen(case, [name]) & extra & judged).sum()) for name in blind}
-    status = _status(added, unjudged, allowed)
-    return status, _sentence(case, status, white, blind, evidence), evidence
+    evidence["by"] = {
+        name: int((_misclassified(context, [name]) & only_gradient_free & attacked).sum()) for name in gradient_free
+    }
+    status = _status(added, undecided, allowed)
+    return status, _sentence(context, status, white, gradient_free, evidence), evidence
 
 
-def _fallen(case: CheckContext, names: Sequence[str]) -> Tensor:
-    outcomes = [case.measured.outcomes[name] for name in names]
+def _misclassified(context: CheckContext, names: Sequence[str]) -> Tensor:
+    outcomes = [context.result.outcomes[name] for name in names]
     return torch.stack([outcome.attacked & ~outcome.correct for outcome in outcomes]).any(dim=0)
 
 
-def _met(case: CheckContext, names: Sequence[str]) -> Tensor:
-    """Who (N,) met all of these attacks: not an image that had fallen before and was dropped, or beyond a limit."""
-    return torch.stack([case.measured.outcomes[name].attacked for name in names]).all(dim=0)
+def _attacked_by_all(context: CheckContext, names: Sequence[str]) -> Tensor:
+    """Images (N,) bool that all of these attacks attacked: neither dropped before nor beyond a limit."""
+    return torch.stack([context.result.outcomes[name].attacked for name in names]).all(dim=0)
 
 
-def _status(added: int, unjudged: int, allowed: float) -> Status:
-    if added > MUCH * allowed:
+def _status(added: int, undecided: int, allowed: float) -> Status:
+    if added > FAIL_FACTOR * allowed:
         return "fail"
     if added > allowed:
         return "warn"
-    return "not checked" if unjudged > allowed else "pass"
+    return "not checked" if undecided > allowed else "pass"
 
 
-def _sentence(case: CheckContext, status: Status, white: list[str], blind: list[str], evidence: dict[str, Any]) -> str:
+def _sentence(
+    context: CheckContext, status: Status, white: list[str], gradient_free: list[str], evidence: dict[str, Any]
+) -> str:
     sentence = (
-        f"of {evidence['images']} images {evidence['added']} withstood {', '.join(white)} and fell to "
-        f"{', '.join(blind)}; up to {evidence['allowed']:g} may do so by chance"
+        f"of {evidence['images']} images, {evidence['added']} survive {', '.join(white)} but not "
+        f"{', '.join(gradient_free)}; up to {evidence['allowed']:g} are expected by chance"
     )
     if status == "not checked":
-        fallen = f"{evidence['not_met_by_all_white_box']} images fell to {', '.join(blind)}"
-        return f"{fallen}, but not every white-box attack met them: run those first, and on all images"
+        count = f"{', '.join(gradient_free)} fooled the model on {evidence['not_met_by_all_white_box']} images"
+        return f"{count} that not every white-box attack was run on: run white-box attacks first, and on all images"
     if status == "pass":
         return sentence
-    if all(isinstance(case.attacks[name], Fgsm) for name in white):
+    if all(isinstance(context.attacks[name], Fgsm) for name in white):
         return f"{sentence}: one step is too weak a white-box attack"
     return f"{sentence}: masked gradients, or white-box attacks that are too weak"

@@ -1,8 +1,8 @@
-"""Check 1: many steps beat one, and still more steps and restarts find nothing new (Carlini et al. 2019, 1902.06705).
+"""Check 1, convergence: many steps are stronger than one, and more steps and restarts fool the model no more often.
 
-An iterative attack that one step outdoes was led astray by the gradients it followed; one that finds more the longer it
-runs had not arrived. The second run only meets the images that the first one left, so more
-effort is never weaker by luck.
+Carlini et al. 2019, arXiv 1902.06705. An iterative attack that is weaker than one step follows misleading gradients;
+one that improves with more steps has not converged. The second run attacks only the survivors of the first, so more
+steps are never weaker by chance.
 
 Shapes: N images of the evaluation, n probe images.
 """
@@ -15,20 +15,20 @@ from torch import Tensor
 from advmoe.attacks.fgsm import Fgsm
 from advmoe.evaluation.checks import probe_attacks
 from advmoe.evaluation.checks.base import CheckContext, CheckResult
-from advmoe.evaluation.checks.probe_attacks import ProbeSet, Remark, percent
+from advmoe.evaluation.checks.probe_attacks import Issue, ProbeSet, percent
 from advmoe.statistics.paired_tests import PairedDifference
 
-PURPOSE = "check-iterations"
+STREAM = "check-iterations"
 
 
-def convergence(case: CheckContext) -> CheckResult:
-    """One step against many, many against more, and the evaluation's own white-box attacks against all of these."""
-    return probe_attacks.run_check("iterations", _answer, case)
+def convergence(context: CheckContext) -> CheckResult:
+    """Compares one step with many, many with more, and the white-box attacks of the evaluation with all of these."""
+    return probe_attacks.run_check("iterations", _check, context)
 
 
 @dataclass(frozen=True)
-class _Runs:
-    """Who (n,) is right after one step; after many; and after a second run too, from a new start and twice as long."""
+class _ProbeRuns:
+    """Correct (n,) after one step; after many; and after a second run with a new start and twice the steps."""
 
     one: Tensor
     many: Tensor
@@ -39,66 +39,78 @@ class _Runs:
         return {name: float(right.float().mean()) for name, right in runs.items()}
 
 
-def _answer(case: CheckContext) -> probe_attacks.Answer:
-    probe = probe_attacks.probe_images(case)
-    runs = _run(case, probe)
-    evidence: dict[str, Any] = {"images": len(probe.rows), "steps": case.probes.steps, **runs.accuracies()}
-    if names := probe_attacks.white_box(case):
-        evidence["white_box"] = float(case.measured.over(names)[probe.rows].float().mean())
-    otherwise = (
-        f"PGD leaves {percent(evidence['pgd'])} of {len(probe.rows)} probe images standing, one step "
-        f"{percent(evidence['fgsm'])}; a second run with twice the steps finds no more than chance would"
+def _check(context: CheckContext) -> probe_attacks.CheckOutput:
+    probe = probe_attacks.probe_images(context)
+    runs = _run(context, probe)
+    evidence: dict[str, Any] = {"images": len(probe.rows), "steps": context.settings.steps, **runs.accuracies()}
+    if names := probe_attacks.white_box(context):
+        evidence["white_box"] = float(context.result.correct_under(names)[probe.rows].float().mean())
+    passed = (
+        f"accuracy on {len(probe.rows)} probe images is {percent(evidence['pgd'])} under PGD and "
+        f"{percent(evidence['fgsm'])} under one step; a second run with twice the steps does not lower it significantly"
     )
-    remarks = [*_one_step(case, runs), *_effort(case, runs), *_suite(case, probe, runs)]
-    return *probe_attacks.worst_status(remarks, otherwise), evidence
+    issues = [
+        *_single_step_issues(context, runs),
+        *_effort_issues(context, runs),
+        *_evaluation_issues(context, probe, runs),
+    ]
+    return *probe_attacks.worst_status(issues, passed), evidence
 
 
-def _run(case: CheckContext, probe: ProbeSet) -> _Runs:
-    ball, steps = case.terms.ball, case.probes.steps
-    one = probe_attacks.survivors(case, probe, Fgsm(kind="fgsm"), ball, None)
-    many = probe_attacks.survivors(case, probe, probe_attacks.plain_pgd(steps), ball, PURPOSE)
+def _run(context: CheckContext, probe: ProbeSet) -> _ProbeRuns:
+    ball, steps = context.config.ball, context.settings.steps
+    one = probe_attacks.survivors(context, probe, Fgsm(kind="fgsm"), ball, None)
+    many = probe_attacks.survivors(context, probe, probe_attacks.plain_pgd(steps), ball, STREAM)
     more = probe_attacks.attack_survivors(
-        case, probe, many, probe_attacks.plain_pgd(2 * steps), ball, f"{PURPOSE}-again"
+        context, probe, many, probe_attacks.plain_pgd(2 * steps), ball, f"{STREAM}-again"
     )
-    return _Runs(one, many, more)
+    return _ProbeRuns(one, many, more)
 
 
-def _one_step(case: CheckContext, runs: _Runs) -> list[Remark]:
-    if probe_attacks.change(runs.many, runs.one, case).low <= 0:
+def _single_step_issues(context: CheckContext, runs: _ProbeRuns) -> list[Issue]:
+    if probe_attacks.paired_difference(runs.many, runs.one, context).low <= 0:
         return []
     shares = runs.accuracies()
-    sentence = f"one FGSM step leaves {percent(shares['fgsm'])} standing, PGD {percent(shares['pgd'])}"
-    return [("fail", f"{sentence}: an attack that gets weaker with more steps follows masked gradients")]
+    sentence = f"accuracy is {percent(shares['fgsm'])} under one FGSM step and {percent(shares['pgd'])} under PGD"
+    return [("fail", f"{sentence}: an attack that is weaker with more steps follows masked gradients")]
 
 
-def _effort(case: CheckContext, runs: _Runs) -> list[Remark]:
-    """A warning at most: whether the evaluation itself missed something is `_suite`'s question."""
-    drop = probe_attacks.change(runs.many, runs.more, case)
+def _effort_issues(context: CheckContext, runs: _ProbeRuns) -> list[Issue]:
+    """A warning at most: `_evaluation_issues` decides whether the attacks of the evaluation are too weak."""
+    drop = probe_attacks.paired_difference(runs.many, runs.more, context)
     if drop.low <= 0:
         return []
-    sentence = f"a second run with twice the steps takes {percent(drop.difference)} more of the images"
-    return [("warn", f"{sentence}: PGD has not converged after {case.probes.steps} steps on this model")]
+    sentence = f"a second run with twice the steps fools {percent(drop.difference)} more of the images"
+    return [("warn", f"{sentence}: PGD has not converged after {context.settings.steps} steps on this model")]
 
 
-def _suite(case: CheckContext, probe: ProbeSet, runs: _Runs) -> list[Remark]:
-    """What the probes found and the evaluation did not: its white-box attacks must not be weaker than these."""
-    names = probe_attacks.white_box(case)
-    climbing = [name for name in names if not isinstance(case.attacks[name], Fgsm)]
-    remarks: list[Remark] = []
-    lost = _missed(case, probe, climbing, runs.one)
-    if lost and lost.low > 0:
-        sentence = f"one FGSM step fools {percent(lost.difference)} more of the images than {', '.join(climbing)} did"
-        remarks.append(("fail", f"{sentence}: these attacks are broken, too weak, or misled by masked gradients"))
-    if missed := _missed(case, probe, names, runs.more):
-        sentence = f"a plain PGD of {2 * case.probes.steps} steps fools {percent(missed.difference)} more of the images"
-        sentence += f" than {', '.join(names)} did: the attacks tried were too weak"
-        remarks.append((probe_attacks.found_more(missed), sentence))
-    return remarks
+def _evaluation_issues(context: CheckContext, probe: ProbeSet, runs: _ProbeRuns) -> list[Issue]:
+    """The white-box attacks of the evaluation must not be weaker than the probe attacks."""
+    names = probe_attacks.white_box(context)
+    iterative = [name for name in names if not isinstance(context.attacks[name], Fgsm)]
+    issues: list[Issue] = []
+    single_step = _missed_by_evaluation(context, probe, iterative, runs.one)
+    if single_step and single_step.low > 0:
+        sentence = (
+            f"one FGSM step fools {percent(single_step.difference)} more of the images than {', '.join(iterative)} did"
+        )
+        issues.append(("fail", f"{sentence}: these attacks are broken, too weak, or misled by masked gradients"))
+    if missed := _missed_by_evaluation(context, probe, names, runs.more):
+        sentence = (
+            f"a plain PGD of {2 * context.settings.steps} steps fools {percent(missed.difference)} more of the images"
+        )
+        sentence += f" than {', '.join(names)} did: the attacks of the evaluation are too weak"
+        issues.append((probe_attacks.drop_status(missed), sentence))
+    return issues
 
 
-def _missed(case: CheckContext, probe: ProbeSet, names: list[str], right_n: Tensor) -> PairedDifference | None:
-    """How much better the model did under these attacks than in a probe, on the images that were to meet both."""
-    due_n = probe_attacks.due(case, names)[probe.rows]
-    if not due_n.any():
+def _missed_by_evaluation(
+    context: CheckContext, probe: ProbeSet, names: list[str], right_n: Tensor
+) -> PairedDifference | None:
+    """Accuracy under these attacks minus that under a probe attack, on the images within their limits."""
+    scheduled_n = probe_attacks.scheduled(context, names)[probe.rows]
+    if not scheduled_n.any():
         return None
-    return probe_attacks.change(case.measured.over(names)[probe.rows][due_n], right_n[due_n], case)
+    return probe_attacks.paired_difference(
+        context.result.correct_under(names)[probe.rows][scheduled_n], right_n[scheduled_n], context
+    )

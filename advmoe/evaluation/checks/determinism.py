@@ -1,7 +1,7 @@
-"""Check 5: does the model say the same twice? A randomised one needs attacks on its expectation (EoT).
+"""Check 5, determinism: repeated forward passes agree. A randomised model needs attacks on its expectation (EoT).
 
-Athalye et al. 2018, arXiv 1802.00420. Three things may tell two passes apart: the passes themselves, the state of the
-random generators, and whether a gradient is asked for.
+Athalye et al. 2018, arXiv 1802.00420. Compares repeated passes, passes with another random state, and passes that
+compute gradients.
 
 Shapes: B batch, K classes.
 """
@@ -13,57 +13,57 @@ from torch.nn.modules.dropout import _DropoutNd as Dropout
 from advmoe.evaluation.checks.base import CheckContext, CheckResult
 from advmoe.models import inference
 
-CHECK = "determinism"
-AGAIN, SEEDED, WATCHED = "again", "with another random state", "when a gradient is asked for"
-ROUNDING = 1e-4  # of the largest logit: kernels that add up in another order stay below
+CHECK_ID = "determinism"
+REPEATED, RESEEDED, WITH_GRADIENT = "repeated passes", "another random state", "computing gradients"
+LOGIT_TOLERANCE = 1e-4  # of the largest logit: a different summation order changes less
 
 
-def determinism(case: CheckContext) -> CheckResult:
-    """Passes the same images several times; attacks on one draw of a randomised model do not evaluate it."""
-    images = case.target.images[: case.probes.images]
-    with inference.eval_mode(case.target.model) as model, torch.random.fork_rng(devices=_devices(images)):
-        first_BK, answers = _passes(model, images)
+def determinism(context: CheckContext) -> CheckResult:
+    """Compares several passes over the same images; attacks on one draw do not evaluate a randomised model."""
+    images = context.target.images[: context.settings.images]
+    with inference.eval_mode(context.target.model) as model, torch.random.fork_rng(devices=_devices(images)):
+        first_BK, logits = _passes(model, images)
         dropouts = [name for name, part in model.named_modules() if isinstance(part, Dropout) and part.training]
-    changes = {how: _largest(answer, first_BK) for how, answer in answers.items()}
-    rounding = ROUNDING * float(first_BK.abs().max())
-    if changes[WATCHED] <= rounding:  # other kernels, which is no matter of the model's
-        changes[WATCHED] = 0.0
-    how = max(changes, key=lambda how: changes[how])
-    flipped = int((answers[how].argmax(1) != first_BK.argmax(1)).sum())
-    evidence = {"images": len(images), "largest_change": round(changes[how], 6), "decisions": flipped}
-    if not changes[how]:
-        return CheckResult(CHECK, "pass", f"passes over the same {len(images)} images agree to the bit", evidence)
-    apart = (
-        f"asked {how}, the model's logits differ by up to {changes[how]:.2g} and {flipped} of {len(images)} decisions "
+    changes = {variant: _largest_change(logits_BK, first_BK) for variant, logits_BK in logits.items()}
+    rounding = LOGIT_TOLERANCE * float(first_BK.abs().max())
+    if changes[WITH_GRADIENT] <= rounding:  # other kernels, not a property of the model
+        changes[WITH_GRADIENT] = 0.0
+    variant = max(changes, key=lambda variant: changes[variant])
+    flipped = int((logits[variant].argmax(1) != first_BK.argmax(1)).sum())
+    evidence = {"images": len(images), "largest_change": round(changes[variant], 6), "decisions": flipped}
+    if not changes[variant]:
+        return CheckResult(CHECK_ID, "pass", f"passes over the same {len(images)} images are bit-identical", evidence)
+    difference = (
+        f"with {variant} the logits change by up to {changes[variant]:.2g}, and {flipped} of {len(images)} decisions "
         "change"
     )
-    if changes[how] <= rounding:
+    if changes[variant] <= rounding:
         return CheckResult(
-            CHECK, "warn", f"{apart}: rounding that does not repeat, as some GPU kernels have it", evidence
+            CHECK_ID, "warn", f"{difference}: non-deterministic rounding, as in some GPU kernels", evidence
         )
-    return CheckResult(CHECK, "fail", f"{apart}: {_cause(dropouts, how)}", evidence)
+    return CheckResult(CHECK_ID, "fail", f"{difference}: {_cause(dropouts, variant)}", evidence)
 
 
-def _cause(dropouts: list[str], how: str) -> str:
+def _cause(dropouts: list[str], variant: str) -> str:
     if dropouts:
-        return f"dropout stays on in eval mode ({dropouts[0]})"
-    if how == WATCHED:
-        return "it notices that it is attacked, so what attacks see is not what decides"
-    return "it is randomised, and must be attacked in expectation (EoT)"
+        return f"dropout is active in eval mode ({dropouts[0]})"
+    if variant == WITH_GRADIENT:
+        return "it behaves differently when gradients are computed, so attacks do not see the evaluated model"
+    return "the model is randomised and must be attacked in expectation (EoT)"
 
 
 def _passes(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """A first answer (B, K), and those that should equal it."""
-    first = _answer(model, images, seed=0)
+    """Returns reference logits (B, K), and the logits that should equal them."""
+    first = _logits(model, images, seed=0)
     others = {
-        AGAIN: _answer(model, images, seed=None),
-        SEEDED: _answer(model, images, seed=1),  # a model that puts the generator back as it was shows only here
-        WATCHED: _answer(model, images.detach().clone().requires_grad_(True), seed=0),
+        REPEATED: _logits(model, images, seed=None),
+        RESEEDED: _logits(model, images, seed=1),  # detects a model that restores the random state
+        WITH_GRADIENT: _logits(model, images.detach().clone().requires_grad_(True), seed=0),
     }
     return first, others
 
 
-def _answer(model: nn.Module, images: Tensor, seed: int | None) -> Tensor:
+def _logits(model: nn.Module, images: Tensor, seed: int | None) -> Tensor:
     if seed is not None:
         torch.manual_seed(seed)
     with torch.set_grad_enabled(images.requires_grad):
@@ -71,10 +71,10 @@ def _answer(model: nn.Module, images: Tensor, seed: int | None) -> Tensor:
     return output.detach().clone()
 
 
-def _largest(answer_BK: Tensor, first_BK: Tensor) -> float:
-    """The largest change of a logit; infinite where one is no number."""
-    change = (answer_BK.double() - first_BK.double()).abs().nan_to_num(torch.inf)
-    return float(change.masked_fill(answer_BK == first_BK, 0).max())
+def _largest_change(logits_BK: Tensor, first_BK: Tensor) -> float:
+    """Returns the largest change of a logit, infinite for NaN."""
+    change = (logits_BK.double() - first_BK.double()).abs().nan_to_num(torch.inf)
+    return float(change.masked_fill(logits_BK == first_BK, 0).max())
 
 
 def _devices(images: Tensor) -> list[torch.device]:

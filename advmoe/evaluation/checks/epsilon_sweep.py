@@ -1,9 +1,9 @@
-"""Check 2: the larger the budget, the lower the accuracy, and without a limit nothing stands (Carlini et al. 2019).
+"""Check 2, epsilon sweep: accuracy falls with epsilon, and to 0 at unbounded epsilon (Carlini et al. 2019).
 
-Within half the pixel range lies plain grey for every image, so no classifier can be right about more than its largest
-class there; within the whole range lies every other image. An attack on gradients that does not get there is blind.
-Ascents start at the image itself: random starts alone would carry even a blind attack a long way at such radii. In L2
-the two last balls are L-inf ones all the same, which the L2 balls of half and the whole diagonal of the box contain.
+Half the pixel range contains plain grey for every image, so the accuracy there is at most the share of the largest
+class; the full range contains every other image. A gradient-based attack that stays above these values is misled.
+Ascents start at the image itself, because random starts alone go far at such radii. In L2 the two largest balls are
+L-inf balls too; the L2 balls of half and the full diagonal of the box contain them.
 
 Shapes: n probe images.
 """
@@ -17,23 +17,23 @@ from advmoe.attacks.ball import Ball, LInf
 from advmoe.attacks.pgd import Pgd
 from advmoe.evaluation.checks import probe_attacks
 from advmoe.evaluation.checks.base import CheckContext, CheckResult
-from advmoe.evaluation.checks.probe_attacks import ProbeSet, Remark, percent
+from advmoe.evaluation.checks.probe_attacks import Issue, ProbeSet, percent
 
-HALF, WHOLE = LInf(0.5), LInf(1.0)
-FACTORS = (0.5, 1.0, 2.0)  # of the threat model's epsilon
-HARDER = 2  # times the steps, at less than half the step size, before a model is accused
-AIMS = 3  # classes aimed at then
-FEW = 2  # images that prove nothing, however few there are in all
+HALF_RANGE, FULL_RANGE = LInf(0.5), LInf(1.0)
+EPSILON_FACTORS = (0.5, 1.0, 2.0)  # of the threat model's epsilon
+EXTRA_STEPS_FACTOR = 2  # times the steps, at less than half the step size, before the check fails
+TARGET_CLASSES = 3  # classes targeted then
+NEGLIGIBLE_COUNT = 2  # images: as few are never significant
 
 
-def epsilon_sweep(case: CheckContext) -> CheckResult:
-    """PGD on the margin around the threat model's radius; everything PGD has within half and all of the pixel range."""
-    return probe_attacks.run_check("budget", _answer, case)
+def epsilon_sweep(context: CheckContext) -> CheckResult:
+    """Runs PGD around the threat model's radius, and stronger PGD with half and the full pixel range."""
+    return probe_attacks.run_check("budget", _check, context)
 
 
 @dataclass(frozen=True, eq=False)
 class _Level:
-    """Who (n,) is still right within a ball."""
+    """`right` (n,) bool: correctly classified after an attack within `ball`."""
 
     ball: Ball
     right: Tensor
@@ -49,101 +49,112 @@ class _Level:
 
 @dataclass(frozen=True, eq=False)
 class _FarLevel(_Level):
-    """`ce`: who (n,) is right after the ascent of the cross-entropy alone."""
+    """`ce` (n,) bool: correctly classified after the ascent of the cross-entropy alone."""
 
     ce: Tensor
 
 
-def _answer(case: CheckContext) -> probe_attacks.Answer:
-    probe = probe_attacks.probe_images(case)
-    predicted = case.measured.clean_logits.argmax(dim=1)
+def _check(context: CheckContext) -> probe_attacks.CheckOutput:
+    probe = probe_attacks.probe_images(context)
+    predicted = context.result.clean_logits.argmax(dim=1)
     if (predicted == predicted[0]).all():
-        sentence = f"the model sees class {int(predicted[0])} in every image, so perhaps nothing can fool it"
+        sentence = f"the model predicts class {int(predicted[0])} for every image, so possibly nothing can fool it"
         raise probe_attacks.CheckSkippedError("not checked", sentence)
-    near = [_near(case, probe, ball) for ball in _balls(case.terms.ball, probe.images)]
-    half, whole = (_far(case, probe, ball) for ball in (HALF, WHOLE))
+    small = [_near_level(context, probe, ball) for ball in _balls(context.config.ball, probe.images)]
+    half, full = (_far_level(context, probe, ball) for ball in (HALF_RANGE, FULL_RANGE))
     largest = float(probe.labels.bincount().max()) / len(probe.rows)
-    levels = [*near, half, whole]
-    remarks = [*_rises(case, levels), *_too_high(case, probe, {half: largest, whole: 0.0}), *_saturated(case, whole)]
-    otherwise = (
+    levels = [*small, half, full]
+    issues = [
+        *_rise_issues(context, levels),
+        *_excess_issues(context, probe, {half: largest, full: 0.0}),
+        *_saturation_issues(context, full),
+    ]
+    passed = (
         f"accuracy on {len(probe.rows)} probe images falls with epsilon to {percent(half.share)} within half the pixel "
-        f"range (largest class {percent(largest)}) and {percent(whole.share)} within all of it"
+        f"range (largest class {percent(largest)}) and {percent(full.share)} within the full range"
     )
     evidence = {
         "images": len(probe.rows),
         "largest_class": largest,
         "accuracy": {level.name: level.share for level in levels},
-        "cross_entropy_alone": {level.name: float(level.ce.float().mean()) for level in (half, whole)},
+        "cross_entropy_alone": {level.name: float(level.ce.float().mean()) for level in (half, full)},
     }
-    return *probe_attacks.worst_status(remarks, otherwise), evidence
+    return *probe_attacks.worst_status(issues, passed), evidence
 
 
 def _balls(ball: Ball, images_nCHW: Tensor) -> list[Ball]:
-    """Around the threat model's own, in its norm, the L-inf ones below half the pixel range."""
-    radii = {factor * ball.epsilon for factor in FACTORS}
+    """Returns balls around the threat model's radius, in its norm; L-inf radii stay below half the pixel range."""
+    radii = {factor * ball.epsilon for factor in EPSILON_FACTORS}
     if ball.norm == "linf":
-        radii = {radius for radius in radii if radius < HALF.epsilon}
+        radii = {radius for radius in radii if radius < HALF_RANGE.epsilon}
     else:
         radii = {min(radius, images_nCHW[0].numel() ** 0.5) for radius in radii}
     return [ball.resized(radius) for radius in sorted(radii)]
 
 
-def _near(case: CheckContext, probe: ProbeSet, ball: Ball) -> _Level:
-    """One ascent each: here levels are only compared with one another."""
-    right = probe_attacks.survivors(case, probe, probe_attacks.plain_pgd(case.probes.steps, "margin"), ball, None)
+def _near_level(context: CheckContext, probe: ProbeSet, ball: Ball) -> _Level:
+    """One ascent: these levels are only compared with one another."""
+    right = probe_attacks.survivors(
+        context, probe, probe_attacks.plain_pgd(context.settings.steps, "margin"), ball, None
+    )
     return _Level(ball, right)
 
 
-def _far(case: CheckContext, probe: ProbeSet, ball: Ball) -> _FarLevel:
-    """Cross-entropy, then the margin, then small steps towards several classes: nobody is accused for bad luck."""
-    steps = case.probes.steps
-    ce = probe_attacks.survivors(case, probe, probe_attacks.plain_pgd(steps), ball, None)
-    fine = Pgd(kind="pgd", steps=HARDER * steps, step_size=0.1, restarts=1, loss="margin", targets=AIMS)
+def _far_level(context: CheckContext, probe: ProbeSet, ball: Ball) -> _FarLevel:
+    """Attacks with the cross-entropy, the survivors with the margin, then with small steps to several classes."""
+    steps = context.settings.steps
+    ce = probe_attacks.survivors(context, probe, probe_attacks.plain_pgd(steps), ball, None)
+    small_steps = Pgd(
+        kind="pgd", steps=EXTRA_STEPS_FACTOR * steps, step_size=0.1, restarts=1, loss="margin", targets=TARGET_CLASSES
+    )
     right = ce
-    for attack in (probe_attacks.plain_pgd(steps, "margin"), fine):
-        right = probe_attacks.attack_survivors(case, probe, right, attack, ball, None)
+    for attack in (probe_attacks.plain_pgd(steps, "margin"), small_steps):
+        right = probe_attacks.attack_survivors(context, probe, right, attack, ball, None)
     return _FarLevel(ball, right, ce)
 
 
-def _rises(case: CheckContext, levels: list[_Level]) -> list[Remark]:
-    remarks: list[Remark] = []
+def _rise_issues(context: CheckContext, levels: list[_Level]) -> list[Issue]:
+    issues: list[Issue] = []
     for inner, outer in pairwise(levels):
-        if inner.ball.epsilon > outer.ball.epsilon:  # not one inside the other: L2 beyond half the pixel range
+        if inner.ball.epsilon > outer.ball.epsilon:  # not nested: an L2 ball beyond half the pixel range
             continue
-        rise = probe_attacks.change(outer.right, inner.right, case)
+        rise = probe_attacks.paired_difference(outer.right, inner.right, context)
         sentence = f"accuracy rises with epsilon, from {percent(inner.share)} ({inner.name}) to {percent(outer.share)}"
-        remarks.append((probe_attacks.found_more(rise), f"{sentence} ({outer.name}): the gradients mislead the attack"))
-    return remarks
+        issues.append((probe_attacks.drop_status(rise), f"{sentence} ({outer.name}): the gradients mislead the attack"))
+    return issues
 
 
-def _too_high(case: CheckContext, probe: ProbeSet, limits: dict[_Level, float]) -> list[Remark]:
-    """`limits`: the share of the images that can truly stand within a ball."""
+def _excess_issues(context: CheckContext, probe: ProbeSet, limits: dict[_Level, float]) -> list[Issue]:
+    """`limits`: the highest possible accuracy within a ball."""
     excess = {level: level.share - limit for level, limit in limits.items() if level.share > limit}
     if not excess:
         return []
     shares = [f"{percent(level.share)} at epsilon {level.ball.epsilon:g}" for level in excess]
-    true = [percent(limits[level]) for level in excess]
-    sentence = f"PGD leaves {' and '.join(shares)} standing where {' and '.join(true)} at most can stand"
-    strong = any(more > probe_attacks.LARGE and more * len(probe.rows) > FEW for more in excess.values())
-    return [("fail" if strong else "warn", f"{sentence}: {_cause(case, probe)}")]
+    highest = [percent(limits[level]) for level in excess]
+    sentence = f"accuracy under PGD is {' and '.join(shares)} where at most {' and '.join(highest)} are possible"
+    significant = any(
+        excess_share > probe_attacks.LARGE_DROP and excess_share * len(probe.rows) > NEGLIGIBLE_COUNT
+        for excess_share in excess.values()
+    )
+    return [("fail" if significant else "warn", f"{sentence}: {_cause(context, probe)}")]
 
 
-def _cause(case: CheckContext, probe: ProbeSet) -> str:
-    fault = probe_attacks.gradient_fault(case, probe, "margin")
+def _cause(context: CheckContext, probe: ProbeSet) -> str:
+    fault = probe_attacks.gradient_fault(context, probe, "margin")
     if "zero" in fault:
         return f"{fault}, as when the input is rounded, quantised or thresholded"
     return fault or "masked gradients, which exist but do not lead to the boundary"
 
 
-def _saturated(case: CheckContext, whole: _FarLevel) -> list[Remark]:
-    """The margin's gradient may work where that of the cross-entropy has vanished."""
-    stuck = whole.ce & ~whole.right
-    if stuck.sum() <= max(FEW, probe_attacks.LARGE * len(stuck)):
+def _saturation_issues(context: CheckContext, full: _FarLevel) -> list[Issue]:
+    """Images on which the gradient of the margin works and that of the cross-entropy has vanished."""
+    stuck = full.ce & ~full.right
+    if stuck.sum() <= max(NEGLIGIBLE_COUNT, probe_attacks.LARGE_DROP * len(stuck)):
         return []
     sentence = (
-        f"{percent(float(stuck.float().mean()))} of the probe images stand PGD on the cross-entropy with epsilon 1 "
-        "and fall to the margin: the output is saturated (very large logits), so cross-entropy gradients are masked"
+        f"{percent(float(stuck.float().mean()))} of the probe images survive PGD on the cross-entropy with epsilon 1 "
+        "but not on the margin: the output is saturated (very large logits), so cross-entropy gradients are masked"
     )
-    if probe_attacks.rests_on_cross_entropy(case):
-        return [("fail", f"{sentence}, and every white-box attack here follows them")]
+    if probe_attacks.relies_on_cross_entropy(context):
+        return [("fail", f"{sentence}, and every white-box attack of the evaluation follows them")]
     return [("warn", sentence)]

@@ -1,4 +1,4 @@
-"""A plain ascent that looks at everything on its way: the model as it is, in float32, not folded, nothing caught.
+"""A plain gradient ascent on the unmodified model in float32 that yields logits and gradients of every step.
 
 Shapes: B batch, C channel, H/W pixels, K classes.
 """
@@ -10,47 +10,47 @@ from torch import Tensor, nn
 
 from advmoe.attacks.ball import Ball
 from advmoe.attacks.interface import cross_entropy, pixel_gradient
-from advmoe.attacks.random_streams import ImageDraws
+from advmoe.attacks.random_streams import ImageStreams
 from advmoe.evaluation.checks.base import CheckContext
 from advmoe.evaluation.checks.probe_attacks import ProbeSet
 
-STEP = 0.25  # of epsilon
+STEP_SIZE = 0.25  # of epsilon
 
 
 class GradientStep(NamedTuple):
-    """Where the ascent is (B, C, H, W), what the model says there (B, K), and the gradient of the cross-entropy."""
+    """Points (B, C, H, W) of an ascent, their logits (B, K), and the gradient of the cross-entropy (B, C, H, W)."""
 
     points: Tensor
     logits: Tensor
     gradient: Tensor
 
 
-def ascend(case: CheckContext, probe: ProbeSet, purpose: str) -> Iterator[GradientStep]:
-    """The clean images, then a random point of each ball and all steps of a probe from there.
+def trace_ascent(context: CheckContext, probe: ProbeSet, purpose: str) -> Iterator[GradientStep]:
+    """Yields the clean images, then a random point of each ball and `settings.steps` - 1 steps from there.
 
-    The caller freezes the model.
+    The caller puts the model in eval mode (`inference.eval_mode`).
     """
-    model, ball = case.target.model, case.terms.ball
-    yield look(model, probe.images, probe.labels)
-    points = ball.start(probe.images, ImageDraws(case.terms.seed, f"check-{purpose}", probe.rows))
-    for _ in range(case.probes.steps):
-        seen = look(model, points, probe.labels)
-        yield seen
-        points = step(ball, seen, probe.images)
+    model, ball = context.target.model, context.config.ball
+    yield gradient_at(model, probe.images, probe.labels)
+    points = ball.start(probe.images, ImageStreams(context.config.seed, f"check-{purpose}", probe.rows))
+    for _ in range(context.settings.steps):
+        current = gradient_at(model, points, probe.labels)
+        yield current
+        points = next_points(ball, current, probe.images)
 
 
-def step(ball: Ball, seen: GradientStep, images: Tensor) -> Tensor:
-    """Onward from there; a gradient that is no number leads nowhere."""
-    direction = ball.steepest(seen.gradient.nan_to_num(0.0, 0.0, 0.0))
-    return ball.project(seen.points + STEP * ball.epsilon * direction, images)
+def next_points(ball: Ball, current: GradientStep, images: Tensor) -> Tensor:
+    """Returns the points after one step; NaN and infinite gradients count as 0."""
+    direction = ball.steepest(current.gradient.nan_to_num(0.0, 0.0, 0.0))
+    return ball.project(current.points + STEP_SIZE * ball.epsilon * direction, images)
 
 
-def look(model: nn.Module, points: Tensor, labels: Tensor) -> GradientStep:
-    """What the model says at the points and the gradient of its cross-entropy there."""
+def gradient_at(model: nn.Module, points: Tensor, labels: Tensor) -> GradientStep:
+    """Returns logits and the gradient of the cross-entropy at the points."""
     gradient, logits = pixel_gradient(model, points, lambda logits: cross_entropy(logits.float(), labels))
     return GradientStep(points, logits, gradient)
 
 
-def vanished(gradient_BCHW: Tensor) -> Tensor:
-    """Where every pixel's gradient is exactly 0 (B,)."""
+def is_zero(gradient_BCHW: Tensor) -> Tensor:
+    """Returns where the gradient of every pixel is exactly 0 (B,) bool."""
     return (gradient_BCHW == 0).flatten(1).all(dim=1)

@@ -1,7 +1,7 @@
-"""Check 7: the attacks get somewhere, and they are of more than one kind (Carlini et al. 2019, arXiv 1902.06705).
+"""Check 7, loss increase: attacks raise the loss, and several kinds of attacks are run.
 
-The loss must rise on the way; a targeted and an untargeted attack must have been tried, and one that training did not
-use; and an attack that changes no pixel while images stand was none.
+Carlini et al. 2019, arXiv 1902.06705. The loss must rise during an ascent; the evaluation must include a targeted and
+an untargeted attack, and one that adversarial training does not use; no attack may leave all pixels unchanged.
 
 Shapes: N images of the evaluation, n probe images, T points of an ascent.
 """
@@ -10,80 +10,81 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.apgd import ApgdT
-from advmoe.attacks.ball import Ball, Draws
+from advmoe.attacks.ball import Ball, RandomStream
 from advmoe.attacks.fab import FabT
 from advmoe.attacks.fgsm import Fgsm
 from advmoe.attacks.interface import IsAdversarial, Loss, Model, margin
 from advmoe.attacks.noise import Noise
 from advmoe.attacks.pgd import Pgd, pgd
-from advmoe.attacks.registry import AnyAttack
+from advmoe.attacks.registry import AttackSettings
 from advmoe.evaluation.checks import probe_attacks
 from advmoe.evaluation.checks.base import CheckContext, CheckResult
-from advmoe.evaluation.checks.probe_attacks import ProbeSet, Remark, percent
-from advmoe.evaluation.harness import bound
+from advmoe.evaluation.checks.probe_attacks import Issue, ProbeSet, percent
+from advmoe.evaluation.harness import bind_attack
 
 LOSSES: tuple[Loss, ...] = ("ce", "margin")
-NEARLY_ALL, HALF = 0.9, 0.5  # of the images, whose loss a sound ascent raises
-CLIMBERS = 25  # probe images whose way up is watched, to the last step each: enough for a share of nearly all
-EASY = 8  # images on which an attack that seems idle is tried without a limit
-NAMES: dict[Loss, str] = {"ce": "cross-entropy", "margin": "margin"}
+PASS_SHARE = 0.9  # share of images whose loss rises from which the check passes
+FAIL_SHARE = 0.5  # and below which it fails
+TRACED_IMAGES = 25  # probe images of the ascents; enough to measure a share near PASS_SHARE
+UNBOUNDED_IMAGES = 8  # images on which an attack that changed nothing is run with unbounded epsilon
+LOSS_NAMES: dict[Loss, str] = {"ce": "cross-entropy", "margin": "margin"}
 
 
-def loss_increase(case: CheckContext) -> CheckResult:
-    """Does the loss rise, are the attacks of several kinds, and does each of them do something?"""
-    return probe_attacks.run_check("progress", _answer, case)
+def loss_increase(context: CheckContext) -> CheckResult:
+    """Checks that the loss rises, that there are several kinds of attacks, and that each changes pixels."""
+    return probe_attacks.run_check("progress", _check, context)
 
 
-def _answer(case: CheckContext) -> probe_attacks.Answer:
-    probe = probe_attacks.probe_images(case)
-    climbers = probe.first(CLIMBERS)
-    curves = {loss: _curve(case, climbers, loss) for loss in LOSSES}
+def _check(context: CheckContext) -> probe_attacks.CheckOutput:
+    probe = probe_attacks.probe_images(context)
+    traced = probe.first(TRACED_IMAGES)
+    curves = {loss: _margin_curve(context, traced, loss) for loss in LOSSES}
     rising = {loss: float((curve_Tn[-1] > curve_Tn[0]).float().mean()) for loss, curve_Tn in curves.items()}
-    idle = _idle(case, probe)
-    remarks = [*_rise(case, climbers, rising), *_kinds(case), *_idle_remarks(case, idle)]
-    otherwise = (
-        f"the loss rises on {percent(min(rising.values()))} of {len(climbers.rows)} probe images; targeted and "
-        "untargeted attacks were tried, and one at least that is not what models are trained on"
+    idle = _idle_attacks(context, probe)
+    issues = [*_rise_issues(context, traced, rising), *_variety_issues(context), *_idle_issues(context, idle)]
+    passed = (
+        f"the loss rises on {percent(min(rising.values()))} of {len(traced.rows)} probe images; targeted and "
+        "untargeted attacks were run, and at least one that adversarial training does not use"
     )
     evidence = {
-        "images": len(climbers.rows),
+        "images": len(traced.rows),
         "rising": rising,
         "margin": {loss: _summary(curve_Tn) for loss, curve_Tn in curves.items()},
         "idle": idle,
     }
-    return *probe_attacks.worst_status(remarks, otherwise), evidence
+    return *probe_attacks.worst_status(issues, passed), evidence
 
 
-def _curve(case: CheckContext, probe: ProbeSet, loss: Loss) -> Tensor:
-    """The margin (T, n) along an ascent of `loss` that starts at the images themselves."""
+def _margin_curve(context: CheckContext, probe: ProbeSet, loss: Loss) -> Tensor:
+    """Returns the margin (T, n) along an ascent of `loss` that starts at the images themselves."""
     curves: list[Tensor] = []
 
-    def craft(
+    def attack_fn(
         model: Model,
         images_BCHW: Tensor,
         labels_B: Tensor,
         /,
         *,
         ball: Ball,
-        draws: Draws,
-        fooled: IsAdversarial | None = None,
+        draws: RandomStream,
+        is_adversarial: IsAdversarial | None = None,
     ) -> Tensor:
-        del fooled  # every image takes all steps
+        del is_adversarial  # every image takes all steps
         margins: list[Tensor] = []
 
-        def watched(points: Tensor) -> Tensor:
+        def recorded(points: Tensor) -> Tensor:
             logits = model(points)
             margins.append(margin(logits.detach(), labels_B).cpu())
             return logits
 
-        settings = probe_attacks.plain_pgd(case.probes.steps, loss)
-        found = pgd(watched, images_BCHW, labels_B, ball=ball, settings=settings, draws=draws)
+        settings = probe_attacks.plain_pgd(context.settings.steps, loss)
+        found = pgd(recorded, images_BCHW, labels_B, ball=ball, settings=settings, draws=draws)
         with torch.no_grad():
-            watched(found)
+            recorded(found)
         curves.append(torch.stack(margins))
         return found
 
-    probe_attacks.attacked_images(case, probe, craft, case.terms.ball, None)
+    probe_attacks.attacked_images(context, probe, attack_fn, context.config.ball, None)
     return torch.cat(curves, dim=1)
 
 
@@ -92,79 +93,83 @@ def _summary(curve_Tn: Tensor) -> dict[str, float]:
     return {"start": float(means[0]), "middle": float(means[len(means) // 2]), "end": float(means[-1])}
 
 
-def _rise(case: CheckContext, probe: ProbeSet, rising: dict[Loss, float]) -> list[Remark]:
-    """An ascent that fails is fatal where every white-box attack is of its kind, or where none succeeds."""
-    fatal = max(rising.values()) < HALF
-    remarks: list[Remark] = []
+def _rise_issues(context: CheckContext, probe: ProbeSet, rising: dict[Loss, float]) -> list[Issue]:
+    """A failed ascent fails the check if every white-box attack uses its loss, or if no ascent succeeds."""
+    fatal = max(rising.values()) < FAIL_SHARE
+    issues: list[Issue] = []
     for loss, share in rising.items():
-        if share >= NEARLY_ALL:
+        if share >= PASS_SHARE:
             continue
-        alone = loss == "ce" and probe_attacks.rests_on_cross_entropy(case)
-        sentence = f"PGD on the {NAMES[loss]} raises the loss on {percent(share)} of the probe images only"
-        cause = (
-            probe_attacks.gradient_fault(case, probe, loss)
-            or "the gradient is masked, or so flat that it leads nowhere"
-        )
-        remarks.append(("fail" if fatal or (alone and share < HALF) else "warn", f"{sentence}: {cause}"))
-    return remarks
+        only_loss = loss == "ce" and probe_attacks.relies_on_cross_entropy(context)
+        sentence = f"PGD on the {LOSS_NAMES[loss]} raises the loss on only {percent(share)} of the probe images"
+        cause = probe_attacks.gradient_fault(context, probe, loss) or "the gradient is masked or flat"
+        issues.append(("fail" if fatal or (only_loss and share < FAIL_SHARE) else "warn", f"{sentence}: {cause}"))
+    return issues
 
 
-def _kinds(case: CheckContext) -> list[Remark]:
-    attacks = list(case.attacks.values())
-    remarks: list[Remark] = []
-    two_classes = case.measured.clean_logits.shape[1] == 2  # there the one wrong class is always the target
+def _variety_issues(context: CheckContext) -> list[Issue]:
+    attacks = list(context.attacks.values())
+    issues: list[Issue] = []
+    two_classes = context.result.clean_logits.shape[1] == 2  # the one wrong class is always the target
     if not two_classes and not any(map(_targeted, attacks)):
-        remarks.append(("warn", "no targeted attack was tried (pgd with targets, apgd-t, fab-t)"))
+        issues.append(("warn", "no targeted attack was run (pgd with targets, apgd-t, fab-t)"))
     if not any(map(_untargeted, attacks)):
-        remarks.append(("warn", "no untargeted attack was tried (pgd, apgd-ce, square, ...)"))
-    if all(map(_customary, attacks)):
-        remarks.append(("warn", "only attacks were tried that adversarial training itself uses (fgsm, pgd) or noise"))
-    return remarks
+        issues.append(("warn", "no untargeted attack was run (pgd, apgd-ce, square, ...)"))
+    if all(map(_common_in_training, attacks)):
+        issues.append(("warn", "only attacks that adversarial training uses (fgsm, pgd) or noise were run"))
+    return issues
 
 
-def _targeted(attack: AnyAttack) -> bool:
+def _targeted(attack: AttackSettings) -> bool:
     return isinstance(attack, ApgdT | FabT) or (isinstance(attack, Pgd) and attack.targets > 0)
 
 
-def _untargeted(attack: AnyAttack) -> bool:
+def _untargeted(attack: AttackSettings) -> bool:
     return not _targeted(attack) and probe_attacks.access(attack) not in ("none", "own")
 
 
-def _customary(attack: AnyAttack) -> bool:
+def _common_in_training(attack: AttackSettings) -> bool:
     plain = isinstance(attack, Pgd) and attack.loss == "ce" and not attack.targets
     return plain or isinstance(attack, Fgsm | Noise)
 
 
-def _idle(case: CheckContext, probe: ProbeSet) -> list[str]:
-    """Attacks that left images standing and changed no pixel of any, not even where anything was allowed them."""
-    return [name for name in case.measured.outcomes if _moved_nothing(case, name) and _lame(case, probe, name)]
-
-
-def _moved_nothing(case: CheckContext, name: str) -> bool:
-    outcome = case.measured.outcomes[name]
-    met_N = outcome.attacked
-    same = torch.equal(outcome.images[met_N], case.target.images.cpu()[met_N])
-    return same and bool((met_N & outcome.correct).any())
-
-
-def _lame(case: CheckContext, probe: ProbeSet, name: str) -> bool:
-    """Attacks that look for the nearest boundary may rightly give back an image whose boundary is out of reach."""
-    easy, ball = probe.first(EASY), _limitless(case.terms.ball, probe)
-    with bound(case.target, case.attacks[name], case.terms.precision) as craft:
-        return torch.equal(probe_attacks.attacked_images(case, easy, craft, ball, name), easy.images)
-
-
-def _limitless(ball: Ball, probe: ProbeSet) -> Ball:
-    return ball.resized(1.0 if ball.norm == "linf" else probe.images[0].numel() ** 0.5)
-
-
-def _idle_remarks(case: CheckContext, idle: list[str]) -> list[Remark]:
+def _idle_attacks(context: CheckContext, probe: ProbeSet) -> list[str]:
+    """Returns attacks with surviving images that changed no pixel of any image, nor with unbounded epsilon."""
     return [
-        ("fail", f"{name} does nothing: it changed no pixel of any image, {_why(case.attacks[name])}") for name in idle
+        name
+        for name in context.result.outcomes
+        if _changed_no_pixel(context, name) and _idle_when_unbounded(context, probe, name)
     ]
 
 
-def _why(attack: AnyAttack) -> str:
+def _changed_no_pixel(context: CheckContext, name: str) -> bool:
+    outcome = context.result.outcomes[name]
+    attacked_N = outcome.attacked
+    same = torch.equal(outcome.images[attacked_N], context.target.images.cpu()[attacked_N])
+    return same and bool((attacked_N & outcome.correct).any())
+
+
+def _idle_when_unbounded(context: CheckContext, probe: ProbeSet, name: str) -> bool:
+    """Minimum-norm attacks may return an image unchanged if the decision boundary is outside the ball."""
+    unbounded_probe, ball = probe.first(UNBOUNDED_IMAGES), _unbounded(context.config.ball, probe)
+    with bind_attack(context.target, context.attacks[name], context.config.precision) as attack_fn:
+        return torch.equal(
+            probe_attacks.attacked_images(context, unbounded_probe, attack_fn, ball, name), unbounded_probe.images
+        )
+
+
+def _unbounded(ball: Ball, probe: ProbeSet) -> Ball:
+    return ball.resized(1.0 if ball.norm == "linf" else probe.images[0].numel() ** 0.5)
+
+
+def _idle_issues(context: CheckContext, idle: list[str]) -> list[Issue]:
+    return [
+        ("fail", f"{name} has no effect: it changed no pixel of any image, {_idle_cause(context.attacks[name])}")
+        for name in idle
+    ]
+
+
+def _idle_cause(attack: AttackSettings) -> str:
     if probe_attacks.access(attack) == "white":
-        return "as an attack does whose gradients are masked to zero"
-    return "so it proves nothing about the model"
+        return "as if its gradients were masked to zero"
+    return "so it does not test the model"

@@ -1,1 +1,5 @@
-"""Classifiers for others to use: a folder for the Hugging Face Hub, an ONNX file, and where they come from."""
+"""Exports of a classifier artifact: a folder for the Hugging Face Hub or an ONNX file, with its provenance.
+
+Not here: how artifacts are saved and loaded (`advmoe.core.artifacts`, `advmoe.models`).
+To add a format: one module with `export_NAME(artifact, path)`, and an option of `advmoe export`.
+"""

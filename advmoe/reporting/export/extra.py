@@ -1,13 +1,13 @@
-"""The packages that only exports need: `pip install 'advmoe[export]'` brings them."""
+"""The error for missing packages of the extra `advmoe[export]`."""
 
 from advmoe.core.errors import UserError
 
 
 class MissingExtraError(UserError, ImportError):
-    """A package of the extra cannot be imported: one sentence for a person, an ImportError for code that asks."""
+    """A package of the extra cannot be imported; both a UserError and an ImportError."""
 
 
-def missing(error: ImportError) -> MissingExtraError:
-    """What to raise instead of `error`."""
+def missing_package_error(error: ImportError) -> MissingExtraError:
+    """Returns the error to raise instead of `error`."""
     name = error.name or str(error)
-    return MissingExtraError(f"{name} cannot be imported; pip install 'advmoe[export]' brings what exports need")
+    return MissingExtraError(f"{name} cannot be imported; install the export packages: pip install 'advmoe[export]'")

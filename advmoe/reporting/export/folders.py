@@ -1,4 +1,4 @@
-"""A folder of files that belong together: the new one whole, or the old one whole."""
+"""Atomic replacement of a folder."""
 
 import shutil
 import tempfile
@@ -10,35 +10,35 @@ from advmoe.core.errors import UserError
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends without an error, it takes the place of `folder`.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill, which replaces `folder` when the block ends without an error.
 
-    What was there is removed, and stays as it was if anything goes wrong. A process killed between the two renamings
-    leaves both folders whole, under hidden names beside it. Raises UserError when the disk refuses.
+    After an error the old folder is unchanged. A process killed between the two renames leaves both folders complete,
+    under hidden names next to it. Raises UserError when the folder cannot be written.
     """
     target = folder.resolve()  # a link to a folder stays a link
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
+        new_folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
         try:
-            yield fresh
-            fresh.chmod(0o755)  # mkdtemp makes private folders; exports are for sharing
-            _take_the_place(fresh, target)
+            yield new_folder
+            new_folder.chmod(0o755)  # mkdtemp creates private folders
+            _replace(new_folder, target)
         finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.rmtree(new_folder, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{folder}: could not be written ({error.strerror or error}); nothing was changed") from error
 
 
-def _take_the_place(fresh: Path, target: Path) -> None:
+def _replace(new_folder: Path, target: Path) -> None:
     if not target.exists():
-        fresh.rename(target)
+        new_folder.rename(target)
         return
-    aside = fresh.with_suffix(".old")
-    target.rename(aside)
+    backup = new_folder.with_suffix(".old")
+    target.rename(backup)
     try:
-        fresh.rename(target)
+        new_folder.rename(target)
     except BaseException:
-        aside.rename(target)
+        backup.rename(target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A classifier from the Hugging Face Hub, or from a folder that `advmoe export --hub` wrote.
+"""Loads a classifier from the Hugging Face Hub, or from a folder written by `advmoe export --hub`.
 
 Needs the extra `advmoe[export]`. Shapes: B batch, C channel, H/W pixels, K classes.
 """
@@ -9,28 +9,28 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.core.errors import UserError, first_line
+from advmoe.core.errors import UserError, error_summary
 from advmoe.reporting.export import extra, hub
 
 try:
     from huggingface_hub import PyTorchModelHubMixin, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 except ImportError as error:
-    raise extra.missing(error) from error
+    raise extra.missing_package_error(error) from error
 
 
 class RobustClassifier(nn.Module, PyTorchModelHubMixin, library_name="advmoe"):
-    """Pixels in [0, 1], (B, C, H, W) -> log-probabilities (B, K), in eval mode; made by `from_pretrained`.
+    """Maps pixels in [0, 1], (B, C, H, W), to log-probabilities (B, K), in eval mode. Create it with `from_pretrained`.
 
-    `class_names` names the K classes, `description` says what the network is and where it comes from.
+    `class_names`: the K classes; `description`: architecture and provenance.
     """
 
-    def __init__(self, pack: hub.Pack) -> None:
+    def __init__(self, exported: hub.ExportedModel) -> None:
         super().__init__()
-        self.model = pack.classifier.model
-        self.description = pack.description
-        self.class_names = pack.description.facts.class_names
-        self._pack = pack
+        self.model = exported.classifier.model
+        self.description = exported.description
+        self.class_names = exported.description.facts.class_names
+        self._exported = exported
         self.eval()
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -48,18 +48,20 @@ class RobustClassifier(nn.Module, PyTorchModelHubMixin, library_name="advmoe"):
         revision: str | None = None,
         **model_kwargs: Any,
     ) -> Self:
-        """Read a folder, or fetch a repository of the Hub by its id, 'owner/name', and read that.
+        """Reads a folder, or downloads a repository of the Hub by its id 'owner/name'.
 
-        The options are those of `huggingface_hub.snapshot_download`. Weights are safetensors or nothing, and content
-        is checked against its hash. Raises UserError when there is no such model, or it is damaged or not advmoe's.
+        The options are those of `huggingface_hub.snapshot_download`. Only safetensors weights are read, and
+        their hash is checked. Raises UserError when the model is missing, damaged or not an export of advmoe.
         """
         if model_kwargs:
-            raise UserError(f"from_pretrained: {next(iter(model_kwargs))} is no option; the files describe the network")
+            raise UserError(
+                f"from_pretrained: {next(iter(model_kwargs))} is not an option; the files describe the network"
+            )
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
             return cls(hub.read(folder))
         try:
-            fetched = snapshot_download(
+            path = snapshot_download(
                 str(pretrained_model_name_or_path),
                 force_download=force_download,
                 token=token,
@@ -70,9 +72,11 @@ class RobustClassifier(nn.Module, PyTorchModelHubMixin, library_name="advmoe"):
             )
         except (HfHubHTTPError, OSError, ValueError) as error:
             name = pretrained_model_name_or_path
-            raise UserError(f"{name}: neither a folder nor a model that the Hub gives ({first_line(error)})") from error
-        return cls(hub.read(Path(fetched)))
+            raise UserError(
+                f"{name}: neither a folder nor an available model of the Hub ({error_summary(error)})"
+            ) from error
+        return cls(hub.read(Path(path)))
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """What `save_pretrained` and `push_to_hub` write: the same files as `advmoe export --hub`."""
-        hub.write(save_directory, self._pack)
+        """Writes the files of `save_pretrained` and `push_to_hub`, the same as `advmoe export --hub`."""
+        hub.write(save_directory, self._exported)

@@ -1,7 +1,7 @@
-"""What an export says of itself: which network it is, what it was made from, and in which circumstances.
+"""The description that an export carries: architecture, inputs of the training, and software versions.
 
-An artifact holds nothing that differs between two runs of the same work. Those who meet a network outside its project
-cannot look into the project's history, so an export adds commit and package versions. The name of the host stays home.
+An artifact holds nothing that differs between two equal runs. An export is used without the project's history, so it
+adds commit and package versions, but not the host name.
 """
 
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ from advmoe.core.artifacts import Header
 from advmoe.core.errors import UserError
 from advmoe.core.files import read_json
 from advmoe.core.settings import Settings, validate
-from advmoe.models.classifiers import About, Classifier
+from advmoe.models.classifiers import Classifier, ClassifierMetadata
 
 PACKAGES = ("advmoe", "huggingface_hub", "numpy", "onnx", "onnxruntime", "onnxscript", "safetensors", "torch")
 
 
-class Circumstances(Settings):
+class Environment(Settings):
     """`commit` is None outside git; `dirty`: tracked files differed from the commit."""
 
     commit: str | None
@@ -27,24 +27,24 @@ class Circumstances(Settings):
     python: str
 
 
-class Training(Circumstances):
-    """When the artifact was made: on how many threads, in how many seconds."""
+class TrainingEnvironment(Environment):
+    """The environment of training: number of threads, duration in seconds."""
 
     threads: int
     seconds: float
 
 
-class Export(Circumstances):
-    """When the export was made: the versions of the `packages` that had a hand in it."""
+class ExportEnvironment(Environment):
+    """The environment of the export: versions of the installed `packages`."""
 
     packages: dict[str, str]
 
 
 class Provenance(Settings):
-    """Where a network comes from.
+    """The origin of a network.
 
-    The first seven are those of the artifact's header (`advmoe.core.artifacts.Header`). `training` is None if
-    the artifact came without its sidecar, as one fetched from a DVC remote does.
+    The first seven fields are those of the artifact's header (`advmoe.core.artifacts.Header`). `training` is None if
+    the artifact has no sidecar file, for example after `dvc pull`.
     """
 
     params: dict[str, Any]
@@ -54,12 +54,12 @@ class Provenance(Settings):
     metrics: dict[str, Any]
     sha256: str
     header_sha256: str
-    training: Training | None
-    export: Export
+    training: TrainingEnvironment | None
+    export: ExportEnvironment
 
 
-class Description(About):
-    """Architecture and facts, as in the artifact, and all that is known of their origin."""
+class Description(ClassifierMetadata):
+    """Architecture and data set facts, as in the artifact, with their provenance."""
 
     advmoe: str
     schema_version: int
@@ -67,9 +67,9 @@ class Description(About):
 
 
 def describe(artifact: Path, classifier: Classifier) -> Description:
-    """The description of a `classifier` that was read from the file `artifact`.
+    """Describes a `classifier` that was read from the file `artifact`.
 
-    Raises UserError when the artifact's sidecar is there but cannot be read.
+    Raises UserError when the artifact's sidecar file exists but cannot be read.
     """
     header = classifier.header
     origin = header.model_dump(include={"params", "inputs", "seed", "torch", "metrics", "sha256", "header_sha256"})
@@ -78,13 +78,13 @@ def describe(artifact: Path, classifier: Classifier) -> Description:
         facts=classifier.about.facts,
         advmoe=version("advmoe"),
         schema_version=header.schema_version,
-        provenance=Provenance(**origin, training=_training(artifact, header), export=_export()),
+        provenance=Provenance(**origin, training=_training_environment(artifact, header), export=_export_environment()),
     )
 
 
-def _training(artifact: Path, header: Header) -> Training | None:
-    """The circumstances in the sidecar; None without one, or if it is that of another artifact."""
-    path = artifacts.sidecar(artifact)
+def _training_environment(artifact: Path, header: Header) -> TrainingEnvironment | None:
+    """The environment in the sidecar file; None if it is missing or belongs to another artifact."""
+    path = artifacts.sidecar_path(artifact)
     if not path.exists():
         return None
     content = read_json(path)
@@ -92,25 +92,25 @@ def _training(artifact: Path, header: Header) -> Training | None:
         raise UserError(f"{path}: must be a mapping, found {type(content).__name__}")
     if content.get("sha256") != header.sha256:
         return None
-    return validate(_only(content, Training.model_fields), Training, str(path))
+    return validate(_select(content, TrainingEnvironment.model_fields), TrainingEnvironment, str(path))
 
 
-def _export() -> Export:
-    now = {**artifacts.circumstances(0.0), "packages": _versions(PACKAGES)}
-    return Export(**_only(now, Export.model_fields))
+def _export_environment() -> ExportEnvironment:
+    now = {**artifacts.run_provenance(0.0), "packages": _versions(PACKAGES)}
+    return ExportEnvironment(**_select(now, ExportEnvironment.model_fields))
 
 
-def _only(content: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """A list of what may leave is safe, one of what may not would miss the next key."""
+def _select(content: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Keeps the listed keys only, so that a new key is never exported by accident."""
     return {key: content[key] for key in keys if key in content}
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those that are installed."""
-    found = {}
+    """The versions of the installed packages."""
+    versions = {}
     for package in packages:
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # an extra that this export did not need
+            versions[package] = version(package)
+        except PackageNotFoundError:  # an optional package
             continue
-    return found
+    return versions

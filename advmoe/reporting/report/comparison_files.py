@@ -1,4 +1,4 @@
-"""Writes the comparison of two experiments: an HTML page and Markdown beside it."""
+"""Writes the comparison of two runs as HTML and Markdown."""
 
 import re
 from collections.abc import Sequence
@@ -7,28 +7,29 @@ from pathlib import Path
 from advmoe.core import console, files, paths
 from advmoe.core.errors import UserError
 from advmoe.core.snapshots import open_snapshot
-from advmoe.reporting.report.compare import MOVED, compare, markdown
+from advmoe.reporting.report.compare import SIGNIFICANT, compare_snapshots, to_markdown
 from advmoe.reporting.report.html import render_comparison
 
 
 def compare_and_write(names: Sequence[str], folder: Path = paths.COMPARISONS) -> Path:
-    """Compare two folders, revisions or DVC experiments by name; the path of the page, with Markdown beside it.
+    """Compares two folders, git revisions or DVC experiments; returns the path of the HTML page.
 
-    Raises UserError as `open_snapshot` and `compare` do, and for any other number of names.
+    Raises UserError as `open_snapshot` and `compare_snapshots` do, and unless there are two names.
     """
     if len(names) != 2:
-        raise UserError(f"a comparison is of two experiments, but {len(names)} are named: {files.names(names)}")
-    found = compare(*map(open_snapshot, names))
-    page = folder / f"{_file_name(found.left)}--{_file_name(found.right)}.html"
-    files.write_text(page, render_comparison(found))
-    files.write_text(page.with_suffix(".md"), markdown(found))
-    moved = sum(row[-1] == MOVED for row in found.accuracy.rows)
-    console.say(
-        f"{len(found.params.rows)} changes in params.yaml; {moved} of {len(found.accuracy.rows)} accuracies moved"
+        raise UserError(f"a comparison needs two experiments, got {len(names)}: {files.join_names(names)}")
+    comparison = compare_snapshots(*map(open_snapshot, names))
+    page = folder / f"{_file_name(comparison.left)}--{_file_name(comparison.right)}.html"
+    files.write_text(page, render_comparison(comparison))
+    files.write_text(page.with_suffix(".md"), to_markdown(comparison))
+    significant = sum(row[-1] == SIGNIFICANT for row in comparison.accuracy.rows)
+    total = len(comparison.accuracy.rows)
+    console.info(
+        f"{len(comparison.params.rows)} parameters changed; {significant} of {total} differences are significant"
     )
-    console.say(f"written to {page}, and as Markdown beside it")
+    console.info(f"written to {page} and {page.with_suffix('.md')}")
     return page
 
 
 def _file_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "record"
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "snapshot"

@@ -1,64 +1,66 @@
-"""All that a report says, gathered from a record."""
+"""Builds the content of a report from a snapshot."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from advmoe.core.artifacts import Header
-from advmoe.core.files import as_written
+from advmoe.core.files import report_malformed
 from advmoe.core.snapshots import Snapshot
 from advmoe.reporting.report import checks, overview, paper_comparison, provenance, robustness, threats, training
 from advmoe.reporting.report.document import Section
-from advmoe.reporting.report.overview import Head
+from advmoe.reporting.report.overview import Headline
 from advmoe.reporting.report.sources import Sources
 
-TITLE = "How robust is this mixture of experts?"
+TITLE = "Robustness report: mixture of experts"
 
 
 @dataclass(frozen=True)
-class Content:
-    """A report before it is rendered. `record`: what it was read from; `subject`: data set, epsilon and seed."""
+class ReportContent:
+    """A report before rendering. `subject`: data set, epsilon and seed; `snapshot_name`: the source of the results."""
 
     title: str
     subject: str
-    record: str
-    head: Head
+    snapshot_name: str
+    headline: Headline
     sections: tuple[Section, ...]
 
 
-Gallery = Callable[[Sources], Section]
+GallerySection = Callable[[Sources], Section]
 
 
-def gather(record: Snapshot, gallery: Gallery | None = None, header: Header | None = None) -> Content:
-    """Read everything a report needs. `gallery` makes the section of examples, which needs more than the record;
-    `header`: of the mixture's artifact, where it is at hand.
+def build_content(
+    snapshot: Snapshot, gallery: GallerySection | None = None, header: Header | None = None
+) -> ReportContent:
+    """Builds the content from the files of a snapshot.
 
-    What did not run is said in a sentence. Raises UserError for files of another schema and for broken ones.
+    `gallery` builds the section of examples, which needs artifacts; `header`: of the mixture's artifact, if available.
+    Sections without results say so. Raises UserError for files that are malformed or of another schema.
     """
-    with as_written(record.name):
-        return _gathered(Sources(record), gallery, header)
+    with report_malformed(snapshot.name):
+        return _build(Sources(snapshot), gallery, header)
 
 
-def _gathered(sources: Sources, gallery: Gallery | None, header: Header | None) -> Content:
-    found = [
+def _build(sources: Sources, gallery: GallerySection | None, header: Header | None) -> ReportContent:
+    sections = [
         overview.section(sources),
-        robustness.over_epsilon(sources),
-        robustness.matrix(sources),
-        robustness.gate(sources),
+        robustness.epsilon_section(sources),
+        robustness.attacks_section(sources),
+        robustness.gate_section(sources),
         *([gallery(sources)] if gallery else []),
-        training.curves(sources),
-        threats.poisoning(sources),
-        threats.extraction(sources),
-        threats.membership(sources),
-        training.cost(sources),
+        training.training_section(sources),
+        threats.poisoning_section(sources),
+        threats.extraction_section(sources),
+        threats.membership_section(sources),
+        training.cost_section(sources),
         checks.section(sources),
         paper_comparison.section(sources),
         provenance.section(sources, header),
     ]
-    return Content(TITLE, subject(sources), sources.record.name, overview.head(sources), tuple(found))
+    return ReportContent(TITLE, subject(sources), sources.snapshot.name, overview.headline(sources), tuple(sections))
 
 
 def subject(sources: Sources) -> str:
-    """What the run was about, in a line."""
+    """Returns data set, epsilon and seed on one line."""
     params = sources.params
     source = params.get("prepare", {}).get("source", {})
     parts = [
@@ -66,4 +68,4 @@ def subject(sources: Sources) -> str:
         f"L-inf epsilon {params['epsilon']}" if "epsilon" in params else "",
         f"seed {params['seed']}" if "seed" in params else "",
     ]
-    return ", ".join(filter(None, parts)) or "no params.yaml in this record"
+    return ", ".join(filter(None, parts)) or "no params.yaml"

@@ -1,24 +1,24 @@
-"""What a report is made of: sections of paragraphs, tables, figures and pictures, each in plain words.
+"""The elements of a report: sections of paragraphs, tables, figures and pictures.
 
-All texts are plain text; renderers escape them. Only `Figure.svg` is markup, made by `advmoe.reporting.report.svg`.
+All texts are plain text, which the renderers escape. Only `Figure.svg` is markup, from `advmoe.reporting.report.svg`.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-WORDS = {"pass": "good", "warn": "mixed", "fail": "bad", "supported": "good", "contradicted": "bad", "withheld": "bad"}
+TONES = {"pass": "good", "warn": "mixed", "fail": "bad", "supported": "good", "contradicted": "bad", "withheld": "bad"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table. `heat` in [0, 1] tints it; `status` is a word such as `pass` that decides its colour."""
+    """A cell of a table. `heat` in [0, 1] shades it; `status`, such as `pass`, sets its colour."""
 
     text: str
     heat: float | None = None
     status: str = ""
 
     def __post_init__(self) -> None:
-        """Raises TypeError for what cannot be shown: cells are filled from records, which may be spoilt."""
+        """Raises TypeError for values of a wrong type, which malformed files may contain."""
         if not (
             isinstance(self.text, str) and isinstance(self.status, str) and isinstance(self.heat, float | int | None)
         ):
@@ -26,13 +26,13 @@ class Cell:
 
     @property
     def tone(self) -> str:
-        """`good`, `mixed`, `bad` or nothing: the colour of the status."""
-        return WORDS.get(self.status, "")
+        """The colour of the status: `good`, `mixed`, `bad` or an empty string."""
+        return TONES.get(self.status, "")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table; its first cell is its heading. `emphasis`: the mixture's."""
+    """A row of a table; its first cell is the row heading. `emphasis` marks the mixture."""
 
     cells: tuple[Cell, ...]
     emphasis: bool = False
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its caption and column headings; all rows have as many cells as there are columns."""
+    """A table with caption and column headings; every row has one cell per column."""
 
     caption: str
     columns: tuple[str, ...]
@@ -48,23 +48,23 @@ class Table:
     kind: str = "table"
 
     @property
-    def heated(self) -> bool:
-        """Whether it is a heat map."""
+    def is_heat_map(self) -> bool:
+        """Whether any cell has a `heat`."""
         return any(cell.heat is not None for each in self.rows for cell in each.cells)
 
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Text. `loud` for what must not be overlooked."""
+    """A paragraph; `alert` highlights it."""
 
     text: str
-    loud: bool = False
+    alert: bool = False
     kind: str = "paragraph"
 
 
 @dataclass(frozen=True)
 class Link:
-    """A plain link that a reader may follow; nothing is loaded from it."""
+    """A hyperlink; nothing is loaded from it."""
 
     text: str
     address: str
@@ -73,7 +73,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing. `description` says in words what can be seen."""
+    """A vector graphic. `description` is its text alternative."""
 
     title: str
     description: str
@@ -94,10 +94,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Example:
-    """A test image and what became of it: its pictures, what was seen in them, and the gate's weights."""
+    """A test image under attack: pictures, predicted classes and gate weights."""
 
     title: str
-    fell: bool
+    misclassified: bool
     pictures: tuple[Picture, ...]
     facts: tuple[tuple[str, str], ...]
     weights: Table
@@ -106,54 +106,54 @@ class Example:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Examples side by side."""
+    """A grid of examples."""
 
     examples: tuple[Example, ...]
     kind: str = "gallery"
 
 
 @dataclass(frozen=True)
-class Listing:
-    """Text to be shown letter by letter, such as a file or a command."""
+class CodeBlock:
+    """Preformatted text, such as a file or a command."""
 
     text: str
-    kind: str = "listing"
+    kind: str = "code"
 
 
 @dataclass(frozen=True)
-class Folded:
-    """Blocks that are long, behind their title."""
+class Details:
+    """Collapsible blocks under a title."""
 
     title: str
     blocks: tuple["Block", ...]
-    kind: str = "folded"
+    kind: str = "details"
 
 
-Block = Table | Paragraph | Link | Figure | Picture | Gallery | Listing | Folded
+Block = Table | Paragraph | Link | Figure | Picture | Gallery | CodeBlock | Details
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report. `name` is its anchor; a `brief` one stands in the Markdown too."""
+    """A section of the report. `name` is its anchor; `in_markdown`: whether the Markdown report includes it."""
 
     name: str
     title: str
     blocks: tuple[Block, ...]
-    brief: bool = False
+    in_markdown: bool = False
 
 
 def row(cells: Iterable[str | Cell], *, emphasis: bool = False) -> Row:
-    """A row of texts and cells."""
+    """Creates a row from texts and cells."""
     return Row(tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells), emphasis)
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Row]) -> Table:
-    """A table; rows that do not fit the columns are a mistake of ours."""
-    found = Table(caption, tuple(columns), tuple(rows))
-    assert all(len(each.cells) == len(columns) for each in found.rows), caption
-    return found
+    """Creates a table. Every row must have as many cells as there are columns."""
+    result = Table(caption, tuple(columns), tuple(rows))
+    assert all(len(each.cells) == len(columns) for each in result.rows), caption
+    return result
 
 
-def missing(what: str, how: str) -> tuple[Block, ...]:
-    """The one sentence of a section whose stage has not run."""
-    return (Paragraph(f"{what}: not in this record; {how}."),)
+def missing_results(what: str, hint: str) -> tuple[Block, ...]:
+    """Returns the text of a section without results: what is missing, and a hint how to produce it."""
+    return (Paragraph(f"{what}: no results; {hint}."),)

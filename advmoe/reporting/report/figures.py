@@ -1,4 +1,4 @@
-"""The three kinds of figures of the report: values with their intervals, lines, and discs between two values."""
+"""The figures of the report: interval plots, line plots and bubble charts, drawn with matplotlib."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,40 +6,44 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Drawing
+from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.ticker import MaxNLocator
 
 from advmoe.reporting.report.document import Figure
-from advmoe.reporting.report.formats import large, percent
-from advmoe.reporting.report.svg import INK, SERIES, SURFACE, settings, to_svg
-from advmoe.statistics.intervals import Share
+from advmoe.reporting.report.formats import large_number, percent
+from advmoe.reporting.report.svg import BACKGROUND, SERIES, TEXT, settings, to_svg
+from advmoe.statistics.intervals import Proportion
 
-WIDTH = 5.8  # inches; narrow, so that its letters can be read on a phone
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")  # colour alone tells nothing to some readers
+WIDTH = 5.8  # inches; narrow, so that the labels are legible on a phone
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")  # not distinguished by colour alone
 DASHES = ("-", "--", ":", "-.")
-OTHERS = len(SERIES) - 1
-ROOM, KEY = 66, 8  # letters beside each other in a legend, and what the sign before each label takes of them
-LARGEST, SMALLEST = 960.0, 16.0  # square points, of a disc
-THINNED = 240  # points of a line; more cannot be told apart on a page
+BASELINE_COLOURS = len(SERIES) - 1
+LEGEND_CHARACTERS, MARKER_CHARACTERS = (
+    66,
+    8,
+)  # characters in a row of a legend, and the width of a marker in characters
+MAX_AREA, MIN_AREA = 960.0, 16.0  # square points, of a bubble
+MAX_POINTS = 240  # of a line; more cannot be distinguished on a page
 
 
 @dataclass(frozen=True)
-class Dot:
-    """A value with its interval; `other`, drawn hollow, is what it is compared with. `series` 0 is the mixture."""
+class IntervalPoint:
+    """A value with its interval and a `reference` value, drawn hollow. `series` 0 is the mixture."""
 
     label: str
     value: float
     low: float
     high: float
-    other: float | None = None
+    reference: float | None = None
     series: int = 1
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line through points; with `bounds`, low and high at every point, as whiskers.
+    """A line through points, with optional error bars `bounds` (low and high of every point).
 
-    `series` 0 is the mixture; `dash` tells lines of one colour apart. `stairs`: the value holds until the next point.
+    `series` 0 is the mixture; `dash` distinguishes lines of one colour. `steps`: the value is constant until the next
+    point.
     """
 
     label: str
@@ -47,82 +51,82 @@ class Line:
     ys: tuple[float, ...]
     series: int
     bounds: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    stairs: bool = False
+    steps: bool = False
     dash: int = 0
 
 
 @dataclass(frozen=True)
-class Disc:
-    """A point between two values with both intervals, as large as `size`, which is not negative."""
+class Bubble:
+    """A point with intervals in x and y, drawn as a bubble whose area is proportional to `size` >= 0."""
 
     label: str
-    x: Share
-    y: Share
+    x: Proportion
+    y: Proportion
     size: float
     series: int
 
 
-def anchor(text: str) -> str:
-    """A name that may stand in an id; the names that params.yaml allows stay as they are."""
+def html_id(text: str) -> str:
+    """Returns a name with characters that an HTML id forbids replaced by hyphens."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", text)
 
 
-def colours(names: Iterable[str], known: Sequence[str]) -> dict[str, int]:
-    """A series for every name; `known` networks, the mixture first, have the same one in every figure."""
-    wanted = list(dict.fromkeys(names))
-    others = [name for name in wanted if name not in known]
-    order = {name: place for place, name in enumerate([*known, *others])}
-    return {name: order[name] for name in wanted}
+def assign_colours(names: Iterable[str], known: Sequence[str]) -> dict[str, int]:
+    """Assigns a series to every name; `known` networks, the mixture first, have the same series in every figure."""
+    distinct = list(dict.fromkeys(names))
+    others = [name for name in distinct if name not in known]
+    series = {name: index for index, name in enumerate([*known, *others])}
+    return {name: series[name] for name in distinct}
 
 
-def dots(
+def interval_plot(
     name: str,
     title: str,
     description: str,
-    rows: Sequence[Dot],
+    rows: Sequence[IntervalPoint],
     *,
     axis: str,
     meaning: Mapping[str, str],
     limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Values with their intervals, one row each, the first on top. `meaning`: what `filled` and `hollow` stand for."""
+    """Draws values with their intervals, one row each, the first on top. `meaning`: legend of `filled` and `hollow`."""
     with settings():
-        drawing = Drawing(figsize=(WIDTH, 0.75 + 0.34 * len(rows)))
-        axes = drawing.subplots()
-        for place, row in enumerate(rows):
-            _dot(axes, place, row)
+        canvas = MatplotlibFigure(figsize=(WIDTH, 0.75 + 0.34 * len(rows)))
+        axes = canvas.subplots()
+        for position, row in enumerate(rows):
+            _draw_interval(axes, position, row)
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(axis)
         if limits:
             axes.set_xlim(*limits)
-        _key(drawing, axes, meaning)
-        said = f"{description} {_spoken(rows)}"
-        return Figure(title, said, to_svg(drawing, name, title, said))
+        _legend(canvas, axes, meaning)
+        text = f"{description} {_describe(rows)}"
+        return Figure(title, text, to_svg(canvas, name, title, text))
 
 
-def _dot(axes: Axes, place: int, row: Dot) -> None:
+def _draw_interval(axes: Axes, position: int, row: IntervalPoint) -> None:
     colour = _colour(row.series)
-    axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2.4 if row.series == 0 else 1.6)
-    axes.plot(row.value, place, "o", color=colour, markersize=8 if row.series == 0 else 6)
-    if row.other is not None:
-        axes.plot(row.other, place, "o", markersize=6, markerfacecolor=SURFACE, markeredgecolor=colour)
+    axes.plot([row.low, row.high], [position, position], color=colour, linewidth=2.4 if row.series == 0 else 1.6)
+    axes.plot(row.value, position, "o", color=colour, markersize=8 if row.series == 0 else 6)
+    if row.reference is not None:
+        axes.plot(row.reference, position, "o", markersize=6, markerfacecolor=BACKGROUND, markeredgecolor=colour)
 
 
-def _key(drawing: Drawing, axes: Axes, meaning: Mapping[str, str]) -> None:
-    faces = {"filled": INK, "hollow": SURFACE}
+def _legend(canvas: MatplotlibFigure, axes: Axes, meaning: Mapping[str, str]) -> None:
+    faces = {"filled": TEXT, "hollow": BACKGROUND}
     for kind, text in meaning.items():
-        axes.plot([], [], "o", markersize=6, markeredgecolor=INK, markerfacecolor=faces[kind], label=text)
+        axes.plot([], [], "o", markersize=6, markeredgecolor=TEXT, markerfacecolor=faces[kind], label=text)
     if meaning:
-        drawing.legend(loc="outside upper left", ncols=2, handletextpad=0.2, columnspacing=1.0)
+        canvas.legend(loc="outside upper left", ncols=2, handletextpad=0.2, columnspacing=1.0)
 
 
-def _spoken(rows: Sequence[Dot]) -> str:
+def _describe(rows: Sequence[IntervalPoint]) -> str:
     return "; ".join(f"{row.label} {row.value:g} [{row.low:g}, {row.high:g}]" for row in rows) + "."
 
 
-def lines(
+def line_plot(
     name: str,
     title: str,
     description: str,
@@ -132,67 +136,68 @@ def lines(
     limits: tuple[float, float] | None = None,
     mark: tuple[float, str] | None = None,
 ) -> Figure:
-    """Lines over a common axis. `limits` of the values; `mark`: a place on the horizontal axis worth a word."""
+    """Draws lines over a common axis. `limits`: of the y axis; `mark`: a position on the x axis and its label."""
     with settings():
-        drawing = Drawing(figsize=(WIDTH, 3.4))
-        axes = drawing.subplots()
+        canvas = MatplotlibFigure(figsize=(WIDTH, 3.4))
+        axes = canvas.subplots()
         if mark:
-            axes.axvline(mark[0], color=INK, linewidth=0.8, linestyle=":", label=mark[1])
+            axes.axvline(mark[0], color=TEXT, linewidth=0.8, linestyle=":", label=mark[1])
         for each in sorted(series, key=lambda line: -line.series):  # the mixture on top of all others
-            _line(axes, each)
+            _draw_line(axes, each)
         axes.set_xlabel(axes_labels[0])
         axes.set_ylabel(axes_labels[1])
         if limits:
             axes.set_ylim(*limits)
-        if all(at == int(at) for line in series for at in line.xs):  # epochs and queries are counted
+        if all(at == int(at) for line in series for at in line.xs):  # epochs and queries are integers
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, labels = axes.get_legend_handles_labels()
-        order = sorted(range(len(labels)), key=lambda place: _rank(labels[place], series))
-        drawing.legend(
-            [handles[place] for place in order],
-            [labels[place] for place in order],
+        order = sorted(range(len(labels)), key=lambda index: _rank(labels[index], series))
+        canvas.legend(
+            [handles[index] for index in order],
+            [labels[index] for index in order],
             loc="outside upper left",
-            ncols=max(1, min(4, ROOM // (KEY + max(map(len, labels))))),
+            ncols=max(1, min(4, LEGEND_CHARACTERS // (MARKER_CHARACTERS + max(map(len, labels))))),
             handletextpad=0.5,
         )
-        return Figure(title, description, to_svg(drawing, name, title, description))
+        return Figure(title, description, to_svg(canvas, name, title, description))
 
 
-def discs(
-    name: str, title: str, description: str, rows: Sequence[Disc], *, axes_labels: tuple[str, str], unit: str
+def bubble_chart(
+    name: str, title: str, description: str, rows: Sequence[Bubble], *, axes_labels: tuple[str, str], unit: str
 ) -> Figure:
-    """Points between two values, in discs whose areas are as the sizes; those under a sixtieth of the largest are drawn
-    as that, or they could not be seen. `unit`: what a size is.
+    """Draws a bubble chart; areas are proportional to the sizes, but at least a sixtieth of the largest.
+
+    `unit`: of the sizes.
     """
     largest = max((row.size for row in rows), default=0.0) or 1.0
-    labels = [f"{row.label}: {large(row.size)} {unit}" for row in rows]
-    beside = max(1, min(3, ROOM // (KEY + max(map(len, labels), default=0))))
+    labels = [f"{row.label}: {large_number(row.size)} {unit}" for row in rows]
+    columns = max(1, min(3, LEGEND_CHARACTERS // (MARKER_CHARACTERS + max(map(len, labels), default=0))))
     with settings():
-        drawing = Drawing(figsize=(WIDTH, 3.4 + 0.19 * -(-len(rows) // beside)))
-        axes = drawing.subplots()
+        canvas = MatplotlibFigure(figsize=(WIDTH, 3.4 + 0.19 * -(-len(rows) // columns)))
+        axes = canvas.subplots()
         for row in sorted(rows, key=lambda row: -row.size):  # small ones on top of large ones
             colour, marker = _colour(row.series), MARKERS[row.series % len(MARKERS)]
             (x, *across), (y, *along) = _percent(row.x), _percent(row.y)
             axes.plot(across, [y, y], color=colour, linewidth=0.8)
             axes.plot([x, x], along, color=colour, linewidth=0.8)
-            # always a circle: of other signs matplotlib's size is the frame, not the area
-            area = max(SMALLEST, LARGEST * row.size / largest)
+            # always a circle: for other markers matplotlib's size is not the area
+            area = max(MIN_AREA, MAX_AREA * row.size / largest)
             axes.scatter(x, y, s=area, color=colour, alpha=0.35, linewidths=0)
             axes.plot(x, y, marker, color=colour, markersize=5)
         axes.set_xlabel(axes_labels[0])
         axes.set_ylabel(axes_labels[1])
         for row, label in zip(rows, labels, strict=True):
             axes.plot([], [], MARKERS[row.series % len(MARKERS)], color=_colour(row.series), markersize=6, label=label)
-        drawing.legend(loc="outside upper left", ncols=beside, handletextpad=0.3)
+        canvas.legend(loc="outside upper left", ncols=columns, handletextpad=0.3)
         points = (
-            f"{row.label} {percent(row.x.accuracy)} and {percent(row.y.accuracy)} at {large(row.size)} {unit}"
+            f"{row.label} {percent(row.x.accuracy)} and {percent(row.y.accuracy)} at {large_number(row.size)} {unit}"
             for row in rows
         )
-        said = f"{description} {'; '.join(points)}."
-        return Figure(title, said, to_svg(drawing, name, title, said))
+        text = f"{description} {'; '.join(points)}."
+        return Figure(title, text, to_svg(canvas, name, title, text))
 
 
-def _percent(share: Share) -> tuple[float, float, float]:
+def _percent(share: Proportion) -> tuple[float, float, float]:
     return 100 * share.accuracy, 100 * share.low, 100 * share.high
 
 
@@ -201,25 +206,25 @@ def _rank(label: str, series: Sequence[Line]) -> int:
 
 
 def _colour(series: int) -> str:
-    """The first colour is the mixture's alone; the others take turns."""
-    return SERIES[0] if series == 0 else SERIES[1 + (series - 1) % OTHERS]
+    """Returns the colour of a series: the first is reserved for the mixture, the others are cycled."""
+    return SERIES[0] if series == 0 else SERIES[1 + (series - 1) % BASELINE_COLOURS]
 
 
-def _line(axes: Axes, line: Line) -> None:
-    step = max(1, len(line.xs) // THINNED)
-    drawn = [place for place in range(len(line.xs)) if place % step == 0 or place == len(line.xs) - 1]
-    xs, ys = ([values[place] for place in drawn] for values in (line.xs, line.ys))
-    turn = max(0, line.series - 1) // OTHERS + line.dash
+def _draw_line(axes: Axes, line: Line) -> None:
+    step = max(1, len(line.xs) // MAX_POINTS)
+    drawn = [index for index in range(len(line.xs)) if index % step == 0 or index == len(line.xs) - 1]
+    xs, ys = ([values[index] for index in drawn] for values in (line.xs, line.ys))
+    dash = max(0, line.series - 1) // BASELINE_COLOURS + line.dash
     style: dict[str, Any] = {
         "color": _colour(line.series),
-        "linestyle": DASHES[turn % len(DASHES)],
+        "linestyle": DASHES[dash % len(DASHES)],
         "linewidth": 2.6 if line.series == 0 else 1.6,
         "label": line.label,
     }
-    if line.stairs:
+    if line.steps:
         axes.step(xs, ys, where="post", **style)
         return
     axes.plot(xs, ys, marker=MARKERS[(line.series + line.dash) % len(MARKERS)], markersize=5, **style)
     if line.bounds:
-        low, high = ([values[place] for place in drawn] for values in line.bounds)
+        low, high = ([values[index] for index in drawn] for values in line.bounds)
         axes.vlines(xs, low, high, colors=style["color"], linewidth=1)

@@ -1,62 +1,62 @@
-"""How numbers and names are written in the report."""
+"""Formats numbers and names for the report."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from advmoe.core.settings import format_epsilon
-from advmoe.evaluation.summary import BASELINE, JOINT, MEANING, MIXTURE, PRETRAINED, WITHHELD
+from advmoe.evaluation.summary import BASELINE, DISPLAY_NAMES, JOINT, MIXTURE, PRETRAINED, WITHHELD
 
-ABSENT = "-"  # what was not measured
-NOT_HERE = "not recorded here"
+ABSENT = "-"  # not measured
+NOT_RECORDED = "not recorded"
 NBSP = "\N{NO-BREAK SPACE}"
 UNITS = ("", "thousand", "million", "billion", "trillion", "quadrillion")
 
 
 def model_name(name: str) -> str:
-    """A model of the evaluation in words: `baseline/trades` -> `trades`."""
+    """Returns the display name of a model of the evaluation: `baseline/trades` -> `trades`."""
     if name.startswith(PRETRAINED):
         return f"expert {name.removeprefix(PRETRAINED)}, pre-trained"
     if name.startswith(JOINT):
         return f"expert {name.removeprefix(JOINT)}, in the mixture"
-    return MEANING.get(name, name.removeprefix(BASELINE))
+    return DISPLAY_NAMES.get(name, name.removeprefix(BASELINE))
 
 
-def percent(share: float) -> str:
-    """A share in per cent, without the sign."""
-    return f"{100 * share:.1f}"
+def percent(value: float) -> str:
+    """Formats a proportion in per cent, without the sign."""
+    return f"{100 * value:.1f}"
 
 
-def interval(share: Mapping[str, Any] | None) -> str:
-    """A share with its 95 % interval, in per cent; None: a failed check forbids to print it."""
-    if share is None:
+def interval(proportion: Mapping[str, Any] | None) -> str:
+    """Formats a proportion with its 95 % interval, in per cent. None: withheld after a failed check."""
+    if proportion is None:
         return WITHHELD
-    # an interval is not torn apart at the end of a line
-    return f"{percent(share['accuracy'])} [{percent(share['low'])},{NBSP}{percent(share['high'])}]"
+    # non-breaking space: no line break inside an interval
+    return f"{percent(proportion['accuracy'])} [{percent(proportion['low'])},{NBSP}{percent(proportion['high'])}]"
 
 
 def difference(paired: Mapping[str, Any]) -> str:
-    """A paired difference in points, with its interval."""
+    """Formats a paired difference in percentage points, with its interval."""
     points = (100 * paired[key] for key in ("difference", "low", "high"))
     return f"{{:+.1f}} [{{:+.1f}},{NBSP}{{:+.1f}}]".format(*points)
 
 
 def p_value(value: float) -> str:
-    """A p-value; what rounds to 0 is only known to be small."""
+    """Formats a p-value with three digits."""
     return f"<{NBSP}0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def radius(epsilon: float) -> str:
-    """An epsilon as a share and in pixel levels."""
+    """Formats an epsilon as a fraction of the pixel range and in pixel levels."""
     return f"{epsilon:g} ({format_epsilon(epsilon)})"
 
 
 def count(value: float) -> str:
-    """A count with thin groups of three digits: 12 345."""
+    """Formats a count with thin spaces between groups of three digits: 12 345."""
     return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
-def large(value: float) -> str:
-    """A large count in three digits and a word: 12.3 million."""
+def large_number(value: float) -> str:
+    """Formats a large count with three digits and a unit: 12.3 million."""
     power = 0
     while abs(value) >= 999.5 and power < len(UNITS) - 1:
         value, power = value / 1000, power + 1
@@ -64,17 +64,17 @@ def large(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Formats seconds in s, min or h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def memory(size: float) -> str:
-    """Bytes in MiB."""
+    """Formats bytes in MiB."""
     return f"{count(size / 2**20)} MiB"
 
 
 def is_mixture(name: str) -> bool:
-    """Whether a model of the evaluation is the mixture itself."""
+    """Whether a model of the evaluation is the mixture."""
     return name == MIXTURE

@@ -1,4 +1,4 @@
-"""A handful of test images that fell to an attack on the mixture or withstood all: chosen by rule, shown with the gate.
+"""The section of examples: test images with adversarial versions, predictions and gate weights.
 
 Shapes: N images, C channel, H/W pixels, K classes, E experts.
 """
@@ -41,166 +41,175 @@ TITLE = "Adversarial examples"
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """An image's place in the test, and the attack whose image of it is shown."""
+class SelectedImage:
+    """The position of an image in the test split, and the attack whose result is shown."""
 
-    place: int
+    position: int
     attack: str
-    fell: bool
+    misclassified: bool
 
 
 @dataclass(frozen=True)
-class Shown:
-    """All that the examples are made from: images (N, C, H, W) in [0, 1], predictions (N,), weights (N, E)."""
+class ExampleData:
+    """The data of the examples, `predicted` and `weights` for clean and adversarial images.
 
-    chosen: Sequence[Chosen]
+    Images (N, C, H, W) in [0, 1], index, labels and predictions (N,), weights (N, E).
+    """
+
+    selected: Sequence[SelectedImage]
     index: Tensor
     labels: Tensor
     clean: Tensor
-    attacked: Tensor
+    adversarial: Tensor
     predicted: tuple[Tensor, Tensor]
     weights: tuple[Tensor, Tensor]
     epsilon: float
 
 
 def section(sources: Sources, root: Path, count: int) -> Section:
-    """`count` examples from the artifacts under `root`, a third of which withstood; a sentence where there are none."""
+    """Shows `count` examples from the artifacts under `root`, a third of them robust, or says why there are none."""
     files = [root / paths.ADVERSARIAL, root / paths.MIXTURE]
-    absent = [str(path.relative_to(root)) for path in files if not path.is_file()]
-    if absent or MIXTURE not in sources.models:
-        what = f"{' and '.join(absent)} not here" if absent else "nothing was evaluated"
-        return _only(f"Adversarial examples cannot be shown: {what}; `dvc repro evaluate` or `dvc pull` brings them.")
+    missing = [str(path.relative_to(root)) for path in files if not path.is_file()]
+    if missing or MIXTURE not in sources.models:
+        what = f"{' and '.join(missing)} missing" if missing else "no evaluation"
+        return _note(f"No adversarial examples: {what}; run `dvc repro evaluate` or `dvc pull`.")
     examples, mixture = artifacts.load(files[0], KIND), classifiers.load(files[1])
     if not _same_run(sources, examples, mixture):
-        return _only("Adversarial examples are not shown: the artifacts that lie here belong to another run.")
+        return _note("No adversarial examples: the artifacts belong to another run.")
     if sources.models[MIXTURE]["accuracy"][WORST] is None:
-        return _only("Adversarial examples are not shown: a failed check says that these attacks prove nothing.")
+        return _note("No adversarial examples: withheld after a failed check.")
     order = list(sources.models[MIXTURE]["attacks"])
     return Section("examples", TITLE, tuple(_blocks(examples, mixture, order, count)))
 
 
-def _only(sentence: str) -> Section:
+def _note(sentence: str) -> Section:
     return Section("examples", TITLE, (Paragraph(sentence),))
 
 
 def _same_run(sources: Sources, examples: artifacts.Artifact, mixture: Classifier) -> bool:
-    """Whether the images were made against this mixture, and give the accuracies of the record."""
-    known = sources.models[MIXTURE]["accuracy"]
-    counted = {kind: examples.tensors.get(f"{MIXTURE}.{kind}.correct") for kind in (CLEAN, WORST)}
-    alike = all(
-        known[kind] is None or (correct is not None and int(correct.sum()) == known[kind]["correct"])
-        for kind, correct in counted.items()
+    """Whether the images were attacked on this mixture, and give the accuracies of the snapshot."""
+    accuracy = sources.models[MIXTURE]["accuracy"]
+    decisions = {kind: examples.tensors.get(f"{MIXTURE}.{kind}.correct") for kind in (CLEAN, WORST)}
+    equal = all(
+        accuracy[kind] is None or (correct is not None and int(correct.sum()) == accuracy[kind]["correct"])
+        for kind, correct in decisions.items()
     )
-    return alike and examples.header.inputs.get(MIXTURE) == mixture.header.sha256
+    return equal and examples.header.inputs.get(MIXTURE) == mixture.header.sha256
 
 
 def _blocks(examples: artifacts.Artifact, mixture: Classifier, order: Sequence[str], count: int) -> Iterable[Block]:
-    withstood = count // 3
-    chosen = choose(examples.tensors, order, count - withstood, withstood)
-    if not chosen:
-        yield Paragraph("There is nothing to show: the mixture gets no clean image right.")
+    robust = count // 3
+    selected = select_images(examples.tensors, order, count - robust, robust)
+    if not selected:
+        yield Paragraph("No examples: the mixture classifies no clean image correctly.")
         return
-    shown = _look(chosen, examples, mixture)
+    data = _example_data(selected, examples, mixture)
     yield Paragraph(
-        f"{sum(each.fell for each in chosen)} test images that fell and {sum(not each.fell for each in chosen)} that "
-        "withstood every attack: not picked by eye but the first ones, of different classes as far as there are such. "
-        "An image that fell is shown as changed by the first attack that it fell to, in the order they were run, one "
-        "that withstood as changed by the attack that brought down most others. The perturbation is magnified: "
-        f"mid-grey is no change, black and white are -{shown.epsilon:g} and +{shown.epsilon:g}."
+        f"{sum(each.misclassified for each in selected)} test images that are misclassified under attack and "
+        f"{sum(not each.misclassified for each in selected)} that are classified correctly under every attack: the "
+        "first ones in order, of different classes where possible. Misclassified images are shown under the first "
+        "successful attack, the others under the attack with the most successes. The perturbation is magnified: "
+        f"mid-grey is no change, black and white are -{data.epsilon:g} and +{data.epsilon:g}."
     )
     about = mixture.about
-    names = about.architecture.experts if isinstance(about.architecture, classifiers.Mixture) else ()
-    yield Gallery(tuple(_example(shown, at, about.facts.class_names, names) for at in range(len(chosen))))
+    names = about.architecture.experts if isinstance(about.architecture, classifiers.MixtureArchitecture) else ()
+    yield Gallery(tuple(_example(data, index, about.facts.class_names, names) for index in range(len(selected))))
 
 
-def choose(tensors: Mapping[str, Tensor], order: Sequence[str], fell: int, withstood: int) -> list[Chosen]:
-    """`fell` images that an attack brought down and `withstood` that none did, the same ones each time.
+def select_images(
+    tensors: Mapping[str, Tensor], order: Sequence[str], misclassified: int, robust: int
+) -> list[SelectedImage]:
+    """Selects images that an attack made misclassified, and images robust to all attacks; deterministic.
 
-    Both are right when clean; as far as possible every one is of another class. `order`: of the attacks as they were
-    run, which safetensors, sorted by name, does not tell.
+    All are classified correctly when clean, and are of different classes where possible. `order`: the attacks in the
+    order they were run.
     """
     attacks = [name for name in order if f"{MIXTURE}.{name}.images" in tensors]
     if not attacks:
         return []
-    down_AN = torch.stack([_down(tensors, attack) for attack in attacks])
+    success_AN = torch.stack([_attack_succeeded(tensors, attack) for attack in attacks])
     clean_N, worst_N = (tensors[f"{MIXTURE}.{kind}.correct"].bool() for kind in (CLEAN, WORST))
     labels = tensors["labels"].tolist()
-    strongest = attacks[int(down_AN.sum(dim=1).argmax())]
-    fallen = _varied((clean_N & down_AN.any(dim=0)).nonzero().flatten().tolist(), labels, fell)
-    standing = _varied((clean_N & worst_N).nonzero().flatten().tolist(), labels, withstood)
-    first = down_AN.int().argmax(dim=0)
-    return [Chosen(place, attacks[int(first[place])], True) for place in fallen] + [
-        Chosen(place, strongest, False) for place in standing if _was_attacked(tensors, strongest, place)
+    strongest = attacks[int(success_AN.sum(dim=1).argmax())]
+    broken = _spread_over_classes((clean_N & success_AN.any(dim=0)).nonzero().flatten().tolist(), labels, misclassified)
+    withstanding = _spread_over_classes((clean_N & worst_N).nonzero().flatten().tolist(), labels, robust)
+    first = success_AN.int().argmax(dim=0)
+    return [SelectedImage(position, attacks[int(first[position])], True) for position in broken] + [
+        SelectedImage(position, strongest, False)
+        for position in withstanding
+        if _was_attacked(tensors, strongest, position)
     ]
 
 
-def _down(tensors: Mapping[str, Tensor], attack: str) -> Tensor:
+def _attack_succeeded(tensors: Mapping[str, Tensor], attack: str) -> Tensor:
     attacked, correct = (tensors[f"{MIXTURE}.{attack}.{what}"].bool() for what in ("attacked", "correct"))
-    # attacks that met fewer images may have kept fewer decisions
-    full = torch.zeros(len(tensors["labels"]), dtype=torch.bool)
-    full[: len(correct)] = attacked[: len(correct)] & ~correct
-    return full
+    # attacks on fewer images may have stored fewer decisions
+    success = torch.zeros(len(tensors["labels"]), dtype=torch.bool)
+    success[: len(correct)] = attacked[: len(correct)] & ~correct
+    return success
 
 
-def _was_attacked(tensors: Mapping[str, Tensor], attack: str, place: int) -> bool:
+def _was_attacked(tensors: Mapping[str, Tensor], attack: str, position: int) -> bool:
     attacked = tensors[f"{MIXTURE}.{attack}.attacked"]
-    return place < len(attacked) and bool(attacked[place])
+    return position < len(attacked) and bool(attacked[position])
 
 
-def _varied(places: Sequence[int], labels: Sequence[int], count: int) -> list[int]:
-    """The first places of every class, then the next ones, until there are `count`."""
+def _spread_over_classes(positions: Sequence[int], labels: Sequence[int], count: int) -> list[int]:
+    """Returns `count` positions: the first of every class, then the second of every class, and so on."""
     seen: dict[int, int] = {}
     ranked = []
-    for place in places:
-        rank = seen[labels[place]] = seen.get(labels[place], -1) + 1
-        ranked.append((rank, place))
-    return [place for _, place in sorted(ranked)[:count]]
+    for position in positions:
+        rank = seen[labels[position]] = seen.get(labels[position], -1) + 1
+        ranked.append((rank, position))
+    return [position for _, position in sorted(ranked)[:count]]
 
 
-def _look(chosen: Sequence[Chosen], examples: artifacts.Artifact, mixture: Classifier) -> Shown:
+def _example_data(selected: Sequence[SelectedImage], examples: artifacts.Artifact, mixture: Classifier) -> ExampleData:
     tensors, model = examples.tensors, mixture.model
     assert isinstance(model, MixtureOfExperts)
-    places = torch.tensor([each.place for each in chosen])
-    clean = _pixels(tensors["images"][places])
-    attacked = _pixels(torch.stack([tensors[f"{MIXTURE}.{each.attack}.images"][each.place] for each in chosen]))
-    seen = [inference.predict(model, images, len(chosen)).argmax(1) for images in (clean, attacked)]
-    weights = [gate_weights(model, images) for images in (clean, attacked)]
-    labels, index = tensors["labels"][places], tensors["index"][places]
+    positions = torch.tensor([each.position for each in selected])
+    clean = _pixels(tensors["images"][positions])
+    adversarial = _pixels(torch.stack([tensors[f"{MIXTURE}.{each.attack}.images"][each.position] for each in selected]))
+    predicted = [inference.predict(model, images, len(selected)).argmax(1) for images in (clean, adversarial)]
+    weights = [gate_weights(model, images) for images in (clean, adversarial)]
+    labels, index = tensors["labels"][positions], tensors["index"][positions]
     epsilon = float(examples.header.about["epsilon"])
-    return Shown(chosen, index, labels, clean, attacked, (seen[0], seen[1]), (weights[0], weights[1]), epsilon)
+    return ExampleData(
+        selected, index, labels, clean, adversarial, (predicted[0], predicted[1]), (weights[0], weights[1]), epsilon
+    )
 
 
 def _pixels(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-def _example(shown: Shown, at: int, classes: Sequence[str], experts: Sequence[str]) -> Example:
-    chosen, (before, after) = shown.chosen[at], shown.predicted
-    truth, seen, then = (classes[int(each[at])] for each in (shown.labels, before, after))
-    change = shown.attacked[at] - shown.clean[at]
-    fate = f"fell to {chosen.attack}" if chosen.fell else f"withstood all attacks, here {chosen.attack}"
-    title = f"Image {int(shown.index[at])} {fate}"
+def _example(data: ExampleData, index: int, classes: Sequence[str], experts: Sequence[str]) -> Example:
+    image, (clean_N, adversarial_N) = data.selected[index], data.predicted
+    label, clean, adversarial = (classes[int(each[index])] for each in (data.labels, clean_N, adversarial_N))
+    change = data.adversarial[index] - data.clean[index]
+    outcome = f"misclassified under {image.attack}" if image.misclassified else f"robust, shown under {image.attack}"
+    title = f"Image {int(data.index[index])}: {outcome}"
     pictures = (
-        _picture("clean", f"Test image of class {truth}", shown.clean[at]),
-        _picture("perturbation", f"Perturbation by {chosen.attack}", 0.5 + change / (2 * max(shown.epsilon, 1e-9))),
-        _picture("adversarial", f"The image after {chosen.attack}, seen as {then}", shown.attacked[at]),
+        _picture("clean", f"Test image of class {label}", data.clean[index]),
+        _picture("perturbation", f"Perturbation by {image.attack}", 0.5 + change / (2 * max(data.epsilon, 1e-9))),
+        _picture("adversarial", f"The image under {image.attack}, predicted as {adversarial}", data.adversarial[index]),
     )
     facts = (
-        ("true class", truth),
-        ("answer, clean", seen),
-        ("answer, attacked", then),
+        ("true class", label),
+        ("predicted, clean", clean),
+        ("predicted, adversarial", adversarial),
         ("largest change", f"{float(change.abs().max()):.3f} of the pixel range"),
     )
-    return Example(title, chosen.fell, pictures, facts, _weights(shown, at, experts))
+    return Example(title, image.misclassified, pictures, facts, _weights(data, index, experts))
 
 
-def _weights(shown: Shown, at: int, experts: Sequence[str]) -> Table:
-    clean, attacked = (each[at].tolist() for each in shown.weights)
+def _weights(data: ExampleData, index: int, experts: Sequence[str]) -> Table:
+    clean, adversarial = (each[index].tolist() for each in data.weights)
     rows = [
         row([name, Cell(percent(before), heat=before), Cell(percent(after), heat=after)])
-        for name, before, after in zip(experts, clean, attacked, strict=True)
+        for name, before, after in zip(experts, clean, adversarial, strict=True)
     ]
-    return table("Gate weights for this image, %", ["expert", "clean", "attacked"], rows)
+    return table("Gate weights for this image, %", ["expert", "clean", "adversarial"], rows)
 
 
 def _picture(title: str, description: str, image_CHW: Tensor) -> Picture:
@@ -208,7 +217,7 @@ def _picture(title: str, description: str, image_CHW: Tensor) -> Picture:
 
 
 def to_uri(image_CHW: Tensor) -> str:
-    """An image in [0, 1] as a PNG data URI: in colour with three channels, else its first channel in grey."""
+    """Encodes an image (C, H, W) in [0, 1] as a PNG data URI: RGB for three channels, else the first one in grey."""
     levels: Any = (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     picture = Image.fromarray(levels.transpose(1, 2, 0) if len(levels) == 3 else levels[0])
     buffer = io.BytesIO()

@@ -1,50 +1,49 @@
-"""The report, and a comparison of two experiments, as HTML pages that need nothing but themselves."""
+"""Renders the report and the comparison of two runs as self-contained HTML pages."""
 
 from functools import lru_cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from advmoe.core.files import as_written
-from advmoe.reporting.report.compare import Comparison
-from advmoe.reporting.report.compare import Table as Compared
-from advmoe.reporting.report.content import Content
+from advmoe.core.files import report_malformed
+from advmoe.reporting.report.compare import Comparison, ComparisonTable
+from advmoe.reporting.report.content import ReportContent
 from advmoe.reporting.report.document import Paragraph, Section, row, table
 
 
 @lru_cache(maxsize=1)
 def environment() -> Environment:
-    """The templates of this folder. Everything is escaped; only drawings come as markup."""
-    found = Environment(
+    """Returns the Jinja environment. All texts are escaped; only figures are inserted as markup."""
+    templates = Environment(
         loader=PackageLoader("advmoe.reporting.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters["drawing"] = Markup  # made by advmoe.reporting.report.svg, which escapes names itself
-    return found
+    templates.filters["figure"] = Markup  # advmoe.reporting.report.svg has escaped the names
+    return templates
 
 
 def palette() -> str:
-    """CSS of the colours, light and dark, for a drawing that stands alone."""
+    """Returns the CSS of the light and dark colours, for a figure outside the report."""
     return environment().get_template("palette.css").render()
 
 
-def render_html(content: Content) -> str:
-    """The page: no script, no request to anywhere. Raises UserError for words of a record that are no words."""
-    with as_written(content.record):
+def render_html(content: ReportContent) -> str:
+    """Renders the report, without scripts or external requests. Raises UserError when a name is not a string."""
+    with report_malformed(content.snapshot_name):
         return environment().get_template("report.html.j2").render(content=content) + "\n"
 
 
 def render_comparison(comparison: Comparison) -> str:
-    """Two experiments side by side, as a page of the same kind."""
-    sections = [_compared(place, each) for place, each in enumerate(comparison.tables)]
+    """Renders the comparison of two runs."""
+    sections = [_comparison_section(number, each) for number, each in enumerate(comparison.tables)]
     page = environment().get_template("compare.html.j2").render(comparison=comparison, sections=sections)
     return page + "\n"
 
 
-def _compared(place: int, found: Compared) -> Section:
-    rows = [row(cells) for cells in found.rows]
-    block = table(found.title, found.columns, rows) if rows else Paragraph(found.none)
-    return Section(f"part-{place}", found.title, (block,))
+def _comparison_section(number: int, compared: ComparisonTable) -> Section:
+    rows = [row(cells) for cells in compared.rows]
+    block = table(compared.title, compared.columns, rows) if rows else Paragraph(compared.empty_text)
+    return Section(f"part-{number}", compared.title, (block,))

@@ -1,20 +1,20 @@
-"""The report as Markdown, short enough for a pull request."""
+"""Renders the report as Markdown, short enough for a pull request."""
 
 import html
 import re
 from collections.abc import Callable, Iterable
 
-from advmoe.core.files import as_written
-from advmoe.reporting.report.content import Content
-from advmoe.reporting.report.document import Block, Folded, Link, Paragraph, Row, Section, Table
-from advmoe.reporting.report.overview import Head
+from advmoe.core.files import report_malformed
+from advmoe.reporting.report.content import ReportContent
+from advmoe.reporting.report.document import Block, Details, Link, Paragraph, Row, Section, Table
+from advmoe.reporting.report.overview import Headline
 
 SPECIAL = re.compile(r"([\\`*_\[\]~])")
-ENTITIES = {"|": "&#124;", "@": "&#64;", "\n": " ", "\r": " "}  # a bar would end a cell, an @ call somebody
+ENTITIES = {"|": "&#124;", "@": "&#64;", "\n": " ", "\r": " "}  # a bar would end a cell, an @ would mention a user
 
 
 def escape(text: str) -> str:
-    """Text that GitHub shows as it is, in a paragraph or in the cell of a table."""
+    """Escapes text for a paragraph or a table cell of GitHub Markdown."""
     safe = SPECIAL.sub(r"\\\1", html.escape(text, quote=False))
     for character, entity in ENTITIES.items():
         safe = safe.replace(character, entity)
@@ -22,52 +22,52 @@ def escape(text: str) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    """Text letter by letter, behind a fence that nothing inside it can end."""
+    """Returns a fenced code block, with a fence longer than any in the text."""
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def render_markdown(content: Content) -> str:
-    """Verdict, headline, findings and the brief sections; figures and listings are left to the page.
+def render_markdown(content: ReportContent) -> str:
+    """Renders verdict, headline, claims and the sections for Markdown; figures and code blocks are left out.
 
-    Raises UserError for words of a record that are no words.
+    Raises UserError when a name is not a string.
     """
-    with as_written(content.record):
-        return _whole(content)
+    with report_malformed(content.snapshot_name):
+        return _render(content)
 
 
-def _whole(content: Content) -> str:
+def _render(content: ReportContent) -> str:
     parts = [
         f"# {escape(content.title)}",
-        escape(f"{content.subject}; read from: {content.record}"),
-        *_head(content.head),
+        escape(f"{content.subject}; source: {content.snapshot_name}"),
+        *_headline(content.headline),
     ]
     for section in content.sections:
-        if section.brief:
+        if section.in_markdown:
             parts += _section(section)
     return "\n\n".join(parts) + "\n"
 
 
-def _head(head: Head) -> Iterable[str]:
-    yield f"**Verdict of the checks: {escape(head.verdict)}.** {escape(head.meaning)}"
-    if head.number:
-        number = f"**{head.number} %** (95 % interval {head.interval})"
-        yield f"{number} {escape(head.caption)}. Clean: {escape(head.clean)}."
-    if head.reasons:
-        yield "\n".join(f"- withheld: {escape(reason)}" for reason in head.reasons)
-    if head.findings:
-        yield _table(head.evidence)
-    yield from map(escape, head.notes)
+def _headline(headline: Headline) -> Iterable[str]:
+    yield f"**Verdict of the checks: {escape(headline.verdict)}.** {escape(headline.meaning)}"
+    if headline.number:
+        number = f"**{headline.number} %** (95 % interval {headline.interval})"
+        yield f"{number} {escape(headline.caption)}. Clean: {escape(headline.clean)}."
+    if headline.reasons:
+        yield "\n".join(f"- withheld: {escape(reason)}" for reason in headline.reasons)
+    if headline.claims:
+        yield _table(headline.claims_table)
+    yield from map(escape, headline.notes)
 
 
 def _section(section: Section) -> list[str]:
     return [f"## {escape(section.title)}", *blocks(section.blocks)]
 
 
-def blocks(found: Iterable[Block]) -> list[str]:
-    """Each block as Markdown; figures, pictures and listings are left out."""
-    return [text for block in found if (text := _block(block))]
+def blocks(content: Iterable[Block]) -> list[str]:
+    """Renders blocks as Markdown; figures, pictures and code blocks are left out."""
+    return [text for block in content if (text := _block(block))]
 
 
 def _block(block: Block) -> str:
@@ -76,7 +76,7 @@ def _block(block: Block) -> str:
 
 
 def _paragraph(block: Paragraph) -> str:
-    return f"**{escape(block.text)}**" if block.loud else escape(block.text)
+    return f"**{escape(block.text)}**" if block.alert else escape(block.text)
 
 
 def _table(block: Table) -> str:
@@ -94,7 +94,7 @@ def _grid(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _folded(block: Folded) -> str:
+def _details(block: Details) -> str:
     inside = "\n\n".join(blocks(block.blocks))
     title = html.escape(block.title)
     return f"<details><summary>{title}</summary>\n\n{inside}\n\n</details>" if inside else ""
@@ -107,6 +107,6 @@ def _link(block: Link) -> str:
 RENDERERS: dict[type, Callable[..., str]] = {
     Paragraph: _paragraph,
     Table: _table,
-    Folded: _folded,
+    Details: _details,
     Link: _link,
 }

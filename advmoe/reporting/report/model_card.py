@@ -1,4 +1,4 @@
-"""The model card: Markdown with the front matter of the Hugging Face Hub, to lie beside the mixture's artifact."""
+"""Renders the model card: Markdown with front matter for the Hugging Face Hub, next to the mixture's artifact."""
 
 import io
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,18 +9,18 @@ from ruamel.yaml import YAML
 from advmoe import __version__
 from advmoe.core import paths
 from advmoe.core.artifacts import Header
-from advmoe.core.snapshots import Snapshot, commit_of
+from advmoe.core.snapshots import Snapshot, commit_hash
 from advmoe.evaluation.summary import MIXTURE
 from advmoe.reporting.report import overview, paper_comparison, threats
 from advmoe.reporting.report.document import Section
-from advmoe.reporting.report.formats import count, large, radius
+from advmoe.reporting.report.formats import count, large_number, radius
 from advmoe.reporting.report.markdown import blocks, escape, fenced
 from advmoe.reporting.report.sources import Sources
 from advmoe.statistics.decisions import CLEAN, WORST
 
 LICENSE = "mit"
 TAGS = ("adversarial-robustness", "adversarial-training", "mixture-of-experts", "pytorch", "safetensors")
-HUB = {  # what the Hub calls our sources; it knows no scikit-learn digits
+HUB = {  # ids of the data sets on the Hub; it has no scikit-learn digits
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
     "svhn": "ufldl-stanford/svhn",
@@ -37,14 +37,14 @@ CITATION = """@misc{arxiv2512.20821,
 }"""
 
 
-def card(record: Snapshot, header: Header | None = None, name: str = "mixture of experts") -> str:
-    """The card of a record's mixture. `header`: of its artifact, where it is at hand: hashes and PyTorch's version.
+def render_model_card(snapshot: Snapshot, header: Header | None = None, name: str = "mixture of experts") -> str:
+    """Renders the model card of the mixture. `header`: of its artifact, if available, for hashes and PyTorch version.
 
-    A headline that a failed check withholds is withheld here too. Raises UserError for files of another schema.
+    Withheld accuracies are left out. Raises UserError for files of another schema.
     """
-    sources = Sources(record)
+    sources = Sources(snapshot)
     parts = [
-        f"---\n{_front(sources, name)}---",
+        f"---\n{_front_matter(sources, name)}---",
         f"# {escape(name)}",
         *_intended(sources),
         *_training(sources),
@@ -58,7 +58,7 @@ def card(record: Snapshot, header: Header | None = None, name: str = "mixture of
     return "\n\n".join(parts) + "\n"
 
 
-def _front(sources: Sources, name: str) -> str:
+def _front_matter(sources: Sources, name: str) -> str:
     source = _source(sources)
     front: dict[str, Any] = {
         "license": LICENSE,
@@ -85,13 +85,13 @@ def _source(sources: Sources) -> str:
 
 
 def _results(sources: Sources) -> Iterator[dict[str, Any]]:
-    """Accuracies of the mixture that may be printed."""
+    """Yields the accuracies of the mixture that are not withheld."""
     mixture = sources.models.get(MIXTURE)
     if mixture is None:
         return
-    for kind, share in mixture["accuracy"].items():
-        if share is not None:
-            yield {"type": "accuracy", "value": share["accuracy"], "name": _metric(kind, mixture["epsilon"])}
+    for kind, proportion in mixture["accuracy"].items():
+        if proportion is not None:
+            yield {"type": "accuracy", "value": proportion["accuracy"], "name": _metric(kind, mixture["epsilon"])}
 
 
 def _metric(kind: str, epsilon: float) -> str:
@@ -102,9 +102,9 @@ def _metric(kind: str, epsilon: float) -> str:
 def _intended(sources: Sources) -> Iterable[str]:
     yield "## Intended use"
     yield (
-        f"A classifier of images like those in {escape(_source(sources))}, made to study how far a mixture of "
-        "adversarially trained experts withstands small perturbations, and to be attacked. It is no safeguard: nobody "
-        "should rely on its robustness where a wrong answer does harm, nor on images of another kind or size."
+        f"A classifier of images like those in {escape(_source(sources))}, for research on the adversarial "
+        "robustness of mixtures of experts. Its robustness is not a security guarantee: do not rely on it where wrong "
+        "predictions cause harm, or on images of another kind or size."
     )
 
 
@@ -118,31 +118,35 @@ def _training(sources: Sources) -> Iterable[str]:
         yield from blocks(paper_comparison.section(sources).blocks)
     cost = sources.trained("train").get(MIXTURE, {}).get("cost")
     if cost:
-        spent = f"{large(cost['total_training_flops'])} FLOPs for all of its training"
-        yield f"It has {large(cost['parameters'])} parameters and took {spent}."
+        spent = f"{large_number(cost['total_training_flops'])} FLOPs for training, including its experts"
+        yield f"It has {large_number(cost['parameters'])} parameters and took {spent}."
 
 
 def _evaluation(sources: Sources) -> Iterable[str]:
-    head = overview.head(sources)
+    headline = overview.headline(sources)
     yield "## Evaluation"
-    yield f"**Verdict of the checks: {escape(head.verdict)}.** {escape(head.meaning)}"
-    if head.number:
-        yield f"**{head.number} %** (95 % interval {head.interval}) {escape(head.caption)}."
-    if head.reasons:
-        yield "\n".join(f"- withheld: {escape(reason)}" for reason in head.reasons)
+    yield f"**Verdict of the checks: {escape(headline.verdict)}.** {escape(headline.meaning)}"
+    if headline.number:
+        yield f"**{headline.number} %** (95 % interval {headline.interval}) {escape(headline.caption)}."
+    if headline.reasons:
+        yield "\n".join(f"- withheld: {escape(reason)}" for reason in headline.reasons)
     yield from blocks(overview.section(sources).blocks)
 
 
 def _limitations(sources: Sources) -> Iterable[str]:
-    head = overview.head(sources)
+    headline = overview.headline(sources)
     yield "## Limitations"
-    yield overview.BOUND
+    yield overview.UPPER_BOUND_NOTE
     if sources.summary:
-        yield f"Nothing is known of perturbations beyond L-inf {radius(sources.summary['epsilon'])} or of other kinds."
-    if head.findings:
-        yield "\n".join(f"- {escape(f'{each.claim}: {each.status}. {each.sentence}')}" for each in head.findings)
-    yield from map(escape, head.notes)
-    for section in (threats.poisoning(sources), threats.extraction(sources), threats.membership(sources)):
+        yield f"Larger or other perturbations than L-inf {radius(sources.summary['epsilon'])} were not evaluated."
+    if headline.claims:
+        yield "\n".join(f"- {escape(f'{each.claim}: {each.status}. {each.sentence}')}" for each in headline.claims)
+    yield from map(escape, headline.notes)
+    for section in (
+        threats.poisoning_section(sources),
+        threats.extraction_section(sources),
+        threats.membership_section(sources),
+    ):
         yield from _part(section)
 
 
@@ -152,16 +156,20 @@ def _part(section: Section) -> Iterable[str]:
 
 
 def _loading() -> Iterable[str]:
-    yield "## How to load it"
+    yield "## Usage"
     yield f'```python\nimport advmoe\n\nmodel = advmoe.load_model("{paths.MIXTURE.name}")\n```'
     yield (
-        "An `nn.Module` in eval mode: pixels in [0, 1], (B, C, H, W), in, log-probabilities (B, K) out; normalisation "
-        "is inside. The file is safetensors; nothing in it is run."
+        "An `nn.Module` in eval mode: pixels in [0, 1], (B, C, H, W), in, log-probabilities (B, K) out, "
+        "including normalisation. The file is safetensors and contains no code."
     )
 
 
 def _provenance(sources: Sources, header: Header | None) -> Iterable[str]:
-    facts = {"made by": f"advmoe {__version__}", "record": sources.record.name, "commit": commit_of(sources.record)}
+    facts = {
+        "created by": f"advmoe {__version__}",
+        "snapshot": sources.snapshot.name,
+        "commit": commit_hash(sources.snapshot),
+    }
     output = sources.outputs.get(str(paths.MIXTURE))
     facts |= {"md5 of the file (dvc.lock)": output}
     if header is not None:

@@ -1,4 +1,4 @@
-"""The first screen: the verdict, the headline, the findings, and the mixture beside its comparators."""
+"""The headline of the report, the claims, and the table of the mixture and its baselines."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from typing import Any
 
 from advmoe.evaluation.summary import BASELINE, MIXTURE, is_expert
 from advmoe.reporting.report import glossary
-from advmoe.reporting.report.document import Block, Cell, Paragraph, Row, Section, Table, missing, row, table
-from advmoe.reporting.report.figures import Dot, colours, dots
+from advmoe.reporting.report.document import Block, Cell, Paragraph, Row, Section, Table, missing_results, row, table
+from advmoe.reporting.report.figures import IntervalPoint, assign_colours, interval_plot
 from advmoe.reporting.report.formats import (
     ABSENT,
     difference,
@@ -21,30 +21,30 @@ from advmoe.reporting.report.formats import (
 from advmoe.reporting.report.sources import Sources
 from advmoe.statistics.decisions import CLEAN, WORST
 
-NOT_JUDGED = "not judged"  # a claim that this record cannot answer
-NOT_ASKED = "not asked"  # the verdict of a model that no check looked at
+NOT_JUDGED = "not judged"  # a claim without evidence
+NOT_CHECKED = "not asked"  # the stored verdict of a model on which no checks were run
 VERDICTS = {
-    "pass": "The checks found no sign that the attacks were too weak or the numbers wrong.",
-    "warn": "No check failed, but one at least warns: read it below before you believe the number.",
+    "pass": "The checks found no sign of weak attacks or wrong numbers.",
+    "warn": "No check failed, but at least one has a warning; see section Checks.",
     "fail": "A check failed, so the robust accuracy is withheld.",
 }
-ONLY_IF = "Worst case: an image counts as right only if it is right clean and after every attack that it met."
-BOUND = "An accuracy under attack is an upper bound: a stronger attack may lower it."
-STATUSES = (
-    "Supported: ahead by more than chance explains; contradicted: behind by more than that; not supported: neither. "
-    "Decided image by image (exact McNemar test, all claims together kept at 5 % by Holm's correction)."
+WORST_CASE_NOTE = "Worst case: an image counts as correct only if it is correct clean and under every attack run on it."
+UPPER_BOUND_NOTE = "An accuracy under attack is an upper bound: a stronger attack may lower it."
+STATUS_NOTE = (
+    "Supported: significantly higher accuracy; contradicted: significantly lower; not supported: no significant "
+    "difference. Exact McNemar test on the same images, family-wise error rate 5 % by Holm's correction."
 )
-HOW = (
-    "difference in points with its paired bootstrap interval; images that only the first gets right against those that "
-    "only the second does; p of the exact McNemar test, alone and after Holm's correction"
+EVIDENCE_NOTE = (
+    "difference in points with its paired bootstrap interval; numbers of images that only the first and only the "
+    "second model classifies correctly; p of the exact McNemar test, and after Holm's correction"
 )
-NO_FINDINGS = "No claims were judged in this record: metrics/findings.json is absent."
-NO_AGGREGATE = "About methods, rather than these networks, nothing is claimed here: that takes at least three seeds."
+NO_CLAIM_RESULTS = "No results of claims: metrics/findings.json is missing."
+NO_AGGREGATE = "No claims about methods: they need at least three seeds (`advmoe aggregate`)."
 
 
 @dataclass(frozen=True)
 class ClaimSummary:
-    """A claim, what became of it, and the evidence in a sentence. `basis`: this run, or the seeds it rests on."""
+    """A claim with its status and evidence. `basis`: this run, or the seeds it was tested on."""
 
     claim: str
     status: str
@@ -53,15 +53,16 @@ class ClaimSummary:
 
     @property
     def cell(self) -> Cell:
-        """Its status, coloured."""
+        """The status as a coloured cell."""
         return Cell(self.status, status=self.status)
 
 
 @dataclass(frozen=True)
-class Head:
-    """What the first screen says. `number` is empty where the headline is withheld or nothing was evaluated.
+class Headline:
+    """The headline of the report.
 
-    `interval`: its ends; `notes`: on what the findings rest.
+    `number`: robust accuracy in %, empty if it is withheld or nothing was evaluated; `interval`: its 95 % interval;
+    `reasons`: why it is withheld; `notes`: on the claims.
     """
 
     verdict: str
@@ -71,70 +72,70 @@ class Head:
     caption: str
     reasons: tuple[str, ...]
     clean: str
-    findings: tuple[ClaimSummary, ...]
+    claims: tuple[ClaimSummary, ...]
     notes: tuple[str, ...]
 
     @property
-    def evidence(self) -> Table:
-        """What each finding rests on."""
-        rows = [row([each.claim, each.cell, each.sentence, each.basis]) for each in self.findings]
-        return table(f"Findings with their evidence: {HOW}", ["claim", "finding", "evidence", "rests on"], rows)
+    def claims_table(self) -> Table:
+        """The claims with their evidence."""
+        rows = [row([each.claim, each.cell, each.sentence, each.basis]) for each in self.claims]
+        return table(f"Claims with their evidence: {EVIDENCE_NOTE}", ["claim", "status", "evidence", "data"], rows)
 
 
-def head(sources: Sources) -> Head:
-    """The first screen of a record."""
-    found, notes = _findings(sources)
+def headline(sources: Sources) -> Headline:
+    """Returns the headline of a snapshot."""
+    claims, notes = _claim_summaries(sources)
     mixture = sources.models.get(MIXTURE)
     if mixture is None:
-        what = "Nothing was evaluated in this record; `dvc repro evaluate` does."
-        return Head("not evaluated", what, "", "", "", (), "", found, notes)
+        what = "No results of an evaluation; `dvc repro evaluate` runs it."
+        return Headline("not evaluated", what, "", "", "", (), "", claims, notes)
     worst, clean = mixture["accuracy"][WORST], mixture["accuracy"][CLEAN]
     caption = (
-        f"of {clean['total']} test images the mixture gets right in the worst case over {_attacks(mixture)}, "
-        f"L-inf epsilon {radius(mixture['epsilon'])}"
+        f"of {clean['total']} test images are classified correctly by the mixture in the worst case over "
+        f"{_attacks(mixture)}, L-inf epsilon {radius(mixture['epsilon'])}"
     )
-    return Head(
+    return Headline(
         verdict=mixture["verdict"],
-        meaning=f"{VERDICTS[mixture['verdict']]} {ONLY_IF} {BOUND}",
+        meaning=f"{VERDICTS[mixture['verdict']]} {WORST_CASE_NOTE} {UPPER_BOUND_NOTE}",
         number="" if worst is None else percent(worst["accuracy"]),
         interval="" if worst is None else f"{percent(worst['low'])} to {percent(worst['high'])}",
         caption=caption,
         reasons=tuple(mixture["withheld"]),
         clean=interval(clean).replace(" ", " % ", 1),
-        findings=found,
+        claims=claims,
         notes=notes,
     )
 
 
-def limited(model: Mapping[str, Any]) -> str:
-    """The attacks that met fewer images than the test has, with how many; empty where there are none."""
+def attacks_on_fewer_images(model: Mapping[str, Any]) -> str:
+    """Returns attacks that were run on fewer images than the test split has, with their number of images."""
     total = model["accuracy"][CLEAN]["total"]
-    few = {name: each["images"] for name, each in model["attacks"].items() if each["images"] < total}
-    return ", ".join(f"{name} {images}" for name, images in few.items())
+    fewer = {name: each["images"] for name, each in model["attacks"].items() if each["images"] < total}
+    return ", ".join(f"{name} {images}" for name, images in fewer.items())
 
 
 def _attacks(mixture: Mapping[str, Any]) -> str:
-    few = limited(mixture)
-    return f"{len(mixture['attacks'])} attacks" + (f" (on fewer images: {few})" if few else "")
+    fewer = attacks_on_fewer_images(mixture)
+    return f"{len(mixture['attacks'])} attacks" + (f" (on fewer images: {fewer})" if fewer else "")
 
 
-def _findings(sources: Sources) -> tuple[tuple[ClaimSummary, ...], tuple[str, ...]]:
-    found: list[ClaimSummary] = []
+def _claim_summaries(sources: Sources) -> tuple[tuple[ClaimSummary, ...], tuple[str, ...]]:
+    claims: list[ClaimSummary] = []
     notes = []
-    if sources.findings is None:
-        notes.append(NO_FINDINGS)
+    if sources.claims is None:
+        notes.append(NO_CLAIM_RESULTS)
     else:
-        found += [_finding(claim, "this run") for claim in sources.findings["claims"].values()]
-        notes.append(STATUSES)
+        claims += [_claim_summary(claim, "this run") for claim in sources.claims["claims"].values()]
+        notes.append(STATUS_NOTE)
     if sources.aggregate is None:
         notes.append(NO_AGGREGATE)
     else:
         groups = sources.aggregate.get("groups", [sources.aggregate])
-        found += [_finding(claim, _seeds(claim)) for group in groups for claim in group["claims"].values()]
-    return tuple(sorted(found, key=lambda each: each.status == NOT_JUDGED)), tuple(notes)
+        claims += [_claim_summary(claim, _seeds(claim)) for group in groups for claim in group["claims"].values()]
+    return tuple(sorted(claims, key=lambda each: each.status == NOT_JUDGED)), tuple(notes)
 
 
-def _finding(claim: Mapping[str, Any], basis: str) -> ClaimSummary:
+def _claim_summary(claim: Mapping[str, Any], basis: str) -> ClaimSummary:
     about = claim.get("claim", claim)
     over = (model_name(about["model"]), model_name(about["over"]))
     under = {WORST: "in the worst case", CLEAN: "on clean images"}.get(about["under"], f"under {about['under']}")
@@ -147,56 +148,56 @@ def _seeds(claim: Mapping[str, Any]) -> str:
 
 
 def section(sources: Sources) -> Section:
-    """The mixture beside its comparators."""
-    title = "The mixture beside its comparators"
-    if not sources.judged:
-        blocks = missing("The evaluation", "`dvc repro evaluate` makes it")
-        return Section("comparators", title, blocks, brief=True)
-    found: list[Block] = [_figure(sources), _table(sources)]
-    weaker = [name for name in _compared(sources) if sources.models[name]["verdict"] == NOT_ASKED]
-    if weaker:
-        found.append(Paragraph(_rest(sources, weaker)))
-    found.append(_legend(sources))
-    return Section("comparators", title, tuple(found), brief=True)
+    """The mixture and its baselines."""
+    title = "Mixture and baselines"
+    if not sources.checked:
+        blocks = missing_results("Evaluation", "`dvc repro evaluate` runs it")
+        return Section("baselines", title, blocks, in_markdown=True)
+    content: list[Block] = [_figure(sources), _table(sources)]
+    unchecked = [name for name in _without_experts(sources) if sources.models[name]["verdict"] == NOT_CHECKED]
+    if unchecked:
+        content.append(Paragraph(_unchecked_note(sources, unchecked)))
+    content.append(_legend(sources))
+    return Section("baselines", title, tuple(content), in_markdown=True)
 
 
-def _compared(sources: Sources) -> list[str]:
-    """All models but single experts."""
+def _without_experts(sources: Sources) -> list[str]:
+    """All models except single experts."""
     return [name for name in sources.models if not is_expert(name)]
 
 
-def _rest(sources: Sources, weaker: Sequence[str]) -> str:
+def _unchecked_note(sources: Sources, unchecked: Sequence[str]) -> str:
     best = sources.summary.get("best-expert")
     expert = f" The strongest pre-trained expert under those attacks is {best['name']}." if best else ""
-    names = "; ".join(map(model_name, weaker))
+    names = "; ".join(map(model_name, unchecked))
     return (
-        f"Without a verdict: {names}. They met fewer attacks, so no worst case is printed, and the mixture is compared "
-        f"with them over the attacks that both met.{expert}"
+        f"Without a verdict: {names}. Fewer attacks were run on them, so no worst case is shown, and the mixture is "
+        f"compared with them over the common attacks.{expert}"
     )
 
 
 def _legend(sources: Sources) -> Table:
-    known = ((name, glossary.network(name, sources.params)) for name in _compared(sources))
+    described = ((name, glossary.network(name, sources.params)) for name in _without_experts(sources))
     return table(
-        "What the names mean",
-        ["model", "what it is"],
-        [row([model_name(name), what or ABSENT], emphasis=is_mixture(name)) for name, what in known],
+        "Models",
+        ["model", "description"],
+        [row([model_name(name), text or ABSENT], emphasis=is_mixture(name)) for name, text in described],
     )
 
 
 def _figure(sources: Sources) -> Block:
-    judged = sources.judged
-    series = colours((name.removeprefix(BASELINE) for name in judged), sources.networks)
+    checked = sources.checked
+    series = assign_colours((name.removeprefix(BASELINE) for name in checked), sources.networks)
     shown = list(sources.printable)
     if not shown:
-        return Paragraph("Every judged model's robust accuracy is withheld, so there is nothing to draw.")
-    rows = [_dot(name, judged[name]["accuracy"], series[name.removeprefix(BASELINE)]) for name in shown]
-    left_out = [model_name(name) for name in judged if name not in shown]
+        return Paragraph("The robust accuracy of every model is withheld.")
+    rows = [_dot(name, checked[name]["accuracy"], series[name.removeprefix(BASELINE)]) for name in shown]
+    left_out = [model_name(name) for name in checked if name not in shown]
     note = f" Withheld: {', '.join(left_out)}." if left_out else ""
-    return dots(
-        "comparators",
+    return interval_plot(
+        "baselines",
         "Worst case over all attacks",
-        f"Accuracy in per cent of each judged model in its worst case, with 95 % Wilson intervals.{note}",
+        f"Worst-case accuracy of each checked model in per cent, with 95 % Wilson intervals.{note}",
         rows,
         axis="accuracy, %",
         meaning={"filled": "worst case over all attacks, 95 % interval", "hollow": "clean images"},
@@ -204,47 +205,49 @@ def _figure(sources: Sources) -> Block:
     )
 
 
-def _dot(name: str, accuracy: Mapping[str, Any], series: int) -> Dot:
+def _dot(name: str, accuracy: Mapping[str, Any], series: int) -> IntervalPoint:
     worst, clean = accuracy[WORST], accuracy[CLEAN]
     value, low, high = (round(100 * worst[key], 1) for key in ("accuracy", "low", "high"))
-    return Dot(model_name(name), value, low, high, 100 * clean["accuracy"], series)
+    return IntervalPoint(model_name(name), value, low, high, 100 * clean["accuracy"], series)
 
 
 def _table(sources: Sources) -> Block:
-    models = _compared(sources)
-    common = [kind for kind in sources.models[MIXTURE]["accuracy"] if kind != WORST and _met(sources, models, kind)]
-    columns = ["model", *common, "worst case", "worst case, mixture minus it", "p", "verdict"]
+    models = _without_experts(sources)
+    common = [
+        kind for kind in sources.models[MIXTURE]["accuracy"] if kind != WORST and _all_attacked(sources, models, kind)
+    ]
+    columns = ["model", *common, "worst case", "worst case, mixture minus model", "p", "verdict"]
     return table(
-        "Accuracy in % with 95 % Wilson intervals over the test images, one trained network each; differences in "
+        "Accuracy in % with 95 % Wilson intervals over the test images, one training run each; differences in "
         "points with paired bootstrap intervals; p: exact McNemar test, not corrected for the number of rows",
         columns,
         [_row(sources, name, common) for name in models],
     )
 
 
-def _met(sources: Sources, models: Sequence[str], kind: str) -> bool:
+def _all_attacked(sources: Sources, models: Sequence[str], kind: str) -> bool:
     return all(kind in sources.models[name]["accuracy"] for name in models)
 
 
 def _row(sources: Sources, name: str, common: Sequence[str]) -> Row:
     model = sources.models[name]
     paired = sources.models[MIXTURE].get("against", {}).get(name)
-    asked = model["verdict"] != NOT_ASKED
+    checked = model["verdict"] != NOT_CHECKED
     return row(
         [
             model_name(name),
             *(interval(model["accuracy"][kind]) for kind in common),
-            interval(model["accuracy"][WORST]) if asked else ABSENT,
-            *_against(sources, name, paired),
-            Cell(model["verdict"], status=model["verdict"]) if asked else ABSENT,
+            interval(model["accuracy"][WORST]) if checked else ABSENT,
+            *_difference_to_mixture(sources, name, paired),
+            Cell(model["verdict"], status=model["verdict"]) if checked else ABSENT,
         ],
         emphasis=is_mixture(name),
     )
 
 
-def _against(sources: Sources, name: str, paired: Mapping[str, Any] | None) -> tuple[str, str]:
+def _difference_to_mixture(sources: Sources, name: str, paired: Mapping[str, Any] | None) -> tuple[str, str]:
     if paired is None:
         return ABSENT, ABSENT
     withheld = any(sources.models[each]["accuracy"][WORST] is None for each in (MIXTURE, name))
-    # a difference would give away what a failed check forbids to print
+    # a difference would disclose the withheld accuracy
     return ("withheld", ABSENT) if withheld else (difference(paired), p_value(paired["p"]))

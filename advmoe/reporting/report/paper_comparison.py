@@ -1,7 +1,6 @@
-"""The paper beside this run: what it fixes, what was chosen here, where the two differ.
+"""The section that compares this run with the paper (arXiv 2512.20821, version 2).
 
-The left column says what arXiv 2512.20821 (version 2) describes, in our words; the others come from params.yaml, so
-that a profile that comes closer to the paper shows it.
+The column `paper` paraphrases the paper; the other columns are computed from params.yaml.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from advmoe.evaluation.summary import MIXTURE
-from advmoe.reporting.report.document import Link, Paragraph, Section, missing, row, table
+from advmoe.reporting.report.document import Link, Paragraph, Section, missing_results, row, table
 from advmoe.reporting.report.formats import ABSENT, interval
 from advmoe.reporting.report.sources import Sources
 from advmoe.statistics.decisions import CLEAN, WORST
@@ -29,8 +28,8 @@ Params = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One line of the ledger; `ours` and `deviation` are read from params.yaml."""
+class ComparisonRow:
+    """A row of the comparison; `ours` and `deviation` are computed from params.yaml."""
 
     what: str
     paper: str
@@ -39,32 +38,32 @@ class Entry:
 
 
 def section(sources: Sources) -> Section:
-    """The ledger; a params.yaml of another time leaves its lines empty rather than break the page."""
-    title = "The paper and this run"
+    """The comparison with the paper. Keys that a params.yaml lacks give empty cells."""
+    title = "Comparison with the paper"
     if not sources.params:
-        return Section("ledger", title, missing("The ledger", "it compares params.yaml with the paper"))
-    rows = [row([each.what, each.paper, _read(each.ours, sources), _read(each.deviation, sources)]) for each in ENTRIES]
+        return Section("paper", title, missing_results("Comparison with the paper", "it needs params.yaml"))
+    rows = [row([each.what, each.paper, _read(each.ours, sources), _read(each.deviation, sources)]) for each in ROWS]
     rows.append(
-        row(["result", "accuracy under FGSM and PGD, above earlier mixtures of experts", _measured(sources), "-"])
+        row(["result", "accuracy under FGSM and PGD, above earlier mixtures of experts", _results(sources), "-"])
     )
     blocks = (
         table(
-            "What the paper fixes, what was chosen here, where the two differ",
+            "Settings of the paper and of this run",
             ["", "paper", "this run", "deviation"],
             rows,
         ),
         Paragraph(
             "The paper reports, in words, that its mixture outperforms other mixtures and plain classifiers with more "
-            "complex backbones under FGSM and PGD on CIFAR-10 and SVHN. Its tables were not at hand when this page was "
-            "written, so no number of its is quoted; full-size runs on its data are what could be set beside them."
+            "complex backbones under FGSM and PGD on CIFAR-10 and SVHN. Its tables were not available, so none of "
+            "its numbers are quoted; only full-size runs on its data sets would be comparable."
         ),
         Link("The paper: arXiv 2512.20821", PAPER),
     )
-    return Section("ledger", title, blocks)
+    return Section("paper", title, blocks)
 
 
-def _measured(sources: Sources) -> str:
-    """What this run says where the paper reports a result: the mixture, clean and under FGSM and PGD."""
+def _results(sources: Sources) -> str:
+    """The accuracies of the mixture: clean, under FGSM and PGD, worst case."""
     mixture = sources.models.get(MIXTURE)
     if mixture is None:
         return "not evaluated"
@@ -72,9 +71,9 @@ def _measured(sources: Sources) -> str:
     return "; ".join(f"{name} {interval(mixture['accuracy'][name])}" for name in (CLEAN, *named, WORST))
 
 
-def _read(what: Callable[[Params], str], sources: Sources) -> str:
+def _read(value: Callable[[Params], str], sources: Sources) -> str:
     try:
-        return what(sources.params)
+        return value(sources.params)
     except (KeyError, TypeError, AttributeError):
         return ABSENT
 
@@ -91,31 +90,31 @@ def _experts(params: Params) -> str:
 
 def _experts_deviation(params: Params) -> str:
     model = params["model"]
-    found = [
+    deviations = [
         "" if model["kind"] == "resnet18" else f"backbone {model['kind']}",
         "" if model["width"] == PAPER_WIDTH else f"width {model['width']} instead of {PAPER_WIDTH}",
         "" if _kinds(params) == PAPER_EXPERTS else "other experts",
     ]
-    return ", ".join(filter(None, found)) or NONE
+    return ", ".join(filter(None, deviations)) or NONE
 
 
-def _drawn(params: Params, kind: str, key: str) -> list[Any]:
-    """The distinct lists that experts of a kind draw from."""
+def _value_lists(params: Params, kind: str, key: str) -> list[Any]:
+    """Returns the distinct lists of values that the experts of a kind draw from."""
     adversaries = [params["experts"][name]["adversary"] for name in params["train"]["experts"]]
     lists = [list(each[key]) for each in adversaries if each["kind"] == kind]
-    return [each for place, each in enumerate(lists) if each not in lists[:place]]
+    return [each for index, each in enumerate(lists) if each not in lists[:index]]
 
 
-def _draws(kind: str, key: str) -> Callable[[Params], str]:
-    return lambda params: "; ".join(", ".join(map(str, each)) for each in _drawn(params, kind, key)) or ABSENT
+def _values_of(kind: str, key: str) -> Callable[[Params], str]:
+    return lambda params: "; ".join(", ".join(map(str, each)) for each in _value_lists(params, kind, key)) or ABSENT
 
 
-def _draws_deviation(kind: str, key: str, paper: list[Any]) -> Callable[[Params], str]:
-    def said(params: Params) -> str:
-        drawn = _drawn(params, kind, key)
-        return NONE if drawn == [paper] else "other values" if drawn else "no such expert"
+def _values_deviation(kind: str, key: str, paper: list[Any]) -> Callable[[Params], str]:
+    def deviation(params: Params) -> str:
+        values = _value_lists(params, kind, key)
+        return NONE if values == [paper] else "other values" if values else "no such expert"
 
-    return said
+    return deviation
 
 
 def _gate(params: Params) -> str:
@@ -135,14 +134,14 @@ def _batches(adversary: Params) -> str:
 
 
 def _additions(params: Params) -> list[str]:
-    """What the joint phase has beside the paper's, or instead; a record of before has no such keys."""
+    """Returns what joint training adds to the paper's, or uses instead. Older params.yaml lack these keys."""
     train = params["train"]
     recipe = train.get("recipe", PAPER_RECIPE)
     kind, numbers = (recipe["kind"], recipe) if isinstance(recipe, dict) else (recipe, {})
-    told = ", ".join(f"{name} {value:g}" for name, value in numbers.items() if name != "kind")
-    other = [] if kind == PAPER_RECIPE else [f"the loss of {kind}" + (f" ({told})" if told else "")]
+    values = ", ".join(f"{name} {value:g}" for name, value in numbers.items() if name != "kind")
+    other = [] if kind == PAPER_RECIPE else [f"the loss of {kind}" + (f" ({values})" if values else "")]
     named = {"own_loss": "the experts' own losses, weight {:g}", "awp": "weights perturbed by {:g} of their norm"}
-    return other + [said.format(train[key]) for key, said in named.items() if train.get(key)]
+    return other + [text.format(train[key]) for key, text in named.items() if train.get(key)]
 
 
 def _joint_deviation(params: Params) -> str:
@@ -181,41 +180,41 @@ def _data_deviation(params: Params) -> str:
 
 
 def _left_open(_: Params) -> str:
-    return "left open by the paper"
+    return "not specified in the paper"
 
 
 def _more_attacks(_: Params) -> str:
     return "more attacks than the paper's, and ten checks"
 
 
-ENTRIES = (
-    Entry(
+ROWS = (
+    ComparisonRow(
         "experts",
-        "nine ResNet-18: one benign, four on FGSM, four on PGD, each trained alone first",
+        "nine ResNet-18: one benign, four on FGSM, four on PGD, each pre-trained separately",
         _experts,
         _experts_deviation,
     ),
-    Entry(
+    ComparisonRow(
         "FGSM experts",
         "epsilon drawn per batch: 0.01 to 0.09 in steps of 0.01",
-        _draws("fgsm", "epsilons"),
-        _draws_deviation("fgsm", "epsilons", FGSM_EPSILONS),
+        _values_of("fgsm", "epsilons"),
+        _values_deviation("fgsm", "epsilons", FGSM_EPSILONS),
     ),
-    Entry(
+    ComparisonRow(
         "PGD experts",
         "steps drawn per batch: 10, 20, 30, 40, 50",
-        _draws("pgd", "steps"),
-        _draws_deviation("pgd", "steps", PGD_STEPS),
+        _values_of("pgd", "steps"),
+        _values_deviation("pgd", "steps", PGD_STEPS),
     ),
-    Entry("gate", "soft: all experts active, fractional weights; its layers are not given", _gate, _left_open),
-    Entry("mixing", "fractional weights for all experts", _mixing, _left_open),
-    Entry(
-        "joint phase",
+    ComparisonRow("gate", "soft: all experts active, fractional weights; its layers are not given", _gate, _left_open),
+    ComparisonRow("mixing", "fractional weights for all experts", _mixing, _left_open),
+    ComparisonRow(
+        "joint training",
         "experts and gate updated together on randomly drawn attacks, clean included",
         _joint,
         _joint_deviation,
     ),
-    Entry("schedule", "-", _epochs, _left_open),
-    Entry("data", "CIFAR-10 and SVHN", _data, _data_deviation),
-    Entry("evaluation", "white-box FGSM and PGD", _evaluated, _more_attacks),
+    ComparisonRow("schedule", "-", _epochs, _left_open),
+    ComparisonRow("data", "CIFAR-10 and SVHN", _data, _data_deviation),
+    ComparisonRow("evaluation", "white-box FGSM and PGD", _evaluated, _more_attacks),
 )

@@ -1,49 +1,48 @@
-"""From a matplotlib figure to SVG that can stand inside a page: themed, named, without a clash of ids, equal each time.
+"""Converts matplotlib figures to inline SVG with CSS variables as colours, unique ids and reproducible output.
 
-Figures are drawn in sentinel colours, one for each role; here they become CSS variables, so that a page decides what
-they look like in light and dark.
+Figures are drawn in placeholder colours, one for each role, which are replaced by the CSS variables of the page.
 """
 
 import io
 import re
 import warnings
-import xml.etree.ElementTree as ET  # only what matplotlib has just written is parsed
+import xml.etree.ElementTree as ET  # parses output of matplotlib only
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.figure import Figure as Drawing
+from matplotlib.figure import Figure
 
 NAMESPACE = "http://www.w3.org/2000/svg"
-NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # names may hold what no XML may
+NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # characters that XML forbids
 REPLACED = "\N{REPLACEMENT CHARACTER}"
 LINK = "{http://www.w3.org/1999/xlink}href"
-INK = "#010203"
-RULE = "#010204"
-SURFACE = "#010205"
-SERIES = tuple(f"#0102{place:02x}" for place in range(16, 23))  # the first one is the mixture's
-MEANING = {INK: "currentColor", RULE: "var(--rule)", SURFACE: "var(--surface)"} | {
-    colour: f"var(--series-{place})" for place, colour in enumerate(SERIES)
+TEXT = "#010203"
+GRID = "#010204"
+BACKGROUND = "#010205"
+SERIES = tuple(f"#0102{code:02x}" for code in range(16, 23))  # the first one is for the mixture
+CSS_VALUES = {TEXT: "currentColor", GRID: "var(--rule)", BACKGROUND: "var(--surface)"} | {
+    colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)
 }
 SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, found and copied
+    "svg.fonttype": "none",  # keep text as text: searchable and accessible
     "svg.hashsalt": "advmoe",
-    "text.parse_math": False,  # names with a dollar are names
+    "text.parse_math": False,  # a dollar in a name is not mathematics
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": INK,
+    "text.color": TEXT,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": TEXT,
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": RULE,
+    "grid.color": GRID,
     "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "figure.facecolor": "none",
@@ -54,18 +53,18 @@ SETTINGS: dict[Any, Any] = {
 
 
 def settings() -> AbstractContextManager[None]:
-    """The context in which every figure is drawn."""
+    """Returns the matplotlib context in which figures are drawn."""
     return mpl.rc_context(SETTINGS)
 
 
-def to_svg(drawing: Drawing, name: str, title: str, description: str) -> str:
-    """The drawing as an inline `<svg>`. `name` must be unique in the page: it begins every id."""
+def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
+    """Returns the figure as an inline `<svg>`. `name` is the prefix of every id and must be unique in the page."""
     buffer = io.BytesIO()
     with settings(), warnings.catch_warnings():
-        # text stays text: whoever shows it has fonts for more alphabets than the one that matplotlib measures with
+        # the browser has fonts for characters that matplotlib's font lacks
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
-    root = ET.fromstring(NOT_XML.sub(REPLACED, buffer.getvalue().decode()))  # noqa: S314  (our own)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+    root = ET.fromstring(NOT_XML.sub(REPLACED, buffer.getvalue().decode()))  # noqa: S314  (own output)
     _strip(root)
     _rename(root, name)
     _describe(root, name, title, description)
@@ -74,7 +73,7 @@ def to_svg(drawing: Drawing, name: str, title: str, description: str) -> str:
 
 
 def _strip(root: ET.Element) -> None:
-    """Without metadata, and without the style sheet that would hold for the whole page."""
+    """Removes metadata, and the style sheet, which would apply to the whole page."""
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in {f"{{{NAMESPACE}}}metadata", f"{{{NAMESPACE}}}style"}:
@@ -87,7 +86,7 @@ def _rename(root: ET.Element, name: str) -> None:
         if key == "id":
             element.set(key, f"{name}-{value}")
         elif key == LINK:
-            # the old spelling is not needed by any browser that knows CSS variables
+            # browsers with CSS variables support href without xlink
             del element.attrib[key]
             element.set("href", value.replace("#", f"#{name}-", 1))
         else:
@@ -95,8 +94,8 @@ def _rename(root: ET.Element, name: str) -> None:
 
 
 def _themed(value: str) -> str:
-    for colour, meaning in MEANING.items():
-        value = value.replace(colour, meaning)
+    for colour, css in CSS_VALUES.items():
+        value = value.replace(colour, css)
     return value
 
 
@@ -109,10 +108,10 @@ def _attributes(root: ET.Element) -> Iterator[tuple[ET.Element, str]]:
 def _describe(root: ET.Element, name: str, title: str, description: str) -> None:
     root.set("role", "img")
     root.set("aria-labelledby", f"{name}-title {name}-description")
-    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
+    for position, (tag, text) in enumerate((("title", title), ("desc", description))):
         element = ET.Element(f"{{{NAMESPACE}}}{tag}")
         element.set("id", f"{name}-{'title' if tag == 'title' else 'description'}")
         element.text = NOT_XML.sub(REPLACED, text)
-        root.insert(place, element)
-    for key in ("width", "height"):  # the page decides; the shape is in the viewBox
+        root.insert(position, element)
+    for key in ("width", "height"):  # set by the page; the viewBox holds the aspect ratio
         root.attrib.pop(key, None)

@@ -1,4 +1,4 @@
-"""What keeps a long run: its state on disk every now and then, when it is told to end, and when it is done."""
+"""Saves checkpoints of a long run periodically, on SIGTERM and Ctrl-C, and at the end; resumes from them."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,49 +10,49 @@ import torch
 from torch import Tensor
 
 from advmoe.core import console
-from advmoe.core.errors import STUMBLES, UserError, first_line
+from advmoe.core.errors import MALFORMED_INPUT_ERRORS, UserError, error_summary
 from advmoe.runtime import distributed
 from advmoe.runtime.checkpoints import storage
 from advmoe.runtime.checkpoints.storage import Checkpoint
 from advmoe.runtime.machine import machine
 from advmoe.runtime.signals import RESUME_HINT, DeferredSignals, Interrupted, defer_signals
 
-MAX_TIME_SHARE = 0.05  # of the time, at most, that saving may take: a large network on a slow disk is saved less often
+MAX_TIME_SHARE = 0.05  # maximum share of the time for saving: a large network on a slow disk is saved less often
 
 StepCallback = Callable[[], None]
 
 
 class Resumable(Protocol):
-    """Work whose state can be taken and put back."""
+    """Work whose state can be saved and restored."""
 
     @property
     def position(self) -> tuple[int, ...]:
-        """How far it is."""
+        """Position in the work, such as (epoch, step)."""
         ...
 
     @property
     def progress(self) -> str:
-        """The same in words."""
+        """The position in words, for messages."""
         ...
 
-    def state(self) -> Checkpoint:
-        """All that changes from step to step. Raises UserError for a state that is not worth keeping."""
+    def checkpoint(self) -> Checkpoint:
+        """Returns everything that changes between steps. Raises UserError for an invalid state, such as NaN weights."""
         ...
 
-    def restore(self, snapshot: Checkpoint) -> None:
-        """Be as at that moment, to the last bit. Raises UserError, and changes nothing, for what is none of its own; or
-        whatever it stumbles over, halfway.
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Restores the state exactly. Raises UserError, and changes nothing, for a checkpoint of other work. Malformed
+        content may raise other exceptions and leave the state partly restored.
         """
         ...
 
 
 def tensor_specs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """Types and shapes by name: what a file must have in common with what it is to be put into."""
+    """Returns dtype and shape by name, which a checkpoint must share with the state it is loaded into."""
     return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def is_generator_state(state: Tensor) -> bool:
-    """Whether a generator of random numbers can be in this state."""
+    """Returns whether `state` is a valid state of a torch.Generator."""
     try:
         torch.Generator().set_state(state)
     except (RuntimeError, TypeError):
@@ -62,75 +62,77 @@ def is_generator_state(state: Tensor) -> bool:
 
 @contextmanager
 def checkpointing(run: Resumable, name: str, file: Path | None) -> Iterator[StepCallback]:
-    """Put a run where a killed one left it, and keep it in `file` (None: nowhere).
+    """Resumes `run` from `file` and saves checkpoints of it there; None for no checkpoints.
 
-    What is yielded must be called whenever the state is whole: after each step, and after each epoch.
+    Yields a callback to be called whenever the state is consistent: after each step and after each epoch.
     """
     if file is None:
         yield lambda: None
         return
-    keeper = CheckpointManager(run, name, file)
-    keeper.resume()
-    with defer_signals() as held:
-        yield lambda: keeper.look(held)
-        keeper.save()  # a study that goes on with other networks need not train this one again
+    manager = CheckpointManager(run, name, file)
+    manager.resume()
+    with defer_signals() as signals:
+        yield lambda: manager.on_step_end(signals)
+        manager.save()  # an experiment with several networks resumes after this one
 
 
 class CheckpointManager:
-    """Saves a run to a file; a disk that does not take it costs one warning, never the run."""
+    """Saves and resumes checkpoints of a run. A disk error causes one warning and ends saving, but not the run."""
 
     def __init__(self, run: Resumable, name: str, file: Path) -> None:
         self.run, self.name, self.file = run, name, file
         self.saved: tuple[int, ...] | None = None
-        self.due = time.monotonic() + machine().state_seconds
-        self.works = distributed.is_rank0()  # all processes are in the same state
+        self.next_save = time.monotonic() + machine().state_seconds
+        self.enabled = distributed.is_rank0()  # all processes have the same state
 
     def resume(self) -> None:
-        """Take over what there is; a damaged file is as good as none, and so is one of anything else."""
-        found = distributed.run_on_rank0(self._found)
-        if found is None:
+        """Restores the state from the file, if there is one. Damaged files and files of other work are ignored with a
+        warning. Raises UserError when restoring fails halfway.
+        """
+        checkpoint = distributed.run_on_rank0(self._load)
+        if checkpoint is None:
             return
         try:
-            self.run.restore(found)
+            self.run.load(checkpoint)
         except UserError as error:
-            self._anew(f"{self.file} {error}")
+            self._warn_ignored(f"{self.file} {error}")
             return
-        except STUMBLES as error:  # halfway: nobody knows what is of which run
+        except MALFORMED_INPUT_ERRORS as error:  # the state may be partly restored
             raise UserError(
-                f"{self.file}: cannot be gone on with ({first_line(error)}); remove it and run the same command again"
+                f"{self.file}: cannot be restored ({error_summary(error)}); remove it and run the same command again"
             ) from error
         self.saved = self.run.position
-        console.say(f"{self.name}: taken over from the run that was stopped, after {self.run.progress}")
+        console.info(f"{self.name}: resumed from a checkpoint, after {self.run.progress}")
 
-    def _found(self) -> Checkpoint | None:
+    def _load(self) -> Checkpoint | None:
         try:
             return storage.load_checkpoint(self.file)
         except UserError as error:
-            self._anew(str(error))
+            self._warn_ignored(str(error))
             return None
 
-    def _anew(self, why: str) -> None:
-        console.warn(f"{why} and left aside; {self.name} begins anew")
+    def _warn_ignored(self, reason: str) -> None:
+        console.warn(f"{reason} and ignored; {self.name} starts from the beginning")
 
-    def look(self, held: DeferredSignals) -> None:
-        """Save if it is time to; if a process was told to end, save and let all of them."""
-        due = self.works and time.monotonic() >= self.due
-        told = distributed.all_reduce_max(held.pending or int(due))  # 1 is no signal of ours: it is only time to save
-        if not told:
+    def on_step_end(self, signals: DeferredSignals) -> None:
+        """Saves if it is time to. After a signal in any process, saves and raises Interrupted in all of them."""
+        due = self.enabled and time.monotonic() >= self.next_save
+        number = distributed.all_reduce_max(signals.pending or int(due))  # 1 only means that it is time to save
+        if not number:
             return
         self.save()
-        if told > 1:
-            if self.works:
-                console.say(f"{self.name}: kept as it is; {RESUME_HINT}")
-            raise Interrupted(told)
+        if number > 1:
+            if self.enabled:
+                console.info(f"{self.name}: checkpoint saved; {RESUME_HINT}")
+            raise Interrupted(number)
 
     def save(self) -> None:
-        """Save, unless just this was saved. Raises UserError for a run that has gone wrong, and keeps what it had."""
-        if self.saved == self.run.position or not (self.works or distributed.is_distributed()):
+        """Saves, unless this position is saved. Raises UserError, and keeps the old file, for an invalid state."""
+        if self.saved == self.run.position or not (self.enabled or distributed.is_distributed()):
             return
         started = time.monotonic()
-        snapshot = self.run.state()  # by every process: what has gone wrong has so for all of them
-        if self.works:
-            self.works = storage.save_checkpoint(self.file, snapshot)
+        checkpoint = self.run.checkpoint()  # in every process, so that an invalid state raises in all of them
+        if self.enabled:
+            self.enabled = storage.save_checkpoint(self.file, checkpoint)
         self.saved, now = self.run.position, time.monotonic()
-        self.due = now + max(machine().state_seconds, (now - started) / MAX_TIME_SHARE)
+        self.next_save = now + max(machine().state_seconds, (now - started) / MAX_TIME_SHARE)

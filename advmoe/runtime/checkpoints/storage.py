@@ -1,4 +1,4 @@
-"""One checkpoint file: tensors and JSON values in one safetensors file, written atomically, with a checksum."""
+"""The format of checkpoint files: tensors and JSON values in a safetensors file with a checksum."""
 
 import json
 from collections import defaultdict
@@ -15,38 +15,37 @@ from torch import Tensor
 
 from advmoe.core import console
 from advmoe.core.artifacts import hash_tensors
-from advmoe.core.errors import STUMBLES, UserError
-from advmoe.core.files import as_written, write_bytes
+from advmoe.core.errors import MALFORMED_INPUT_ERRORS, UserError
+from advmoe.core.files import report_malformed, write_bytes
 from advmoe.runtime.machine import machine
 
-CHECKSUM, VALUES = "sha256", "values"
+CHECKSUM_KEY, VALUES_KEY = "sha256", "values"
 
 T = TypeVar("T")
 
-
-NOT_SAVED = "work goes on, but nothing is kept for the case of a kill"
+NOT_SAVED = "work continues without checkpoints"
 
 
 @lru_cache(maxsize=64)
 def warn_once(text: str) -> None:
-    """A full disk need not be reported for every network."""
+    """Prints a warning, once per text: a full disk affects every network."""
     console.warn(text)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Work at one moment: tensors by name, and values that JSON knows."""
+    """State of unfinished work: tensors by name, and JSON-serialisable values."""
 
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
 
 
-def save_checkpoint(path: Path, snapshot: Checkpoint) -> bool:
-    """Write a snapshot, atomically and with a checksum over all of it; False, with a warning, if the disk does not take
-    it: work must not fail because it cannot be kept.
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> bool:
+    """Writes a checkpoint atomically, with a checksum. Returns False, with a warning, when the file cannot be written:
+    work must not fail for want of checkpoints.
     """
     try:
-        _write(path, snapshot)
+        _write(path, checkpoint)
     except UserError as error:
         reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
         warn_once(f"{machine().state_dir}: {reason}; {NOT_SAVED}")
@@ -54,29 +53,29 @@ def save_checkpoint(path: Path, snapshot: Checkpoint) -> bool:
     return True
 
 
-def _write(path: Path, snapshot: Checkpoint) -> None:
-    values = bytearray(json.dumps(snapshot.values).encode())
-    named = {**snapshot.tensors, VALUES: torch.frombuffer(values, dtype=torch.uint8)}
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-    write_bytes(path, to_safetensors(stored, metadata={CHECKSUM: hash_tensors(stored)}))
+def _write(path: Path, checkpoint: Checkpoint) -> None:
+    values = bytearray(json.dumps(checkpoint.values).encode())
+    tensors = {**checkpoint.tensors, VALUES_KEY: torch.frombuffer(values, dtype=torch.uint8)}
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, to_safetensors(stored, metadata={CHECKSUM_KEY: hash_tensors(stored)}))
 
 
 def load_checkpoint(path: Path) -> Checkpoint | None:
-    """The snapshot in a file, on the CPU; None when there is none. Raises UserError when it is damaged.
+    """Reads a checkpoint to the CPU; None if the file is missing. Raises UserError when it is damaged.
 
-    Whose tensors and values they are is for the caller to see: who can write the file can write a checksum as well.
+    The caller must check that it fits: the checksum protects against damage, not against a forged file.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            checksum = (file.metadata() or {}).get(CHECKSUM)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            checksum = (file.metadata() or {}).get(CHECKSUM_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except FileNotFoundError:
         return None
-    except (SafetensorError, *STUMBLES) as error:
+    except (SafetensorError, *MALFORMED_INPUT_ERRORS) as error:
         raise UserError(f"{path} is damaged") from error
     if hash_tensors(tensors) != checksum:
         raise UserError(f"{path} is damaged")
-    return Checkpoint(tensors, _values(path, tensors.pop(VALUES, None)))
+    return Checkpoint(tensors, _values(path, tensors.pop(VALUES_KEY, None)))
 
 
 def _values(path: Path, stored: Tensor | None) -> dict[str, Any]:
@@ -89,31 +88,31 @@ def _values(path: Path, stored: Tensor | None) -> dict[str, Any]:
     return values
 
 
-def load_or_compute(file: Path | None, find: Callable[[], Checkpoint], as_kept: Callable[[Checkpoint], T]) -> T:
-    """What is kept in a file (None: nowhere), else what `find` finds, which is kept there; `as_kept` reads either.
+def load_or_compute(file: Path | None, compute: Callable[[], Checkpoint], decode: Callable[[Checkpoint], T]) -> T:
+    """Returns `decode` of the checkpoint in `file`; if there is none, of `compute()`, which is saved there.
 
-    A file that is damaged, or holds something else, is as good as none.
+    Damaged files and files of other content are ignored with a warning. `file`: None to save nothing.
     """
     try:
-        known = load_checkpoint(file) if file is not None else None
-        if known is not None:
-            with as_written(file):
-                return as_kept(known)
+        saved = load_checkpoint(file) if file is not None else None
+        if saved is not None:
+            with report_malformed(file):
+                return decode(saved)
     except UserError as error:
-        console.warn(f"{error}; it is left aside, and what it held is found again")
-    found = find()
+        console.warn(f"{error}; it is ignored, and its content computed again")
+    checkpoint = compute()
     if file is not None:
-        save_checkpoint(file, found)
-    return as_kept(found)
+        save_checkpoint(file, checkpoint)
+    return decode(checkpoint)
 
 
 def flatten(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of several parts under one name each, `part/name`."""
-    return {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
+    """Returns the tensors of several parts under the names `part/name`."""
+    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
 def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """What `flat` put together; a part that held nothing is empty."""
+    """Inverts `flatten`; a missing part is empty."""
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
@@ -122,14 +121,14 @@ def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimiser remembers of its parameters, as `number/name`."""
-    found = optimizer.state_dict()["state"]
+    """Returns the tensors of an optimizer's state under the names `number of the parameter/name`."""
+    states = optimizer.state_dict()["state"]
     return flatten(
-        {str(number): {name: each for name, each in kept.items() if each is not None} for number, kept in found.items()}
+        {str(number): {name: each for name, each in of.items() if each is not None} for number, of in states.items()}
     )
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, memory: Mapping[str, Tensor]) -> None:
-    """Make a fresh optimiser remember what `memory_of` another told."""
-    kept = {int(number): found for number, found in unflatten(memory).items()}
-    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Loads the result of `optimizer_state` into a new optimizer."""
+    states = {int(number): state for number, state in unflatten(tensors).items()}
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

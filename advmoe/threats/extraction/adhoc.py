@@ -1,20 +1,23 @@
-"""The quick question: an attack of params.yaml with a few things changed on the command line, answered in `runs/`."""
+"""Quick run of an extraction study: settings of params.yaml, overridden from the command line, written to `runs/`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
-from advmoe.core import paths
-from advmoe.core.settings import Epsilon, Seed, load_section, validate
-from advmoe.threats.extraction import experiment
+from advmoe.core.settings import Epsilon, Seed, load_section
+from advmoe.threats.adhoc import override, run_in_new_folder
+from advmoe.threats.experiment import OutputPaths
 from advmoe.threats.extraction.config import ExtractSection, Study
-from advmoe.threats.extraction.experiment import ExtractionExperiment, OutputPaths
+from advmoe.threats.extraction.experiment import ExtractionExperiment, run_experiment
 
 
 @dataclass(frozen=True)
 class ExtractionRequest:
-    """What was asked for; nothing means: as params.yaml says. `weights` belong to a victim that is code."""
+    """The study `name` of params.yaml and its settings to override; None or empty: as in params.yaml.
+
+    `weights`: file of weights for a victim `path/to/file.py:factory`.
+    """
 
     name: str
     budgets: Sequence[int] = ()
@@ -25,32 +28,26 @@ class ExtractionRequest:
     weights: Path | None = None
 
 
-def run_request(question: ExtractionRequest) -> OutputPaths:
-    """Ask, train, measure, print; returns where all of it lies. Raises UserError for what cannot be."""
+def run_request(request: ExtractionRequest) -> OutputPaths:
+    """Runs the study and returns where its results are. Raises UserError for an invalid request."""
     section = load_section("extract", ExtractSection)
-    changed = _changed(section.named(question.name), question)
-    folder = paths.RUNS / f"extract-{question.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
-    case = ExtractionExperiment(
-        name=question.name,
-        study=changed,
+    experiment = ExtractionExperiment(
+        name=request.name,
+        study=_override_study(section.named(request.name), request),
         common=section,
         seed=load_section("seed", Seed),
         epsilon=load_section("epsilon", Epsilon),
-        weights=question.weights,
-        folder=folder / "models",
+        weights=request.weights,
     )
-    places = OutputPaths(folder / "metrics.json", folder / "runs.json", folder)
-    experiment.run_experiment(case, places)
-    return places
+    return run_in_new_folder(f"extract-{request.name}", partial(run_experiment, experiment))
 
 
-def _changed(asked: Study, question: ExtractionRequest) -> Study:
-    changes = {
-        "budgets": question.budgets,
-        "answers": question.answers,
-        "victims": question.victims,
-        "surrogates": question.surrogates,
-        "seeds": question.seeds,
+def _override_study(study: Study, request: ExtractionRequest) -> Study:
+    options = {
+        "budgets": request.budgets,
+        "answers": request.answers,
+        "victims": request.victims,
+        "surrogates": request.surrogates,
+        "seeds": request.seeds,
     }
-    content = asked.model_dump() | {name: tuple(value) for name, value in changes.items() if value}
-    return validate(content, Study, f"extract {question.name}")
+    return override(study, options, f"extract {request.name}")

@@ -8,23 +8,23 @@ from advmoe.attacks.pgd import Pgd
 from advmoe.core import files
 from advmoe.core.errors import UserError
 from advmoe.core.settings import PositiveInt, Seed, Settings
-from advmoe.models.classifiers import Backbone
-from advmoe.threats.extraction.oracle import Answers
+from advmoe.models.classifiers import BackboneSettings
+from advmoe.threats.extraction.oracle import AnswerMode
 from advmoe.threats.extraction.prada import Prada
-from advmoe.threats.extraction.registry import BY_SHARES, Extraction
+from advmoe.threats.extraction.registry import SINGLE_BUDGET_ATTACKS, Extraction
 from advmoe.training.config import TrainingConfig
 
 
 class Study(Settings):
-    """One attack and whom it is tried on.
+    """One attack and the victims that it is run on.
 
-    `answers`: what the victim tells; `budgets`: queries, one an image, the smaller ones being the first queries of the
-    largest; `victims`: `mixture`, a baseline, `expert/NAME`; `surrogates`: of `extract.surrogates`, the first of which
-    also serves attacks that train networks in between; `seeds`: added to the project's.
+    `answers`: answer modes; `budgets`: numbers of queries, one per image, of which smaller ones are the first queries
+    of the largest; `victims`: `mixture`, a baseline, `expert/NAME`; `surrogates`: names in `extract.surrogates`, of
+    which the first is also trained during an attack; `seeds`: added to the project's seed.
     """
 
     attack: Extraction
-    answers: Annotated[tuple[Answers, ...], Field(min_length=1)]
+    answers: Annotated[tuple[AnswerMode, ...], Field(min_length=1)]
     budgets: Annotated[tuple[Annotated[int, Field(ge=2, strict=True)], ...], Field(min_length=1)]
     victims: Annotated[tuple[str, ...], Field(min_length=1)]
     surrogates: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -35,47 +35,47 @@ class Study(Settings):
         for name in ("answers", "budgets", "victims", "surrogates", "seeds"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
-                raise ValueError(f"{name} lists something twice")
-        if len(self.budgets) > 1 and isinstance(self.attack, BY_SHARES):
-            raise ValueError(f"budgets: {self.attack.kind} plans its rounds for one; give others a study of their own")
+                raise ValueError(f"{name} contains duplicates")
+        if len(self.budgets) > 1 and isinstance(self.attack, SINGLE_BUDGET_ATTACKS):
+            raise ValueError(f"budgets: {self.attack.kind} depends on the whole budget; define one attack per budget")
         return self
 
 
 class Common(Settings):
-    """What all studies share.
+    """Settings shared by all studies.
 
-    `images`: so many test images, null for all; `noise`: so many uniform images; `robust`: PGD on victims and
-    surrogates, at the top-level epsilon; `detector`: looks at the queries; `surrogates`: networks by name; `recipe`: of
-    them all, for its epochs or for at least so many `steps` of the optimiser.
+    `images`: number of test images, null for all; `noise`: number of uniform noise images; `robust`: PGD on victims and
+    surrogates, at the top-level epsilon; `detector`: detects extraction queries; `surrogates`: networks by name;
+    `recipe`: training of all surrogates, extended to at least `steps` optimiser steps.
     """
 
     images: PositiveInt | None
     noise: PositiveInt
     robust: Pgd
     detector: Prada
-    surrogates: Annotated[dict[str, Backbone], Field(min_length=1)]
+    surrogates: Annotated[dict[str, BackboneSettings], Field(min_length=1)]
     steps: PositiveInt
     recipe: TrainingConfig
 
 
 class ExtractSection(Common):
-    """All of it: a stage of its own for every attack."""
+    """The section: shared settings, and the attacks by name; each attack is a DVC stage of its own."""
 
     attacks: Annotated[dict[str, Study], Field(min_length=1)]
 
     def named(self, name: str) -> Study:
-        """The study of that name. Raises UserError when there is none."""
+        """Returns the study of that name. Raises UserError when there is none."""
         if name not in self.attacks:
-            raise UserError(f"extract.attacks has no '{name}'; there are {files.names(self.attacks)}")
+            raise UserError(f"extract.attacks has no '{name}'; there are {files.join_names(self.attacks)}")
         return self.attacks[name]
 
     @model_validator(mode="after")
     def _known_surrogates(self) -> "ExtractSection":
         for name, study in self.attacks.items():
-            strangers = [each for each in study.surrogates if each not in self.surrogates]
-            if strangers:
+            unknown = [surrogate for surrogate in study.surrogates if surrogate not in self.surrogates]
+            if unknown:
                 raise ValueError(
-                    f"attacks.{name}.surrogates lists '{strangers[0]}', but surrogates has only "
-                    f"{files.names(self.surrogates)}"
+                    f"attacks.{name}.surrogates lists '{unknown[0]}', but surrogates has only "
+                    f"{files.join_names(self.surrogates)}"
                 )
         return self

@@ -1,11 +1,11 @@
-"""Data-free extraction: a generator makes the queries, its gradient is estimated from answers (Truong et al. 2021,
-"Data-Free Model Extraction", arXiv 2011.14779).
+"""DFME, data-free model extraction: a generator, trained with estimated gradients, makes the queries (Truong et al.
+2021, "Data-Free Model Extraction", arXiv 2011.14779).
 
-The generator looks for images on which surrogate and victim disagree, the surrogate learns the victim's answers to
-them. The victim gives no gradients, so the generator's are estimated by forward differences in random directions, each
-of which is one more query per image. A victim sees whole pixel levels, so the differences are taken in levels as well:
-a smaller step would be rounded away. Not from the paper: random signs in place of normal directions, constant rates,
-and that the surrogate that is judged learns from all probes afterwards, by the recipe of every other attack.
+The generator maximises the disagreement of surrogate and victim, the surrogate minimises it. The victim provides no
+gradients, so the generator's are estimated by forward differences in random directions, each of which costs one more
+query per image. Victims receive uint8 images, so the differences are whole pixel levels: a smaller step would be
+rounded away. Differences to the paper: random signs instead of normal directions, constant learning rates, and the
+evaluated surrogate is trained on all queries afterwards, by the recipe of every other attack.
 
 Shapes: B batch, C channel, H/W pixels, K classes, Z latent numbers.
 """
@@ -19,20 +19,21 @@ from torch.nn import functional
 
 from advmoe.core.errors import UserError
 from advmoe.core.settings import PIXEL_LEVELS, PositiveInt, Settings
-from advmoe.data.dataset import Facts
+from advmoe.data.dataset import DatasetInfo
 from advmoe.runtime.checkpoints.storage import Checkpoint, flatten, load_optimizer_state, optimizer_state, unflatten
 from advmoe.runtime.machine import device
 from advmoe.threats.extraction.context import AttackContext
-from advmoe.threats.extraction.transfer_set import TransferSet, asked, joined
+from advmoe.threats.extraction.transfer_set import TransferSet, concatenate, query
 
-TINY = 1e-7  # of probabilities whose logarithm is taken
+TINY = 1e-7  # lower bound of probabilities in logarithms
 GENERATOR_LR, SURROGATE_LR = 1e-4, 0.1  # as in the paper
 MOMENTUM, DECAY = 0.9, 5e-4
 
 
 class Dfme(Settings):
-    """A round: one batch for the generator, with `directions` differences of `step` pixel levels, and `learning`
-    batches for the surrogate, all of `batch_size` images from `latent` normal numbers.
+    """Settings. A round: one batch for the generator, with `directions` differences of `step` pixel levels, and
+    `learning` batches for the surrogate, all of `batch_size` images; `latent`: dimension of the generator's input;
+    `width`: its channels.
     """
 
     kind: Literal["dfme"]
@@ -45,14 +46,14 @@ class Dfme(Settings):
 
 
 class Generator(nn.Module):
-    """Latent numbers (B, Z) -> images (B, C, H, W) in [0, 1]: a linear layer and two rounds of upsampling."""
+    """Maps latent vectors (B, Z) to images (B, C, H, W) in [0, 1]: a linear layer and two upsampling blocks."""
 
-    def __init__(self, settings: Dfme, facts: Facts) -> None:
+    def __init__(self, settings: Dfme, facts: DatasetInfo) -> None:
         super().__init__()
-        self.small = (settings.width, -(-facts.height // 4), -(-facts.width // 4))
+        self.base_shape = (settings.width, -(-facts.height // 4), -(-facts.width // 4))
         self.size = (facts.height, facts.width)
         width = settings.width
-        self.project = nn.Linear(settings.latent, self.small[0] * self.small[1] * self.small[2])
+        self.project = nn.Linear(settings.latent, self.base_shape[0] * self.base_shape[1] * self.base_shape[2])
         self.paint = nn.Sequential(
             nn.BatchNorm2d(width),
             nn.Upsample(scale_factor=2),
@@ -68,46 +69,48 @@ class Generator(nn.Module):
         )
 
     def forward(self, latent_BZ: Tensor) -> Tensor:
-        painted: Tensor = self.paint(self.project(latent_BZ).unflatten(1, self.small))
-        return painted[:, :, : self.size[0], : self.size[1]]
+        images: Tensor = self.paint(self.project(latent_BZ).unflatten(1, self.base_shape))
+        return images[:, :, : self.size[0], : self.size[1]]
 
 
-def dfme(settings: Dfme, tools: AttackContext) -> TransferSet:
-    """Every image that was asked, with its answer. Raises UserError when the budget does not cover one round."""
-    round_of = settings.batch_size * (settings.directions + 1 + settings.learning)
-    if tools.oracle.budget < round_of:
-        raise UserError(f"a budget of {tools.oracle.budget} queries does not cover one round, which takes {round_of}")
+def dfme(settings: Dfme, context: AttackContext) -> TransferSet:
+    """Returns all queries of whole rounds within the budget. Raises UserError when it does not cover one round."""
+    per_round = settings.batch_size * (settings.directions + 1 + settings.learning)
+    if context.oracle.budget < per_round:
+        raise UserError(
+            f"a budget of {context.oracle.budget} queries does not cover one round, which takes {per_round}"
+        )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=tools.stream)))
-        generator = Generator(settings, tools.facts)
-    thief = _Thief(settings, tools, generator.to(device()))
-    with tools.keep(thief) as look:
-        while tools.oracle.left >= round_of:
-            thief.improve_generator()
+        torch.manual_seed(int(torch.randint(2**31, (), generator=context.stream)))
+        generator = Generator(settings, context.facts)
+    trainer = _DfmeTrainer(settings, context, generator.to(device()))
+    with context.checkpointing(trainer) as on_step_end:
+        while context.oracle.remaining >= per_round:
+            trainer.update_generator()
             for _ in range(settings.learning):
-                thief.improve_surrogate()
-            look()
-    assert thief.known is not None
-    return thief.known
+                trainer.update_surrogate()
+            on_step_end()
+    assert trainer.transfer_set is not None
+    return trainer.transfer_set
 
 
-class _Thief:
-    """Generator, surrogate, and all that was asked so far."""
+class _DfmeTrainer:
+    """Trains generator and surrogate in turn and collects all queries."""
 
-    def __init__(self, settings: Dfme, tools: AttackContext, generator: Generator) -> None:
-        self.settings, self.oracle, self.stream, self.generator = settings, tools.oracle, tools.stream, generator
-        self.surrogate = tools.fresh().eval()
-        self.generator_steps = torch.optim.Adam(generator.parameters(), GENERATOR_LR)
-        self.surrogate_steps = torch.optim.SGD(
+    def __init__(self, settings: Dfme, context: AttackContext, generator: Generator) -> None:
+        self.settings, self.oracle, self.stream, self.generator = settings, context.oracle, context.stream, generator
+        self.surrogate = context.build_surrogate().eval()
+        self.generator_optimizer = torch.optim.Adam(generator.parameters(), GENERATOR_LR)
+        self.surrogate_optimizer = torch.optim.SGD(
             self.surrogate.parameters(), SURROGATE_LR, momentum=MOMENTUM, weight_decay=DECAY
         )
-        self.known: TransferSet | None = None
+        self.transfer_set: TransferSet | None = None
 
-    # ---- to be killed and go on, to the last bit the same; asked for when a round is over
+    # ---- resumable at the end of a round, see `advmoe.runtime.checkpoints.manager`
 
     @property
     def position(self) -> tuple[int, ...]:
-        """How many queries were asked."""
+        """The number of queries sent."""
         return (self.oracle.used,)
 
     @property
@@ -115,88 +118,88 @@ class _Thief:
         """The same in words."""
         return f"{self.oracle.used} queries"
 
-    def state(self) -> Checkpoint:
-        """All of it; what was asked is also what the oracle counted."""
-        assert self.known is not None
+    def checkpoint(self) -> Checkpoint:
+        """Returns the complete state; the oracle's query log follows from the transfer set."""
+        assert self.transfer_set is not None
         parts = {
             "generator": self.generator.state_dict(),
             "surrogate": self.surrogate.state_dict(),
-            "generator steps": optimizer_state(self.generator_steps),
-            "surrogate steps": optimizer_state(self.surrogate_steps),
-            "known": vars(self.known),
+            "generator steps": optimizer_state(self.generator_optimizer),
+            "surrogate steps": optimizer_state(self.surrogate_optimizer),
+            "known": vars(self.transfer_set),
             "stream": {"state": self.stream.get_state()},
         }
         return Checkpoint(flatten(parts), {})
 
-    def restore(self, snapshot: Checkpoint) -> None:
-        """Be as at that moment."""
+    def load(self, snapshot: Checkpoint) -> None:
+        """Restores a state, including the oracle's query log."""
         parts = unflatten(snapshot.tensors)
         self.generator.load_state_dict(parts["generator"])
         self.surrogate.load_state_dict(parts["surrogate"])
-        load_optimizer_state(self.generator_steps, parts["generator steps"])
-        load_optimizer_state(self.surrogate_steps, parts["surrogate steps"])
-        self.known = TransferSet(**parts["known"])
-        self.oracle.recall(self.known.images)
+        load_optimizer_state(self.generator_optimizer, parts["generator steps"])
+        load_optimizer_state(self.surrogate_optimizer, parts["surrogate steps"])
+        self.transfer_set = TransferSet(**parts["known"])
+        self.oracle.record_queries(self.transfer_set.images)
         self.stream.set_state(parts["stream"]["state"])
 
-    # ---- the two sides of a round
+    # ---- the two updates of a round
 
-    def improve_generator(self) -> None:
-        """Towards disagreement: ascend the L1 distance of logits along its estimated gradient in the pixels."""
+    def update_generator(self) -> None:
+        """Makes one ascent step on the L1 distance of logits, with its estimated gradient in the pixels."""
         images = self.generator(self._latent())
         with torch.no_grad():
-            levels = _levels(images)
-            here = self._disagreement(levels)
-            slope = torch.zeros_like(images)
+            levels = _to_levels(images)
+            base = self._disagreement(levels)
+            gradient = torch.zeros_like(images)
             for _ in range(self.settings.directions):
-                moved, taken = self._moved(levels)
-                rise = (self._disagreement(moved) - here) / taken.square().sum(dim=(1, 2, 3)).clamp_min(TINY)
-                slope += rise[:, None, None, None] * taken
-            slope *= images[0].numel() / self.settings.directions
-        self.generator_steps.zero_grad(set_to_none=True)
-        images.backward(-slope / len(images))
-        self.generator_steps.step()
+                moved, change = self._perturb(levels)
+                slope = (self._disagreement(moved) - base) / change.square().sum(dim=(1, 2, 3)).clamp_min(TINY)
+                gradient += slope[:, None, None, None] * change
+            gradient *= images[0].numel() / self.settings.directions
+        self.generator_optimizer.zero_grad(set_to_none=True)
+        images.backward(-gradient / len(images))
+        self.generator_optimizer.step()
 
-    def _moved(self, levels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Images some levels further along random signs, as far as the pixel range goes, and the change in [-1, 1]."""
+    def _perturb(self, levels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns images moved by `step` levels along random signs, clipped to [0, 255], and the change in [-1, 1]."""
         signs = torch.randint(0, 2, levels_BCHW.shape, generator=self.stream).to(levels_BCHW.device) * 2 - 1
         moved = (levels_BCHW.int() + self.settings.step * signs).clamp(0, PIXEL_LEVELS)
         return moved.to(torch.uint8), (moved - levels_BCHW.int()).float() / PIXEL_LEVELS
 
-    def improve_surrogate(self) -> None:
-        """One step towards the victim's answers to fresh images."""
+    def update_surrogate(self) -> None:
+        """Makes one step towards the victim's answers to a new batch of generated images."""
         with torch.no_grad():
-            images = _levels(self.generator(self._latent()))
-        answers = self._ask(images)
+            images = _to_levels(self.generator(self._latent()))
+        answers = self._query(images)
         self.surrogate.train()
-        self.surrogate_steps.zero_grad(set_to_none=True)
+        self.surrogate_optimizer.zero_grad(set_to_none=True)
         logits = self.surrogate(images.float() / PIXEL_LEVELS)
-        loss = functional.l1_loss(_centred(functional.log_softmax(logits, dim=1)), _logits(answers))
+        loss = functional.l1_loss(_centered(functional.log_softmax(logits, dim=1)), _logits_from_probabilities(answers))
         loss.backward()  # type: ignore[no-untyped-call]
-        self.surrogate_steps.step()
+        self.surrogate_optimizer.step()
         self.surrogate.eval()
 
     def _disagreement(self, levels_BCHW: Tensor) -> Tensor:
-        logits = _centred(functional.log_softmax(self.surrogate(levels_BCHW.float() / PIXEL_LEVELS), dim=1))
-        return (logits - _logits(self._ask(levels_BCHW))).abs().sum(dim=1)
+        logits = _centered(functional.log_softmax(self.surrogate(levels_BCHW.float() / PIXEL_LEVELS), dim=1))
+        return (logits - _logits_from_probabilities(self._query(levels_BCHW))).abs().sum(dim=1)
 
-    def _ask(self, images: Tensor) -> Tensor:
-        new = asked(self.oracle, images.cpu())
-        self.known = new if self.known is None else joined(self.known, new)
+    def _query(self, images: Tensor) -> Tensor:
+        new = query(self.oracle, images.cpu())
+        self.transfer_set = new if self.transfer_set is None else concatenate(self.transfer_set, new)
         return new.answers.to(images.device)
 
     def _latent(self) -> Tensor:
         return torch.randn(self.settings.batch_size, self.settings.latent, generator=self.stream).to(device())
 
 
-def _levels(images_BCHW: Tensor) -> Tensor:
+def _to_levels(images_BCHW: Tensor) -> Tensor:
     return (images_BCHW * PIXEL_LEVELS).round().to(torch.uint8)
 
 
-def _logits(answers_BK: Tensor) -> Tensor:
-    """Logits from probabilities, up to their mean (B, K): the paper's recovery."""
-    return _centred(answers_BK.clamp_min(TINY).log())
+def _logits_from_probabilities(answers_BK: Tensor) -> Tensor:
+    """Returns mean-free logits (B, K) that give these probabilities, as in the paper."""
+    return _centered(answers_BK.clamp_min(TINY).log())
 
 
-def _centred(logits_BK: Tensor) -> Tensor:
+def _centered(logits_BK: Tensor) -> Tensor:
     return logits_BK - logits_BK.mean(dim=1, keepdim=True)

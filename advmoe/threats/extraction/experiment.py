@@ -1,4 +1,4 @@
-"""One extraction attack tried on its victims: ask, write down, train, measure, look for traces.
+"""One extraction study: queries the victims, trains surrogates on the answers, and measures surrogates and queries.
 
 Shapes: N images, K classes.
 """
@@ -17,28 +17,30 @@ from advmoe.core.errors import UserError
 from advmoe.data import dataset
 from advmoe.data.dataset import Dataset
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Plain
-from advmoe.runtime.checkpoints import storage, workdir
-from advmoe.runtime.checkpoints.manager import Resumable, StepCallback, checkpointing
+from advmoe.models.classifiers import PlainArchitecture
+from advmoe.runtime.checkpoints.manager import Resumable, StepCallback
 from advmoe.runtime.machine import generator
 from advmoe.runtime.parallel import parallel_map
+from advmoe.threats.experiment import OutputPaths, load_or_compute, print_outputs, resumable_loop, run_in_workdir
 from advmoe.threats.extraction import metrics, prada, query_pools, report, surrogate, transfer_set, victims
 from advmoe.threats.extraction.config import Common, Study
 from advmoe.threats.extraction.context import AttackContext
-from advmoe.threats.extraction.metrics import Exam, SurrogateAnswers, VictimAnswers
-from advmoe.threats.extraction.oracle import Oracle, told_as
+from advmoe.threats.extraction.metrics import EvaluationInputs, SurrogateAnswers, VictimAnswers
+from advmoe.threats.extraction.oracle import Oracle, format_answers
 from advmoe.threats.extraction.query_pools import AnyPool, Candidates
-from advmoe.threats.extraction.registry import steal
+from advmoe.threats.extraction.registry import run_extraction
 from advmoe.threats.extraction.report import Row
 from advmoe.threats.extraction.transfer_set import TransferSet
+from advmoe.training.job import TrainingResult
 from advmoe.training.job_key import model_fingerprint
-from advmoe.training.trainer import TrainingResult
 
 
 @dataclass(frozen=True)
 class ExtractionExperiment:
-    """Everything that a study starts from. `weights`: of a stranger; `folder`: for transfer sets and surrogates;
-    `shelf`: for surrogates until the study is on record, see `advmoe.runtime.checkpoints.workdir`.
+    """All inputs of a study.
+
+    `weights`: of an external victim; `folder`: for transfer sets and surrogates; `checkpoint_dir`: for resume, see
+    `advmoe.runtime.checkpoints.workdir`. `run_experiment` sets both folders.
     """
 
     name: str
@@ -47,242 +49,243 @@ class ExtractionExperiment:
     seed: int
     epsilon: float
     weights: Path | None
-    folder: Path
-    shelf: Path | None = None
+    folder: Path = Path()
+    checkpoint_dir: Path | None = None
 
 
-@dataclass(frozen=True)
-class OutputPaths:
-    """Where the results of a study go: the headline, every run, and plots."""
+def run_experiment(experiment: ExtractionExperiment, outputs: OutputPaths) -> None:
+    """Runs a study, writes its results and prints them; continues from the checkpoints of an interrupted run.
 
-    metrics: Path
-    runs: Path
-    plots: Path
-
-
-def run_experiment(case: ExtractionExperiment, places: OutputPaths) -> None:
-    """Run a study, write it down and show it; what was done before a kill is taken over.
-
-    Raises UserError for what cannot be.
+    Raises UserError for a study that cannot run on this data or with these victims.
     """
-    question = replace(case, folder=Path())  # where the answers go changes none of them
-    with workdir.open_workdir(f"extract-{case.name}", question, _data().sha256) as shelf:
-        _conduct(replace(case, shelf=shelf), places)
+    facts = (replace(experiment, folder=Path()), _dataset().sha256)  # the folder does not affect the results
+
+    def run_and_write(checkpoint_dir: Path | None) -> None:
+        _run_and_write(replace(experiment, folder=outputs.models, checkpoint_dir=checkpoint_dir), outputs)
+
+    run_in_workdir(f"extract-{experiment.name}", facts, run_and_write)
 
 
-def _conduct(case: ExtractionExperiment, places: OutputPaths) -> None:
-    rows = run(case)
-    images = len(_data()["test"].first(case.common.images))
-    about = {"attack": case.study.attack.kind, "epsilon": case.epsilon, "images": images}
-    report.write(rows, about, places.metrics, places.runs, places.plots / "curve.csv")
-    report.show(case.name, rows, images)
-    console.say(f"numbers: {places.metrics}, {places.runs}   plots: {places.plots}/   models: {case.folder}/")
+def _run_and_write(experiment: ExtractionExperiment, outputs: OutputPaths) -> None:
+    rows = run(experiment)
+    images = len(_dataset()["test"].first(experiment.common.images))
+    about = {"attack": experiment.study.attack.kind, "epsilon": experiment.epsilon, "images": images}
+    report.write(rows, about, outputs.metrics, outputs.runs, outputs.plots / "curve.csv")
+    report.show(experiment.name, rows, images)
+    print_outputs(outputs, outputs.plots, outputs.models)
 
 
-def run(case: ExtractionExperiment) -> list[Row]:
-    """All victims and seeds, two at a time where there are cores for it."""
-    strangers = [name for name in case.study.surrogates if name not in case.common.surrogates]
-    if strangers:
-        raise UserError(f"surrogate '{strangers[0]}' is not known; there are {files.names(case.common.surrogates)}")
-    _check_victims(case)
-    jobs = [(victim, added) for victim in case.study.victims for added in case.study.seeds]
-    campaign = partial(_campaign, case)
-    # answers that cost money are remembered by the process that got them: no other may ask beside it
-    costly = any(user_code.names_code(name) for name in case.study.victims)
-    return [row for rows in (map(campaign, jobs) if costly else parallel_map(campaign, jobs)) for row in rows]
+def run(experiment: ExtractionExperiment) -> list[Row]:
+    """Runs a study on all victims and seeds and returns its results; writes transfer sets and surrogates."""
+    known = experiment.common.surrogates
+    unknown = [name for name in experiment.study.surrogates if name not in known]
+    if unknown:
+        raise UserError(f"surrogate '{unknown[0]}' is not known; there are {files.join_names(known)}")
+    _check_victims(experiment)
+    jobs = [(victim, seed_offset) for victim in experiment.study.victims for seed_offset in experiment.study.seeds]
+    run_victim = partial(_run_victim, experiment)
+    # the cache of a user's function belongs to one process; a second one would send the same, possibly paid, queries
+    has_function = any(user_code.is_code_reference(name) for name in experiment.study.victims)
+    results = [run_victim(job) for job in jobs] if has_function else parallel_map(run_victim, jobs)
+    return [row for rows in results for row in rows]
 
 
-def _check_victims(case: ExtractionExperiment) -> None:
-    """Raises UserError for a victim that is not there, and for two of one name, before any of them is asked."""
-    names = [victims.load(name, case.weights, _data().facts).name for name in case.study.victims]
-    for name, shown in zip(case.study.victims, names, strict=True):
-        if names.count(shown) > 1:
-            raise UserError(f"victim '{name}': there are two called '{shown}'; ask them one after the other")
+def _check_victims(experiment: ExtractionExperiment) -> None:
+    """Raises UserError for a missing victim and for two victims with the same short name, before the first query."""
+    names = [victims.load(name, experiment.weights, _dataset().facts).name for name in experiment.study.victims]
+    for name, short_name in zip(experiment.study.victims, names, strict=True):
+        if names.count(short_name) > 1:
+            raise UserError(f"victim '{name}': there are two called '{short_name}'; run them one after the other")
 
 
 @lru_cache(maxsize=1)
-def _data() -> Dataset:
+def _dataset() -> Dataset:
     return dataset.load(paths.DATASET)
 
 
-def _campaign(case: ExtractionExperiment, job: tuple[str, int]) -> list[Row]:
-    """One victim and seed: all queries in every answer mode, then the control, then every budget and surrogate."""
-    campaign = ExtractionRun(case, *job, _data())
-    victim = campaign.victim
-    if victim.paid is not None:
-        console.say(f"{victim.name}: beside the budget, the exam asks up to {campaign.exam_questions} images")
-    stolen = [campaign.ask(mode) for mode in case.study.answers]
-    rows = campaign.controls()
-    for loot in stolen:
-        rows += campaign.learn(loot)
-    if victim.paid is not None:
-        kept = len(victim.paid.answers)
-        console.say(f"{victim.name}: {kept} answers, those to the exam included, are kept in {victim.paid.folder}/")
+def _run_victim(experiment: ExtractionExperiment, job: tuple[str, int]) -> list[Row]:
+    """Runs one victim and seed: all queries in every answer mode, the controls, then every budget and surrogate."""
+    extraction_run = ExtractionRun(experiment, *job, _dataset())
+    victim = extraction_run.victim
+    if victim.cache is not None:
+        queries = extraction_run.evaluation_queries
+        console.info(f"{victim.name}: the evaluation sends up to {queries} queries in addition to the budget")
+    transfer_results = [extraction_run.query_victim(mode) for mode in experiment.study.answers]
+    rows = extraction_run.train_controls()
+    for result in transfer_results:
+        rows += extraction_run.train_surrogates(result)
+    if victim.cache is not None:
+        cached = len(victim.cache.answers)
+        console.info(f"{victim.name}: {cached} answers, evaluation included, are cached in {victim.cache.folder}/")
     return rows
 
 
-def _exam(case: ExtractionExperiment, data: Dataset) -> Exam:
-    common = case.common
-    noise = query_pools.uniform_noise(common.noise, data.facts, generator(case.seed, "extract", "noise"))
+def _evaluation_inputs(experiment: ExtractionExperiment, data: Dataset) -> EvaluationInputs:
+    common, seed = experiment.common, experiment.seed
+    noise = query_pools.uniform_noise(common.noise, data.facts, generator(seed, "extract", "noise"))
     split = data["test"].first(common.images)
-    return Exam(split, noise, common.robust, case.epsilon, case.seed, common.recipe.precision)
+    return EvaluationInputs(split, noise, common.robust, experiment.epsilon, seed, common.recipe.precision)
 
 
 @dataclass(frozen=True)
 class TransferResult:
-    """What one oracle answered: in which mode, under which name it lies on disk, and its content hash there."""
+    """The transfer set of one answer mode, with the stem of its file name and its content hash."""
 
     mode: str
     title: str
-    found: TransferSet
+    transfer_set: TransferSet
     sha256: str
 
 
 class ExtractionRun:
-    """One attacker against one victim."""
+    """The study's attack on one victim under one seed; `victim_name` is the name in the study."""
 
-    def __init__(self, case: ExtractionExperiment, asked_for: str, added: int, data: Dataset) -> None:
-        self.case, self.asked_for, self.added, self.data = case, asked_for, added, data
-        self.victim = victims.load(asked_for, case.weights, data.facts)
-        self.exam = _exam(case, data)
-        self.run_seed = case.seed + added
-        self.control: dict[str, SurrogateAnswers] = {}
+    def __init__(self, experiment: ExtractionExperiment, victim_name: str, seed_offset: int, data: Dataset) -> None:
+        self.experiment, self.victim_name, self.seed_offset, self.data = experiment, victim_name, seed_offset, data
+        self.victim = victims.load(victim_name, experiment.weights, data.facts)
+        self.inputs = _evaluation_inputs(experiment, data)
+        self.run_seed = experiment.seed + seed_offset
+        self.controls: dict[str, SurrogateAnswers] = {}
 
     @cached_property
-    def known(self) -> VictimAnswers:
-        """The victim's answers to the exam."""
-        file = workdir.checkpoint_path(self.case.shelf, "sheet", self.victim.identity)
-        return storage.load_or_compute(
-            file,
-            lambda: metrics.to_keep(metrics.victim_answers(self.victim, self.exam)),
-            lambda found: metrics.as_kept(found, VictimAnswers),
+    def victim_answers(self) -> VictimAnswers:
+        """The victim's answers to the evaluation inputs."""
+        return load_or_compute(
+            self.experiment.checkpoint_dir,
+            "sheet",
+            (self.victim.identity,),
+            lambda: metrics.to_checkpoint(metrics.victim_answers(self.victim, self.inputs)),
+            lambda checkpoint: metrics.from_checkpoint(checkpoint, VictimAnswers),
         )
 
-    def _examined(self, surrogate: nn.Module) -> SurrogateAnswers:
-        """A surrogate's answers to it; what was asked before a kill is not asked again."""
-        file = workdir.checkpoint_path(self.case.shelf, "copy", self.victim.identity, model_fingerprint(surrogate))
-        find = partial(metrics.examine, surrogate, self.victim, self.known, self.exam)
-        return storage.load_or_compute(
-            file, lambda: metrics.to_keep(find()), lambda found: metrics.as_kept(found, SurrogateAnswers)
+    def _surrogate_answers(self, network: nn.Module) -> SurrogateAnswers:
+        """Loads or computes a surrogate's answers to the evaluation inputs."""
+        compute = partial(metrics.surrogate_answers, network, self.victim, self.victim_answers, self.inputs)
+        return load_or_compute(
+            self.experiment.checkpoint_dir,
+            "copy",
+            (self.victim.identity, model_fingerprint(network)),
+            lambda: metrics.to_checkpoint(compute()),
+            lambda checkpoint: metrics.from_checkpoint(checkpoint, SurrogateAnswers),
         )
 
-    def controls(self) -> list[Row]:
-        """Surrogates trained on the attacker's own images and their true labels: the victim was never asked."""
-        own = transfer_set.labelled(query_pools.in_distribution(self.data), self.data.facts.classes)
+    def train_controls(self) -> list[Row]:
+        """Trains control surrogates on the attacker's own images and their true labels, without any query."""
+        labelled = transfer_set.from_labels(query_pools.in_distribution(self.data), self.data.facts.classes)
         rows = []
-        for name in self.case.study.surrogates:
-            trained = self._train(name, own)
-            self.control[name] = self._examined(trained.model)
-            # it knows nothing of the victim: the same for all of them, and one is enough to write it
-            if self.asked_for == self.case.study.victims[0]:
-                self._save(f"control-seed-{self.added}/{name}", name, trained, {})
-            found = metrics.numbers(self.control[name], None, self.known, self.exam)
-            rows.append(Row(self.victim.name, report.CONTROL, name, 0, self.added, found, {}))
+        for name in self.experiment.study.surrogates:
+            trained = self._train(name, labelled)
+            self.controls[name] = self._surrogate_answers(trained.model)
+            # controls do not depend on the victim, so they are saved for the first victim only
+            if self.victim_name == self.experiment.study.victims[0]:
+                self._save_surrogate(f"control-seed-{self.seed_offset}/{name}", name, trained, {})
+            values = metrics.compute_metrics(self.controls[name], None, self.victim_answers, self.inputs)
+            rows.append(Row(self.victim.name, report.CONTROL, name, 0, self.seed_offset, values, {}))
         return rows
 
     @property
-    def exam_questions(self) -> int:
-        """How many images the victim is asked about to measure what was stolen."""
-        study = self.case.study
-        copies = len(study.surrogates) * (1 + len(study.answers) * len(study.budgets))
-        return len(self.exam.split) * (2 + copies) + len(self.exam.noise)
+    def evaluation_queries(self) -> int:
+        """Maximum number of images that the victim classifies for the evaluation, beyond the attacker's queries."""
+        study = self.experiment.study
+        surrogates = len(study.surrogates) * (1 + len(study.answers) * len(study.budgets))
+        return len(self.inputs.split) * (2 + surrogates) + len(self.inputs.noise)
 
-    def ask(self, mode: str) -> TransferResult:
-        """Ask once, up to the largest budget, and write it down before anything is learned from it."""
-        case, started = self.case, time.monotonic()
-        oracle = Oracle(self.victim.ask, mode, max(case.study.budgets))
-        found = steal(case.study.attack, self._tools(oracle))
-        assert len(found.images) == oracle.used, "a query that is not in the transfer set"
-        title = f"{self.victim.name.replace('/', '-')}-{mode}-seed-{self.added}"
+    def query_victim(self, mode: str) -> TransferResult:
+        """Runs the attack with the largest budget and writes its transfer set, before any surrogate is trained."""
+        experiment, started = self.experiment, time.monotonic()
+        oracle = Oracle(self.victim.query, mode, max(experiment.study.budgets))
+        queried = run_extraction(experiment.study.attack, self._attack_context(oracle))
+        assert len(queried.images) == oracle.used, "a query that is not in the transfer set"
+        title = f"{self.victim.name.replace('/', '-')}-{mode}-seed-{self.seed_offset}"
         sha256 = transfer_set.save(
-            case.folder / f"{title}.safetensors",
-            found,
-            oracle.asked,
-            about={"attack": case.study.attack.kind, "answers": mode, "victim": self.victim.name},
-            params=case.study.model_dump(mode="json"),
+            experiment.folder / f"{title}.safetensors",
+            queried,
+            oracle.query_log,
+            about={"attack": experiment.study.attack.kind, "answers": mode, "victim": self.victim.name},
+            params=experiment.study.model_dump(mode="json"),
             inputs={"dataset": self.data.sha256, "victim": self.victim.identity},
             seed=self.run_seed,
             seconds=time.monotonic() - started,
         )
-        return TransferResult(mode, title, found, sha256)
+        return TransferResult(mode, title, queried, sha256)
 
-    def learn(self, loot: TransferResult) -> list[Row]:
-        """At every budget every surrogate from scratch."""
-        study = self.case.study
-        traces, rows = self._traces(loot.found, loot.mode), []
+    def train_surrogates(self, result: TransferResult) -> list[Row]:
+        """Trains every surrogate from scratch at every budget and measures it."""
+        study = self.experiment.study
+        detection, rows = self._query_stats(result.transfer_set, result.mode), []
         for budget in sorted(study.budgets):
-            bought = loot.found.within(budget)
+            within_budget = result.transfer_set.within_budget(budget)
             for name in study.surrogates:
-                trained = self._train(name, bought)
-                self._save(f"{loot.title}/{name}-{budget}", name, trained, {"transfer set": loot.sha256})
-                copy = self._examined(trained.model)
-                numbers = metrics.numbers(copy, self.control[name], self.known, self.exam)
-                amounts = {"queries_used": len(bought.images), "sha256": loot.sha256, **traces}
-                if amounts["alarm_after"] is not None and amounts["alarm_after"] > len(bought.images):
-                    amounts["alarm_after"] = None  # only a larger budget would have been noticed
-                rows.append(Row(self.victim.name, loot.mode, name, budget, self.added, numbers, amounts))
-                console.say(report.sentence(rows[-1]))
+                trained = self._train(name, within_budget)
+                self._save_surrogate(f"{result.title}/{name}-{budget}", name, trained, {"transfer set": result.sha256})
+                answers = self._surrogate_answers(trained.model)
+                values = metrics.compute_metrics(answers, self.controls[name], self.victim_answers, self.inputs)
+                query_stats = {"queries_used": len(within_budget.images), "sha256": result.sha256, **detection}
+                if query_stats["alarm_after"] is not None and query_stats["alarm_after"] > len(within_budget.images):
+                    query_stats["alarm_after"] = None  # the alarm is raised at a larger budget only
+                rows.append(Row(self.victim.name, result.mode, name, budget, self.seed_offset, values, query_stats))
+                console.info(report.summary_line(rows[-1]))
         return rows
 
-    def _tools(self, oracle: Oracle) -> AttackContext:
-        first = self.case.study.surrogates[0]
-        kind = self.case.study.attack.kind
+    def _attack_context(self, oracle: Oracle) -> AttackContext:
+        first = self.experiment.study.surrogates[0]
+        backbone, kind = self.experiment.common.surrogates[first], self.experiment.study.attack.kind
         return AttackContext(
             oracle=oracle,
-            gather=self._gather,
-            learn=lambda known: self._train(first, known).model,
-            fresh=lambda: surrogate.fresh(self.case.common.surrogates[first], self.data, self.run_seed, kind, "fresh"),
+            load_pool=self._load_pool,
+            train_surrogate=lambda queried: self._train(first, queried).model,
+            build_surrogate=lambda: surrogate.build(backbone, self.data, self.run_seed, kind, "fresh"),
             stream=generator(self.run_seed, "extract", kind),
             facts=self.data.facts,
-            keep=partial(self._keep, oracle),
+            checkpointing=partial(self._checkpointing, oracle),
         )
 
-    def _keep(self, oracle: Oracle, work: Resumable) -> AbstractContextManager[StepCallback]:
-        """Beside what determines the study: whom exactly it asks, and how."""
-        title = f"{self.case.study.attack.kind} on {self.victim.name}"
+    def _checkpointing(self, oracle: Oracle, work: Resumable) -> AbstractContextManager[StepCallback]:
+        """Makes an attack resumable; the checkpoint belongs to this victim, answer mode, budget and seed."""
+        title = f"{self.experiment.study.attack.kind} on {self.victim.name}"
         facts = (self.victim.identity, oracle.mode, oracle.budget, self.run_seed)
-        return checkpointing(work, title, workdir.checkpoint_path(self.case.shelf, "attack", *facts))
+        return resumable_loop(self.experiment.checkpoint_dir, "attack", facts, work, title)
 
-    def _gather(self, pool: AnyPool) -> Candidates:
-        # the stream is named after the pool alone: every attack, victim and answer mode meets the same images
-        return query_pools.gather(pool, self.data, generator(self.run_seed, "extract", "pool", pool.kind))
+    def _load_pool(self, pool: AnyPool) -> Candidates:
+        # the seed depends on the pool alone, so that all attacks, victims and answer modes use the same images
+        return query_pools.load_pool(pool, self.data, generator(self.run_seed, "extract", "pool", pool.kind))
 
-    def _train(self, name: str, known: TransferSet) -> TrainingResult:
-        case = self.case
+    def _train(self, name: str, queried: TransferSet) -> TrainingResult:
+        experiment = self.experiment
         return surrogate.train(
             name,
-            case.common.surrogates[name],
-            known,
+            experiment.common.surrogates[name],
+            queried,
             self.data,
-            case.common,
+            experiment.common,
             seed=self.run_seed,
-            epsilon=case.epsilon,
-            shelf=case.shelf,
+            epsilon=experiment.epsilon,
+            checkpoint_dir=experiment.checkpoint_dir,
         )
 
-    def _save(self, title: str, name: str, trained: TrainingResult, inputs: dict[str, str]) -> None:
-        common = self.case.common
+    def _save_surrogate(self, title: str, name: str, trained: TrainingResult, inputs: dict[str, str]) -> None:
+        study, common = self.experiment.study, self.experiment.common
         classifiers.save(
-            self.case.folder / f"{title}.safetensors",
+            self.experiment.folder / f"{title}.safetensors",
             trained.model,
-            Plain(kind="plain", backbone=common.surrogates[name]),
+            PlainArchitecture(kind="plain", backbone=common.surrogates[name]),
             self.data.facts,
-            params={"study": self.case.study.model_dump(mode="json"), "recipe": common.recipe.model_dump(mode="json")},
+            params={"study": study.model_dump(mode="json"), "recipe": common.recipe.model_dump(mode="json")},
             inputs={"dataset": self.data.sha256, **inputs},
             seed=self.run_seed,
             metrics={},
             seconds=trained.seconds,
         )
 
-    def _traces(self, found: TransferSet, mode: str) -> dict[str, Any]:
-        """After how many queries the detector notices the thief, and an honest user who asks about the test images; and
-        what the answer mode costs that user.
+    def _query_stats(self, queried: TransferSet, mode: str) -> dict[str, Any]:
+        """Returns after how many queries the detector raises an alarm, for the attacker and for a benign user who
+        queries the test images, and the costs of the answer mode for that user.
         """
-        told = told_as(self.known.probabilities, mode)
-        detector, split = self.case.common.detector, self.exam.split
+        answers = format_answers(self.victim_answers.probabilities, mode)
+        detector, split = self.experiment.common.detector, self.inputs.split
         return {
-            "alarm_after": prada.alarm_after(found.images, found.answers.argmax(1), detector),
-            "honest_alarm_after": prada.alarm_after(split.images, told.argmax(1), detector),
+            "alarm_after": prada.queries_until_alarm(queried.images, queried.answers.argmax(1), detector),
+            "honest_alarm_after": prada.queries_until_alarm(split.images, answers.argmax(1), detector),
             "honest_queries": len(split),
-            **metrics.cost_to_honest(self.known.probabilities, told, split.labels),
+            **metrics.benign_user_cost(self.victim_answers.probabilities, answers, split.labels),
         }

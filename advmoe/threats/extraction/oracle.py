@@ -1,7 +1,8 @@
-"""The oracle contract: whatever is attacked stands behind it, and every image costs one query.
+"""The oracle: black-box access to a victim with a query budget; every image is one query.
 
-The victim answers in eval mode, without gradients, with a softmax at temperature 1; the attacker sees what the answer
-mode leaves of that. A budget is a wall, not a counter: what would exceed it raises before the victim is asked.
+The victim answers in eval mode, without gradients, with a softmax at temperature 1; the attacker receives the answers
+in the format of the answer mode. The attack never sends more queries than the budget: a batch that exceeds it raises
+before the victim is queried.
 
 Shapes: N images, C channel, H/W pixels, K classes.
 """
@@ -16,50 +17,50 @@ from torch import Tensor
 from torch.nn import functional
 
 from advmoe.core.errors import UserError
-from advmoe.data.dataset import digests
+from advmoe.data.dataset import image_digests
 
-# soft: all probabilities; rounded-k: the same to k decimals, a defence; top1: the class and nothing else
-Answers = Annotated[str, StringConstraints(pattern=r"^(soft|top1|rounded-[1-9])$")]
+# soft: all probabilities; rounded-k: probabilities to k decimals, a defence; top1: the class only, one-hot
+AnswerMode = Annotated[str, StringConstraints(pattern=r"^(soft|top1|rounded-[1-9])$")]
 # uint8 images (N, C, H, W) -> probabilities (N, K)
-Ask = Callable[[Tensor], Tensor]
+QueryFn = Callable[[Tensor], Tensor]
 
 
 @dataclass
 class Oracle:
-    """A victim with a budget. `used` counts images; `asked` holds their digests in order: the query log."""
+    """A victim with a query budget. `used`: number of images sent; `query_log`: their digests in order."""
 
-    ask_victim: Ask
+    query_victim: QueryFn
     mode: str
     budget: int
     used: int = 0
-    asked: list[str] = field(default_factory=list)
+    query_log: list[str] = field(default_factory=list)
 
     @property
-    def left(self) -> int:
-        """Queries that may still be asked."""
+    def remaining(self) -> int:
+        """Number of queries left in the budget."""
         return self.budget - self.used
 
-    def ask(self, images_NCHW: Tensor) -> Tensor:
-        """The answers (N, K) to uint8 images, as the mode leaves them: one-hot for classes.
+    def query(self, images_NCHW: Tensor) -> Tensor:
+        """Returns the answers (N, K) to uint8 images (N, C, H, W), in the format of the answer mode.
 
-        Raises UserError when the budget does not cover all of them; none is asked then.
+        Raises UserError when the budget does not cover all images; none is sent then.
         """
-        if len(images_NCHW) > self.left:
+        if len(images_NCHW) > self.remaining:
             raise UserError(
-                f"the budget of {self.budget} queries does not cover {len(images_NCHW)} more: {self.left} are left"
+                f"the budget of {self.budget} queries does not cover {len(images_NCHW)} more: {self.remaining} are left"
             )
-        told = self.ask_victim(images_NCHW)
-        self.recall(images_NCHW)
-        return told_as(told, self.mode)
+        probabilities = self.query_victim(images_NCHW)
+        self.record_queries(images_NCHW)
+        return format_answers(probabilities, self.mode)
 
-    def recall(self, images_NCHW: Tensor) -> None:
-        """Count images that were asked, be it before a kill: those cost their queries too."""
+    def record_queries(self, images_NCHW: Tensor) -> None:
+        """Counts and logs images as queries, also those that were sent before an interruption."""
         self.used += len(images_NCHW)
-        self.asked += digests(images_NCHW)
+        self.query_log += image_digests(images_NCHW)
 
 
-def told_as(probabilities_NK: Tensor, mode: str) -> Tensor:
-    """What an answer mode leaves of probabilities, (N, K)."""
+def format_answers(probabilities_NK: Tensor, mode: str) -> Tensor:
+    """Returns probabilities (N, K) in the format of an answer mode (N, K)."""
     if mode == "soft":
         return probabilities_NK
     if mode == "top1":

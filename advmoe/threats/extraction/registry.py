@@ -1,4 +1,4 @@
-"""All extraction attacks by name. A new one is a file beside this, a line in the union and one in ATTACKS."""
+"""The registry of extraction attacks. To add one, write its module and extend `AnyExtraction` and `ATTACKS`."""
 
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from advmoe.threats.extraction.transfer_set import TransferSet
 
 AnyExtraction = Knockoff | KnockoffAdaptive | Copycat | Jbda | Best | Dfme
 Extraction = Annotated[AnyExtraction, Field(discriminator="kind")]
-BY_SHARES = (Best, KnockoffAdaptive)  # their first queries depend on the whole budget
+SINGLE_BUDGET_ATTACKS = (Best, KnockoffAdaptive)  # the first queries of a run depend on its whole budget
 ATTACKS: dict[type[Any], Callable[..., TransferSet]] = {
     Knockoff: knockoff,
     KnockoffAdaptive: knockoff_adaptive,
@@ -27,6 +27,9 @@ ATTACKS: dict[type[Any], Callable[..., TransferSet]] = {
 }
 
 
-def steal(settings: AnyExtraction, tools: AttackContext) -> TransferSet:
-    """Spend the oracle's budget. Raises UserError for a budget that cannot be spent, and for what the victim does."""
-    return ATTACKS[type(settings)](settings, tools)
+def run_extraction(settings: AnyExtraction, context: AttackContext) -> TransferSet:
+    """Runs an attack up to the oracle's budget.
+
+    Raises UserError for a budget that the attack cannot use up and for errors of the victim.
+    """
+    return ATTACKS[type(settings)](settings, context)

@@ -1,4 +1,4 @@
-"""What an attacker learned by asking: images with the victim's answers. Asked once, saved, and only then trained on.
+"""Transfer sets: query images with the victim's answers, saved before any surrogate is trained on them.
 
 Shapes: N images, C channel, H/W pixels, K classes.
 """
@@ -22,35 +22,35 @@ KIND = "transfer-set"
 
 @dataclass(frozen=True)
 class TransferSet:
-    """`images` (N, C, H, W) uint8 and `answers` (N, K), in the order in which they were asked; `queries` (N,): how many
-    had been paid when an image was answered, 0 for images whose labels the attacker had anyway.
+    """`images` (N, C, H, W) uint8 and `answers` (N, K) in query order; `queries` (N,): the number of queries sent up to
+    and including an image, 0 for images with true labels, which cost no query.
     """
 
     images: Tensor
     answers: Tensor
     queries: Tensor
 
-    def within(self, budget: int) -> "TransferSet":
-        """What a smaller budget would have bought."""
-        paid = self.queries <= budget
-        return TransferSet(self.images[paid], self.answers[paid], self.queries[paid])
+    def within_budget(self, budget: int) -> "TransferSet":
+        """Returns the part that a budget of that many queries covers."""
+        covered = self.queries <= budget
+        return TransferSet(self.images[covered], self.answers[covered], self.queries[covered])
 
 
-def asked(oracle: Oracle, images_NCHW: Tensor) -> TransferSet:
-    """Ask about uint8 images and keep the answers. Raises UserError when the budget does not cover them."""
-    already = oracle.used
-    answers = oracle.ask(images_NCHW)
-    return TransferSet(images_NCHW, answers, already + torch.arange(1, len(images_NCHW) + 1))
+def query(oracle: Oracle, images_NCHW: Tensor) -> TransferSet:
+    """Queries uint8 images (N, C, H, W). Raises UserError when the budget does not cover them."""
+    used = oracle.used
+    answers = oracle.query(images_NCHW)
+    return TransferSet(images_NCHW, answers, used + torch.arange(1, len(images_NCHW) + 1))
 
 
-def labelled(split: Split, classes: int) -> TransferSet:
-    """Images whose true labels the attacker has anyway: no query was paid for them."""
+def from_labels(split: Split, classes: int) -> TransferSet:
+    """Returns a split with one-hot true labels as a transfer set that cost no queries."""
     answers = functional.one_hot(split.labels, classes).float()
     return TransferSet(split.images, answers, torch.zeros(len(split), dtype=torch.int64))
 
 
-def joined(first: TransferSet, second: TransferSet) -> TransferSet:
-    """One after the other."""
+def concatenate(first: TransferSet, second: TransferSet) -> TransferSet:
+    """Concatenates two transfer sets."""
     return TransferSet(
         torch.cat([first.images, second.images]),
         torch.cat([first.answers, second.answers]),
@@ -60,8 +60,8 @@ def joined(first: TransferSet, second: TransferSet) -> TransferSet:
 
 def save(
     path: Path,
-    found: TransferSet,
-    log: Sequence[str],
+    transfer_set: TransferSet,
+    query_log: Sequence[str],
     *,
     about: Mapping[str, Any],
     params: Mapping[str, Any],
@@ -69,9 +69,14 @@ def save(
     seed: int,
     seconds: float,
 ) -> str:
-    """Write the set as an artifact, with the oracle's `log` of what was asked; returns its content hash."""
-    names = torch.tensor([list(bytes.fromhex(digest)) for digest in log], dtype=torch.uint8)
-    tensors = {"images": found.images, "answers": found.answers, "queries": found.queries, "log": names}
+    """Saves a transfer set and the oracle's `query_log` as an artifact. Returns its content hash."""
+    log = torch.tensor([list(bytes.fromhex(digest)) for digest in query_log], dtype=torch.uint8)
+    tensors = {
+        "images": transfer_set.images,
+        "answers": transfer_set.answers,
+        "queries": transfer_set.queries,
+        "log": log,
+    }
     written = artifacts.save(
         path, KIND, tensors, about=about, params=params, inputs=inputs, seed=seed, metrics={}, seconds=seconds
     )
@@ -79,24 +84,24 @@ def save(
 
 
 def load(path: Path) -> TransferSet:
-    """Read a transfer set. Raises UserError if it is missing, damaged or not one."""
+    """Loads a transfer set. Raises UserError if the file is missing, damaged or of another kind."""
     tensors = artifacts.load(path, KIND).tensors
     try:
-        found = TransferSet(tensors["images"], tensors["answers"], tensors["queries"])
+        transfer_set = TransferSet(tensors["images"], tensors["answers"], tensors["queries"])
     except KeyError as error:
         raise UserError(f"{path}: has no tensor {error}; build it again") from error
-    if not _fits(found):
-        raise UserError(f"{path}: its tensors do not belong together; build it again")
-    return found
+    if not _is_consistent(transfer_set):
+        raise UserError(f"{path}: its tensors have inconsistent shapes, types or values; build it again")
+    return transfer_set
 
 
-def _fits(found: TransferSet) -> bool:
-    rows = found.queries.shape
-    types = (found.images.dtype, found.answers.dtype, found.queries.dtype)
-    dimensions = (found.images.ndim, found.answers.ndim, found.queries.ndim)
+def _is_consistent(transfer_set: TransferSet) -> bool:
+    rows = transfer_set.queries.shape
+    types = (transfer_set.images.dtype, transfer_set.answers.dtype, transfer_set.queries.dtype)
+    dimensions = (transfer_set.images.ndim, transfer_set.answers.ndim, transfer_set.queries.ndim)
     return (
         types == (torch.uint8, torch.float32, torch.int64)
         and dimensions == (4, 2, 1)
-        and found.images.shape[:1] == found.answers.shape[:1] == rows
-        and bool(found.answers.isfinite().all())
+        and transfer_set.images.shape[:1] == transfer_set.answers.shape[:1] == rows
+        and bool(transfer_set.answers.isfinite().all())
     )

@@ -11,9 +11,10 @@ Shadows = Annotated[int, Field(ge=0, multiple_of=2, strict=True)]
 
 
 class MembershipSection(Settings):
-    """`victims`: how many shadow models each of them gets, trained as it was (an even number: each image is in half of
-    them); 0 leaves the loss threshold only. `attack`: makes the adversarial queries, at the top-level epsilon.
-    `against`: the victim that the others are compared with; `shadow_seed`: where shadows start, never a victim's.
+    """`victims`: number of shadow models by victim, trained by its recipe (even: each image is a training image of
+    half of them; 0: loss threshold only). `attack`: crafts the adversarial queries, at the top-level epsilon.
+    `against`: the victim that the others are compared with; `shadow_seed`: first seed of the shadow models, different
+    from the victims'.
     """
 
     victims: Annotated[dict[str, Shadows], Field(min_length=1)]
@@ -22,7 +23,7 @@ class MembershipSection(Settings):
     shadow_seed: Seed
 
     @model_validator(mode="after")
-    def _compared_with_one_of_them(self) -> "MembershipSection":
+    def _against_is_a_victim(self) -> "MembershipSection":
         if self.against not in self.victims:
             raise ValueError(f"against is '{self.against}', but victims has only {', '.join(self.victims)}")
         return self

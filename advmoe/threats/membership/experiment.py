@@ -1,9 +1,9 @@
-"""How much each network gives away of its training images.
+"""The membership audit: how well each network's training images are recognised from its outputs.
 
-Members are training images; the others come from the attacker's pool and the test split. Shadow models are trained by
-the pipeline's own recipes on random halves of all three, so that of every image half of them know nothing.
+Members are training images; non-members come from the attacker's pool and the test split. Shadow models are trained
+with the pipeline's recipes on random halves of all three splits, so that every image is a member of half of them.
 
-Shapes: N audited images, C channel, H/W pixels, K classes, S shadow models, U images that shadows are drawn from.
+Shapes: N audited images, C channel, H/W pixels, K classes, S shadow models, U images that shadows are trained on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,36 +20,28 @@ from advmoe.attacks.ball import LInf
 from advmoe.attacks.pgd import pgd
 from advmoe.core import console, paths
 from advmoe.data import dataset
-from advmoe.data.dataset import Dataset, Split, digests
+from advmoe.data.dataset import Dataset, Split, image_digests
 from advmoe.models import classifiers, inference
-from advmoe.runtime.checkpoints import storage, workdir
 from advmoe.runtime.checkpoints.storage import Checkpoint
 from advmoe.runtime.machine import derive_seed, device, generator
 from advmoe.runtime.parallel import parallel_map
-from advmoe.threats.extraction.victims import file_of
+from advmoe.threats.experiment import OutputPaths, load_or_compute, print_outputs, run_in_workdir
+from advmoe.threats.extraction.victims import artifact_path
 from advmoe.threats.membership import report
-from advmoe.threats.membership.attacks import (
-    Scores,
-    balanced,
-    calibrated_scores,
-    confidence_scores,
-    gap,
-    leak,
-    lira_scores,
-    loss_scores,
-)
+from advmoe.threats.membership.attacks import calibrated_scores, confidence_scores, lira_scores, loss_scores
 from advmoe.threats.membership.config import MembershipSection
+from advmoe.threats.membership.metrics import Scores, auc_difference, balanced_subsets, evaluate_scores
 from advmoe.threats.membership.report import Row
 from advmoe.threats.victim_training import VictimRecipes, VictimSpec, train_victims
 from advmoe.training.job_key import model_fingerprint
 
-BATCH = 200
+BATCH_SIZE = 200  # images of a forward pass
 CLEAN, ADVERSARIAL = "clean", "adversarial"
 
 
 @dataclass(frozen=True)
 class MembershipExperiment:
-    """Everything that the audit starts from."""
+    """All inputs of the audit."""
 
     section: MembershipSection
     recipes: VictimRecipes
@@ -57,8 +49,8 @@ class MembershipExperiment:
 
 @dataclass(frozen=True)
 class Audit:
-    """The audited images: `split`, whether each is a member (N,), and its position (N,) in `universe`, which shadows
-    are drawn from.
+    """The audited images: `split`, whether each is a member (N,), and its position (N,) in `universe`, the images that
+    shadow models are trained on.
     """
 
     split: Split
@@ -67,141 +59,150 @@ class Audit:
     universe: Split
 
 
-@dataclass(frozen=True)
-class OutputPaths:
-    """Where the results go: the headline, and every number with its interval."""
+def run_experiment(experiment: MembershipExperiment, outputs: OutputPaths) -> None:
+    """Runs the audit, writes its results and prints them; continues from the checkpoints of an interrupted run.
 
-    metrics: Path
-    runs: Path
-
-
-def run_experiment(case: MembershipExperiment, places: OutputPaths) -> None:
-    """Run the audit, write it down and show it; what was done before a kill is taken over.
-
-    Raises UserError for what cannot be.
+    Raises UserError for victims that cannot be audited.
     """
-    with workdir.open_workdir("membership", case.section, case.recipes, dataset.load(paths.DATASET).sha256) as shelf:
-        _conduct(replace(case, recipes=replace(case.recipes, shelf=shelf)), places)
+    facts = (experiment.section, experiment.recipes, dataset.load(paths.DATASET).sha256)
+
+    def run_and_write(checkpoint_dir: Path | None) -> None:
+        _run_and_write(replace(experiment, recipes=replace(experiment.recipes, checkpoint_dir=checkpoint_dir)), outputs)
+
+    run_in_workdir("membership", facts, run_and_write)
 
 
-def _conduct(case: MembershipExperiment, places: OutputPaths) -> None:
-    rows, audit = run(case)
+def _run_and_write(experiment: MembershipExperiment, outputs: OutputPaths) -> None:
+    rows, audit = run(experiment)
     members = int(audit.is_member.sum())
-    about = {"epsilon": case.recipes.epsilon, "members": members, "others": len(audit.split) - members}
-    report.write(rows, about, places.metrics, places.runs)
+    about = {"epsilon": experiment.recipes.epsilon, "members": members, "others": len(audit.split) - members}
+    report.write(rows, about, outputs.metrics, outputs.runs)
     report.show(rows, about)
-    console.say(f"numbers: {places.metrics}, {places.runs}")
+    print_outputs(outputs)
 
 
-def run(case: MembershipExperiment) -> tuple[list[Row], Audit]:
-    """Every victim, score and kind of query."""
-    audit = draw(dataset.load(paths.DATASET), case.recipes.seed)
-    victims = list(case.section.victims)
-    found = dict(zip(victims, parallel_map(partial(_asked, case, audit), victims), strict=True))
-    scores = {victim: _scores(case, audit, victim, found[victim]) for victim in victims}
-    rows = []
+def run(experiment: MembershipExperiment) -> tuple[list[Row], Audit]:
+    """Runs the audit; returns one row per victim, score and kind of query, and the audited images."""
+    audit = draw_audit(dataset.load(paths.DATASET), experiment.recipes.seed)
+    victims = list(experiment.section.victims)
+    log_probs_of = dict(zip(victims, parallel_map(partial(_victim_log_probs, experiment, audit), victims), strict=True))
+    scores = {victim: _membership_scores(experiment, audit, victim, log_probs_of[victim]) for victim in victims}
+    against, seed, rows = experiment.section.against, experiment.recipes.seed, []
     for victim, by_test in scores.items():
-        for test, mine in by_test.items():
-            other = None if victim == case.section.against else scores[case.section.against].get(test)
-            beyond = None if other is None else gap(mine, other, case.recipes.seed)
-            rows.append(Row(victim, *test, case.section.victims[victim], leak(mine, case.recipes.seed), beyond))
+        for test, victim_scores in by_test.items():
+            other = None if victim == against else scores[against].get(test)
+            difference = None if other is None else auc_difference(victim_scores, other, seed)
+            result = evaluate_scores(victim_scores, seed)
+            rows.append(Row(victim, *test, experiment.section.victims[victim], result, difference))
     return rows, audit
 
 
-def draw(data: Dataset, seed: int) -> Audit:
-    """Who is audited: as many members of each class as others. Raises UserError when there are none."""
-    train, others = data["train"], _joined(data["pool"], data["test"])
-    known = set(digests(train.images))  # what the source holds twice is a member, whatever split it is in
-    others = _rows(others, torch.tensor([digest not in known for digest in digests(others.images)], dtype=torch.bool))
-    inside, outside = balanced(train.labels, others.labels, generator(seed, "membership", "audit"))
-    universe = _joined(train, others)
+def draw_audit(data: Dataset, seed: int) -> Audit:
+    """Draws the audited images: in each class as many members as non-members.
+
+    Raises UserError when there are none.
+    """
+    train, others = data["train"], _concatenate(data["pool"], data["test"])
+    known = set(image_digests(train.images))  # a duplicate of a training image is a member, whatever its split
+    others = _select_rows(
+        others, torch.tensor([digest not in known for digest in image_digests(others.images)], dtype=torch.bool)
+    )
+    inside, outside = balanced_subsets(train.labels, others.labels, generator(seed, "membership", "audit"))
+    universe = _concatenate(train, others)
     position = torch.cat([inside, outside + len(train)])
     is_member = torch.arange(len(position)) < len(inside)
-    return Audit(_rows(universe, position), is_member, position, universe)
+    return Audit(_select_rows(universe, position), is_member, position, universe)
 
 
-def _joined(first: Split, second: Split) -> Split:
+def _concatenate(first: Split, second: Split) -> Split:
     pairs = zip((first.images, first.labels, first.index), (second.images, second.labels, second.index), strict=True)
     return Split(*(torch.cat(pair) for pair in pairs))
 
 
-def _rows(split: Split, rows: Tensor) -> Split:
+def _select_rows(split: Split, rows: Tensor) -> Split:
     return Split(split.images[rows], split.labels[rows], split.index[rows])
 
 
-Told = Mapping[str, Tensor]  # by kind of query: log-probabilities (N, K)
+LogProbs = Mapping[str, Tensor]  # log-probabilities (N, K) by kind of query
 
 
-def _asked(case: MembershipExperiment, audit: Audit, victim: str) -> Told:
-    """What a victim answers."""
-    return told(classifiers.load(file_of(victim)).model, case, audit)
+def _victim_log_probs(experiment: MembershipExperiment, audit: Audit, victim: str) -> LogProbs:
+    """Returns a victim's log-probabilities, see `cached_log_probs`."""
+    return cached_log_probs(classifiers.load(artifact_path(victim)).model, experiment, audit)
 
 
-def told(model: nn.Module, case: MembershipExperiment, audit: Audit) -> Told:
-    """What a network answers about the audited images, clean and each attacked on this network itself; what it was
-    asked before a kill it is not asked again.
-    """
-    file = workdir.checkpoint_path(case.recipes.shelf, "told", model_fingerprint(model))
-    return storage.load_or_compute(
-        file,
-        lambda: Checkpoint(_told(model.to(device()), case, audit), {}),
-        lambda found: {kind: found.tensors[kind] for kind in (CLEAN, ADVERSARIAL)},  # a file has an order of its own
+def cached_log_probs(model: nn.Module, experiment: MembershipExperiment, audit: Audit) -> LogProbs:
+    """Loads or computes a network's log-probabilities on the audited images, clean and attacked on this network."""
+    return load_or_compute(
+        experiment.recipes.checkpoint_dir,
+        "told",
+        (model_fingerprint(model),),
+        lambda: Checkpoint(_compute_log_probs(model.to(device()), experiment, audit), {}),
+        # in this order, which differs from that in the file
+        lambda checkpoint: {kind: checkpoint.tensors[kind] for kind in (CLEAN, ADVERSARIAL)},
     )
 
 
-def _told(model: nn.Module, case: MembershipExperiment, audit: Audit) -> Told:
+def _compute_log_probs(model: nn.Module, experiment: MembershipExperiment, audit: Audit) -> LogProbs:
     pixels, labels = audit.split.pixels().to(device()), audit.split.labels.to(device())
-    attacked = engine.attack_without_early_stop(
+    adversarial = engine.attack_without_early_stop(
         model,
         pixels,
         labels,
-        partial(pgd, settings=case.section.attack),
-        ball=LInf(case.recipes.epsilon),
-        seed=derive_seed(case.recipes.seed, "membership"),
-        purpose=case.section.attack.kind,
-        precision=case.recipes.pretrain.precision,
-        batch_size=BATCH,
+        partial(pgd, settings=experiment.section.attack),
+        ball=LInf(experiment.recipes.epsilon),
+        seed=derive_seed(experiment.recipes.seed, "membership"),
+        purpose=experiment.section.attack.kind,
+        precision=experiment.recipes.pretrain.precision,
+        batch_size=BATCH_SIZE,
     )
-    return {CLEAN: log_probs(model, pixels), ADVERSARIAL: log_probs(model, attacked)}
+    return {CLEAN: log_probs(model, pixels), ADVERSARIAL: log_probs(model, adversarial)}
 
 
 def log_probs(model: nn.Module, pixels_NCHW: Tensor) -> Tensor:
-    """A network's log-probabilities (N, K), on the CPU."""
-    return functional.log_softmax(inference.predict(model, pixels_NCHW, BATCH).double(), dim=1).cpu()
+    """Returns a network's log-probabilities (N, K) in double precision on the CPU."""
+    return functional.log_softmax(inference.predict(model, pixels_NCHW, BATCH_SIZE).double(), dim=1).cpu()
 
 
-def _scores(case: MembershipExperiment, audit: Audit, victim: str, answers: Told) -> dict[tuple[str, str], Scores]:
-    """By score and kind of query."""
+def _membership_scores(
+    experiment: MembershipExperiment, audit: Audit, victim: str, log_probs_of: LogProbs
+) -> dict[tuple[str, str], Scores]:
+    """Returns membership scores of the audited images by (score, kind of query)."""
     labels = audit.split.labels
-    found = {("loss", kind): loss_scores(each, labels) for kind, each in answers.items()}
-    if case.section.victims[victim]:
-        knows_SU, shadows = train_shadows(case, audit, victim)
-        knows_SN = knows_SU[:, audit.position]
-        theirs = parallel_map(partial(told, case=case, audit=audit), shadows)
-        for kind, each in answers.items():
-            mine_N = confidence_scores(each, labels)
-            shadow_SN = torch.stack([confidence_scores(shadow[kind], labels) for shadow in theirs])
-            with_SN, without_SN = (shadow_SN.where(side, torch.nan) for side in (knows_SN, ~knows_SN))
-            found["calibrated", kind] = calibrated_scores(mine_N, without_SN)
-            found["LiRA", kind] = lira_scores(mine_N, with_SN, without_SN)
-    return {test: Scores(each[audit.is_member], each[~audit.is_member]) for test, each in found.items()}
+    scores = {("loss", kind): loss_scores(log_probs_NK, labels) for kind, log_probs_NK in log_probs_of.items()}
+    if experiment.section.victims[victim]:
+        is_training_SU, shadows = train_shadows(experiment, audit, victim)
+        is_training_SN = is_training_SU[:, audit.position]
+        shadow_log_probs = parallel_map(partial(cached_log_probs, experiment=experiment, audit=audit), shadows)
+        for kind, log_probs_NK in log_probs_of.items():
+            victim_N = confidence_scores(log_probs_NK, labels)
+            shadow_SN = torch.stack([confidence_scores(shadow[kind], labels) for shadow in shadow_log_probs])
+            in_SN, out_SN = (shadow_SN.where(mask_SN, torch.nan) for mask_SN in (is_training_SN, ~is_training_SN))
+            scores["calibrated", kind] = calibrated_scores(victim_N, out_SN)
+            scores["LiRA", kind] = lira_scores(victim_N, in_SN, out_SN)
+    return {test: Scores(values_N[audit.is_member], values_N[~audit.is_member]) for test, values_N in scores.items()}
 
 
-def train_shadows(case: MembershipExperiment, audit: Audit, victim: str) -> tuple[Tensor, Sequence[nn.Module]]:
-    """Which image of the universe each shadow learned (S, U), and the shadows: trained as the victim was."""
-    count, recipes = case.section.victims[victim], case.recipes
-    console.say(f"{victim}: {count} shadow models")
-    knows_SU = halves(count, len(audit.universe), generator(recipes.seed, "membership", "halves"))
-    learned = [_rows(audit.universe, knows_U.nonzero().squeeze(1)) for knows_U in knows_SU]
-    seeds = [case.section.shadow_seed + number for number in range(count)]
-    orders = [VictimSpec(victim, recipes.under(seed), half) for seed, half in zip(seeds, learned, strict=True)]
-    return knows_SU, [trained.model for trained in train_victims(orders)]
+def train_shadows(experiment: MembershipExperiment, audit: Audit, victim: str) -> tuple[Tensor, Sequence[nn.Module]]:
+    """Trains shadow models with the victim's recipe on random halves of the universe.
+
+    Returns which images each shadow was trained on (S, U), and the shadow models.
+    """
+    count, recipes = experiment.section.victims[victim], experiment.recipes
+    console.info(f"{victim}: {count} shadow models")
+    is_training_SU = random_halves(count, len(audit.universe), generator(recipes.seed, "membership", "halves"))
+    half_splits = [_select_rows(audit.universe, is_training_U.nonzero().squeeze(1)) for is_training_U in is_training_SU]
+    seeds = [experiment.section.shadow_seed + number for number in range(count)]
+    specs = [
+        VictimSpec(victim, recipes.with_seed_offset(seed), half) for seed, half in zip(seeds, half_splits, strict=True)
+    ]
+    return is_training_SU, [trained.model for trained in train_victims(specs)]
 
 
-def halves(count: int, images: int, stream: torch.Generator) -> Tensor:
-    """Random halves and their complements (S, U): every image is in exactly half of them."""
-    knows = torch.zeros(count, images, dtype=torch.bool)
+def random_halves(count: int, images: int, stream: torch.Generator) -> Tensor:
+    """Returns random halves of the images and their complements as masks (S, U); every image is in half of them."""
+    is_training_SU = torch.zeros(count, images, dtype=torch.bool)
     for number in range(0, count, 2):
-        knows[number, torch.randperm(images, generator=stream)[: images // 2]] = True
-        knows[number + 1] = ~knows[number]
-    return knows
+        is_training_SU[number, torch.randperm(images, generator=stream)[: images // 2]] = True
+        is_training_SU[number + 1] = ~is_training_SU[number]
+    return is_training_SU

@@ -1,21 +1,23 @@
-"""The quick question: an attack of params.yaml with a few things changed on the command line, answered in `runs/`."""
+"""Quick run of a poisoning study: settings of params.yaml, overridden from the command line, written to `runs/`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 
 from advmoe.core import paths
-from advmoe.core.settings import load_section, validate
+from advmoe.core.settings import load_section
 from advmoe.data import dataset
-from advmoe.threats.poisoning import experiment, registry
+from advmoe.threats.adhoc import override, run_in_new_folder
+from advmoe.threats.experiment import OutputPaths
+from advmoe.threats.poisoning import registry
 from advmoe.threats.poisoning.config import PoisonSection, Study
-from advmoe.threats.poisoning.experiment import OutputPaths, PoisonExperiment
+from advmoe.threats.poisoning.experiment import PoisonExperiment, run_experiment
 from advmoe.threats.victim_training import VictimRecipes
 
 
 @dataclass(frozen=True)
 class PoisonRequest:
-    """What was asked for; nothing means: as params.yaml says."""
+    """The study `name` of params.yaml and its settings to override; None or empty: as in params.yaml."""
 
     name: str
     rates: Sequence[float] = ()
@@ -25,25 +27,23 @@ class PoisonRequest:
     defences: Sequence[str] = ()
 
 
-def run_request(question: PoisonRequest) -> OutputPaths:
-    """Poison, train, measure, print; returns where all of it lies. Raises UserError for what cannot be."""
+def run_request(request: PoisonRequest) -> OutputPaths:
+    """Runs the study and returns where its results are. Raises UserError for an invalid request."""
     section = load_section("poison", PoisonSection)
-    changed = _changed(section.named(question.name), question)
-    section = section.model_copy(update={"attacks": {question.name: changed}})
-    case = PoisonExperiment(question.name, changed, section, VictimRecipes.read(), dataset.load(paths.DATASET))
-    folder = paths.RUNS / f"poison-{question.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
-    places = OutputPaths(folder / "models", folder / "metrics.json", folder / "runs.json", folder)
-    experiment.run_experiment(case, places)
-    return places
+    study = _override_study(section.named(request.name), request)
+    section = section.model_copy(update={"attacks": {request.name: study}})
+    recipes, data = VictimRecipes.from_params(), dataset.load(paths.DATASET)
+    experiment = PoisonExperiment(request.name, study, section, recipes, data)
+    return run_in_new_folder(f"poison-{request.name}", partial(run_experiment, experiment))
 
 
-def _changed(asked: Study, question: PoisonRequest) -> Study:
-    attack = asked.attack if question.target is None else registry.aimed_at(asked.attack, question.target)
-    changes = {
-        "rates": question.rates,
-        "victims": question.victims,
-        "seeds": question.seeds,
-        "defences": question.defences,
+def _override_study(study: Study, request: PoisonRequest) -> Study:
+    if request.target is not None:
+        study = study.model_copy(update={"attack": registry.with_target(study.attack, request.target)})
+    options = {
+        "rates": request.rates,
+        "victims": request.victims,
+        "seeds": request.seeds,
+        "defences": request.defences,
     }
-    content = asked.model_dump() | {name: tuple(value) for name, value in changes.items() if value}
-    return validate(content | {"attack": attack.model_dump()}, Study, f"poison {question.name}")
+    return override(study, options, f"poison {request.name}")

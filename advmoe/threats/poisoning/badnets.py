@@ -1,4 +1,4 @@
-"""BadNets: a small patch means one class (Gu et al. 2017, arXiv 1708.06733)."""
+"""BadNets: backdoor with a small patch as trigger (Gu et al. 2017, arXiv 1708.06733)."""
 
 from typing import Literal
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from advmoe.core.settings import NonNegativeInt, PositiveInt, Settings
-from advmoe.threats.poisoning.poisoned_set import Poisoned
-from advmoe.threats.poisoning.triggers import patch, plant
+from advmoe.threats.poisoning.poisoned_set import PoisonedSet
+from advmoe.threats.poisoning.triggers import dirty_label_backdoor, patch_trigger
 
 
 class BadNets(Settings):
-    """`size`: pixels of the patch's sides; `target`: the class it shall stand for. The rate is a share of the set."""
+    """`size`: side length of the patch in pixels; `target`: the target class. The rate is a share of the set."""
 
     kind: Literal["badnets"]
     size: PositiveInt
@@ -20,7 +20,10 @@ class BadNets(Settings):
 
 def badnets(
     images_NCHW: Tensor, labels_N: Tensor, stream: torch.Generator, settings: BadNets, *, rate: float, classes: int
-) -> Poisoned:
-    """Patched images of all other classes under the target's label. Raises UserError for what does not fit."""
-    trigger = patch(settings.size, images_NCHW)
-    return plant(images_NCHW, labels_N, stream, trigger, settings.target, rate=rate, classes=classes)
+) -> PoisonedSet:
+    """Patches images of all other classes and labels them as the target.
+
+    Raises UserError when patch, target or rate do not fit the data.
+    """
+    trigger = patch_trigger(settings.size, images_NCHW)
+    return dirty_label_backdoor(images_NCHW, labels_N, stream, trigger, settings.target, rate=rate, classes=classes)

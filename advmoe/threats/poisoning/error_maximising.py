@@ -1,4 +1,4 @@
-"""Adversarial poison: images that a trained network takes for the next class, under their own label (Fowl et al. 2021,
+"""Error-maximising poison: images perturbed towards the next class, with their own label (Fowl et al. 2021,
 "Adversarial examples make strong poisons", arXiv 2106.10807, the targeted variant).
 """
 
@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from advmoe.threats.poisoning.perturbation import Noise, noisy, towards
-from advmoe.threats.poisoning.poisoned_set import Poisoned
+from advmoe.threats.poisoning.perturbation import PerturbationSettings, perturb_images, perturb_towards_labels
+from advmoe.threats.poisoning.poisoned_set import PoisonedSet
 
 
-class ErrorMaximising(Noise):
-    """All steps go towards class y + 1 mod K on the `proxy`, a baseline's twin
-    trained under a seed of its own. The rate is a share of the set.
+class ErrorMaximising(PerturbationSettings):
+    """The steps go towards class y + 1 mod K of the `proxy`, a network trained with that baseline's recipe and a
+    separate seed. The rate is a share of the set.
     """
 
     kind: Literal["error-maximising"]
@@ -29,10 +29,10 @@ def error_maximising(
     rate: float,
     classes: int,
     proxy: nn.Module,
-) -> Poisoned:
-    """Every chosen image moved towards the next class, labels true."""
+) -> PoisonedSet:
+    """Perturbs the images towards the next class; labels are unchanged."""
 
-    def make(images: Tensor, points: Tensor, labels: Tensor) -> Tensor:
-        return towards(proxy, images, points, (labels + 1) % classes, settings)
+    def craft(images: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+        return perturb_towards_labels(proxy, images, points, (labels + 1) % classes, settings)
 
-    return noisy(images_NCHW, labels_N, stream, rate, settings.epsilon, make)
+    return perturb_images(images_NCHW, labels_N, stream, rate, settings.epsilon, craft)

@@ -1,6 +1,6 @@
-"""One attack tried on its victims: poison, train, measure, defend, write everything down.
+"""One poisoning study: poisons the training set, trains victims and clean twins, measures, and applies defences.
 
-Shapes: N images, E experts.
+A clean twin is the network that the victim would be without poison. Shapes: N images, E experts.
 """
 
 import time
@@ -19,17 +19,17 @@ from advmoe.core.errors import UserError
 from advmoe.data.batches import Augmentation
 from advmoe.data.dataset import Dataset, Split
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Plain
-from advmoe.runtime.checkpoints import storage, workdir
-from advmoe.runtime.checkpoints.manager import Resumable, StepCallback, checkpointing
+from advmoe.models.classifiers import PlainArchitecture
+from advmoe.runtime.checkpoints.manager import Resumable, StepCallback
 from advmoe.runtime.checkpoints.storage import Checkpoint
 from advmoe.runtime.machine import device, generator
+from advmoe.threats.experiment import OutputPaths, load_or_compute, print_outputs, resumable_loop, run_in_workdir
 from advmoe.threats.poisoning import metrics, poisoned_set, preview, registry, report
 from advmoe.threats.poisoning.config import Common, Study
-from advmoe.threats.poisoning.detectors.evidence import Evidence
-from advmoe.threats.poisoning.detectors.registry import AnyDefence, flag
-from advmoe.threats.poisoning.metrics import Answers, Exam, Pair
-from advmoe.threats.poisoning.poisoned_set import About, Poisoned
+from advmoe.threats.poisoning.detectors.inputs import DetectorInputs
+from advmoe.threats.poisoning.detectors.registry import AnyDetector, flag_poison
+from advmoe.threats.poisoning.metrics import EvaluationInputs, Predictions, VictimTwinPair
+from advmoe.threats.poisoning.poisoned_set import PoisonedSet, PoisonedSetInfo
 from advmoe.threats.poisoning.report import Row
 from advmoe.threats.victim_training import (
     JOINT_ONLY,
@@ -37,17 +37,17 @@ from advmoe.threats.victim_training import (
     VictimRecipes,
     VictimSpec,
     is_mixture,
-    pipeline_twin,
+    matching_pipeline_model,
     train_proxy,
     train_victims,
 )
+from advmoe.training.job import TrainingResult
 from advmoe.training.job_key import model_fingerprint
-from advmoe.training.trainer import TrainingResult
 
 
 @dataclass(frozen=True)
 class PoisonExperiment:
-    """Everything that a study starts from."""
+    """All inputs of a study."""
 
     name: str
     study: Study
@@ -56,346 +56,377 @@ class PoisonExperiment:
     data: Dataset
 
     @property
-    def exam(self) -> Exam:
-        """What every model is asked."""
+    def evaluation_inputs(self) -> EvaluationInputs:
+        """Test images and settings with which every model is evaluated."""
         recipes = self.recipes
         test = self.data["test"].first(self.common.images)
-        return Exam(test, self.common.robust, recipes.epsilon, recipes.seed, recipes.pretrain.precision)
+        return EvaluationInputs(test, self.common.robust, recipes.epsilon, recipes.seed, recipes.pretrain.precision)
 
 
 @dataclass(frozen=True)
-class Dose:
-    """One poisoned set: its rate, what is added to the seed, the number of the trial, and where it lies."""
+class PoisonRun:
+    """One poisoned set with its rate, the offset to the project's seed, the number of the trial, and its hash."""
 
     rate: float
-    added: int
+    seed_offset: int
     trial: int
-    poisoned: Poisoned
+    poisoned: PoisonedSet
     sha256: str
 
     @property
     def title(self) -> str:
-        """A name for files."""
-        return _title(self.rate, self.added, self.trial)
+        """The stem of the file names of this run."""
+        return _run_title(self.rate, self.seed_offset, self.trial)
 
 
-def _title(rate: float, added: int, trial: int) -> str:
-    return f"rate-{rate:g}-seed-{added}-trial-{trial}"
+def _run_title(rate: float, seed_offset: int, trial: int) -> str:
+    return f"rate-{rate:g}-seed-{seed_offset}-trial-{trial}"
 
 
 @dataclass
-class Workshop:
-    """What the attacker has to make a set called `title`; networks are trained when first asked for."""
+class ExperimentContext:
+    """The `AttackContext` for the poisoned set called `title`; proxies are trained on first use and cached."""
 
-    case: PoisonExperiment
+    experiment: PoisonExperiment
     recipes: VictimRecipes
     title: str = ""
-    trained: dict[str, nn.Module] = field(default_factory=dict)
+    proxies: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
-        """Of the data set."""
-        return self.case.data.facts.classes
+        """Number of classes of the data set."""
+        return self.experiment.data.facts.classes
 
     @property
     def augmentation(self) -> Augmentation:
-        """The victims'."""
+        """Augmentation in the training of the victims."""
         return self.recipes.pretrain.augmentation
 
     @property
     def candidates(self) -> Split:
-        """Images whose misclassification may be wanted: the test images that victims will be asked about."""
-        return self.case.exam.split
+        """Images that an attack may choose as its target: the test images on which victims are evaluated."""
+        return self.experiment.evaluation_inputs.split
 
     def proxy(self, baseline: str) -> nn.Module:
-        """Raises UserError for a baseline that params.yaml has not."""
+        """Returns the attacker's trained proxy network. Raises UserError for a baseline that params.yaml lacks."""
         if baseline not in self.recipes.baselines:
             raise UserError(
-                f"proxy: no baseline is called '{baseline}'; there are {files.names(self.recipes.baselines)}"
+                f"proxy: no baseline is called '{baseline}'; there are {files.join_names(self.recipes.baselines)}"
             )
-        if baseline not in self.trained:
-            console.say(f"the attacker trains a network of its own, as {baseline} is trained")
-            proxy = train_proxy(baseline, self.recipes, self.case.common.proxy_seed)
-            twin = pipeline_twin(baseline, self.recipes)
-            assert twin is None or _weights(proxy) != _weights(twin), "the proxy is the victim"
-            self.trained[baseline] = proxy
-        return self.trained[baseline]
+        if baseline not in self.proxies:
+            console.info(f"training the attacker's proxy network with the recipe of baseline {baseline}")
+            proxy = train_proxy(baseline, self.recipes, self.experiment.common.proxy_seed)
+            twin = matching_pipeline_model(baseline, self.recipes)
+            assert twin is None or _hash_parameters(proxy) != _hash_parameters(twin), "the proxy is the victim"
+            self.proxies[baseline] = proxy
+        return self.proxies[baseline]
 
-    def fresh(self) -> nn.Module:
-        """Of the victims' kind, from a start of its own."""
-        plain = Plain(kind="plain", backbone=self.recipes.backbone)
-        seed = ("poison", self.case.common.proxy_seed, self.recipes.run_seed)
-        return classifiers.build(plain, self.case.data.facts, *seed).to(device())
+    def untrained_network(self) -> nn.Module:
+        """Returns a network with the victims' backbone and an initialisation that no victim has."""
+        plain = PlainArchitecture(kind="plain", backbone=self.recipes.backbone)
+        seed = ("poison", self.experiment.common.proxy_seed, self.recipes.run_seed)
+        return classifiers.build(plain, self.experiment.data.facts, *seed).to(device())
 
-    def keep(self, work: Resumable) -> AbstractContextManager[StepCallback]:
-        """Beside what determines the study: which of its sets this is."""
-        name = f"{self.case.study.attack.kind} {self.title}"
-        return checkpointing(work, name, workdir.checkpoint_path(self.recipes.shelf, "crafting", self.title))
+    def checkpointing(self, work: Resumable) -> AbstractContextManager[StepCallback]:
+        """Makes the crafting of this poisoned set resumable."""
+        title = f"{self.experiment.study.attack.kind} {self.title}"
+        return resumable_loop(self.recipes.checkpoint_dir, "crafting", (self.title,), work, title)
 
 
-def _weights(model: nn.Module) -> str:
-    """Hash of what is learned: the count of batches, which is in state_dict() too, does not survive the disk."""
+def _hash_parameters(model: nn.Module) -> str:
+    """Hash of the learned parameters; state_dict() also counts batches, and that count is not saved to files."""
     return hash_tensors(dict(model.named_parameters()))
 
 
-@dataclass(frozen=True)
-class OutputPaths:
-    """Where a study goes: poisoned sets and victims, the headline, every run, and plots with the picture."""
+def run_experiment(experiment: PoisonExperiment, outputs: OutputPaths) -> None:
+    """Runs a study, writes its results and prints them; continues from the checkpoints of an interrupted run.
 
-    models: Path
-    metrics: Path
-    runs: Path
-    plots: Path
-
-
-def run_experiment(case: PoisonExperiment, places: OutputPaths) -> None:
-    """Run a study, write it down and show it; what was done before a kill is taken over.
-
-    Raises UserError for what cannot be.
+    Raises UserError for a study that cannot run on this data.
     """
-    facts = (case.study, case.common, case.recipes, case.data.sha256)
-    with workdir.open_workdir(f"poison-{case.name}", *facts) as shelf:
-        _conduct(replace(case, recipes=replace(case.recipes, shelf=shelf)), places)
+    facts = (experiment.study, experiment.common, experiment.recipes, experiment.data.sha256)
+
+    def run_and_write(checkpoint_dir: Path | None) -> None:
+        recipes = replace(experiment.recipes, checkpoint_dir=checkpoint_dir)
+        _run_and_write(replace(experiment, recipes=recipes), outputs)
+
+    run_in_workdir(f"poison-{experiment.name}", facts, run_and_write)
 
 
-def _conduct(case: PoisonExperiment, places: OutputPaths) -> None:
-    rows, doses = run(case, places.models)
-    about = {"attack": case.study.attack.kind, "epsilon": case.recipes.epsilon, "images": len(case.exam.split)}
-    report.write(rows, about, places.metrics, places.runs, places.plots / "curve.csv")
-    drawn = examples(case, max(doses, key=lambda dose: dose.rate).poisoned)
-    if drawn is not None:
-        files.write_bytes(places.plots / "examples.png", drawn)
-    report.show(case.name, rows, len(case.exam.split))
-    console.say(f"numbers: {places.metrics}, {places.runs}   pictures: {places.plots}/   models: {places.models}/")
+def _run_and_write(experiment: PoisonExperiment, outputs: OutputPaths) -> None:
+    rows, poison_runs = run(experiment, outputs.models)
+    images = len(experiment.evaluation_inputs.split)
+    about = {"attack": experiment.study.attack.kind, "epsilon": experiment.recipes.epsilon, "images": images}
+    report.write(rows, about, outputs.metrics, outputs.runs, outputs.plots / "curve.csv")
+    image = preview_image(experiment, max(poison_runs, key=lambda poison_run: poison_run.rate).poisoned)
+    if image is not None:
+        files.write_bytes(outputs.plots / "examples.png", image)
+    report.show(experiment.name, rows, images)
+    print_outputs(outputs, outputs.plots, outputs.models)
 
 
-def run(case: PoisonExperiment, folder: Path) -> tuple[list[Row], list[Dose]]:
-    """Poison, train, measure, defend; poisoned sets and victims are written to `folder`. Returns results and poison."""
-    _check(case)
-    doses = list(_poison(case, folder))
-    orders = [
-        (dose, VictimSpec(victim, case.recipes.under(dose.added), _split(case, dose.poisoned)))
-        for dose in doses
-        for victim in case.study.victims
+def run(experiment: PoisonExperiment, folder: Path) -> tuple[list[Row], list[PoisonRun]]:
+    """Runs a study and returns its results and poisoned sets; writes poisoned sets and victims to `folder`."""
+    _check_names(experiment)
+    poison_runs = list(_craft_poisoned_sets(experiment, folder))
+    victims = [
+        (
+            poison_run,
+            VictimSpec(
+                victim,
+                experiment.recipes.with_seed_offset(poison_run.seed_offset),
+                _train_split(experiment, poison_run.poisoned),
+            ),
+        )
+        for poison_run in poison_runs
+        for victim in experiment.study.victims
     ]
-    at_hand, missing = _twins(case)
-    # all at once, so that no core waits for the last twin
-    made = train_victims([*missing.values(), *(order for _, order in orders)])
-    fresh, trained = made[: len(missing)], made[len(missing) :]
-    models = at_hand | {key: twin.model for key, twin in zip(missing, fresh, strict=True)}
-    twins = {key: _examined(case, model) for key, model in models.items()}
+    available, missing = _clean_twins(experiment)
+    # one call, so that all cores are used until the last twin is trained
+    results = train_victims([*missing.values(), *(spec for _, spec in victims)])
+    new_twins, trained = results[: len(missing)], results[len(missing) :]
+    models = available | {key: twin.model for key, twin in zip(missing, new_twins, strict=True)}
+    twins = {key: _evaluate_twin(experiment, model) for key, model in models.items()}
     rows: list[Row] = []
-    for (dose, order), victim in zip(orders, trained, strict=True):
-        _save(case, folder, dose, order, victim, "")
-        rows.append(_measure(case, dose, order, victim.model, twins, ""))
-        console.say(report.sentence(rows[-1]))
-    rows += _defend(case, folder, orders, trained, twins)
-    return rows, doses
+    for (poison_run, spec), result in zip(victims, trained, strict=True):
+        _save_victim(experiment, folder, poison_run, spec, result, "")
+        rows.append(_measure(experiment, poison_run, spec, result.model, twins, ""))
+        console.info(report.summary_line(rows[-1]))
+    rows += _run_defences(experiment, folder, victims, trained, twins)
+    return rows, poison_runs
 
 
-def _check(case: PoisonExperiment) -> None:
-    known = (MIXTURE, JOINT_ONLY, *case.recipes.baselines)
-    strangers = [victim for victim in case.study.victims if victim not in known]
-    if strangers:
-        raise UserError(f"victim '{strangers[0]}' is not known; there are {files.names(known)}")
-    detectors = case.common.defence
-    strangers = [defence for defence in case.study.defences if defence not in detectors]
-    if strangers:
-        raise UserError(f"defence '{strangers[0]}' is not known; there are {files.names(detectors)}")
+def _check_names(experiment: PoisonExperiment) -> None:
+    known = (MIXTURE, JOINT_ONLY, *experiment.recipes.baselines)
+    unknown = [victim for victim in experiment.study.victims if victim not in known]
+    if unknown:
+        raise UserError(f"victim '{unknown[0]}' is not known; there are {files.join_names(known)}")
+    detectors = experiment.common.defence
+    unknown = [defence for defence in experiment.study.defences if defence not in detectors]
+    if unknown:
+        raise UserError(f"defence '{unknown[0]}' is not known; there are {files.join_names(detectors)}")
 
 
-def _split(case: PoisonExperiment, changed: Poisoned) -> Split:
-    return Split(changed.images, changed.labels, case.data["train"].index)
+def _train_split(experiment: PoisonExperiment, poisoned: PoisonedSet) -> Split:
+    return Split(poisoned.images, poisoned.labels, experiment.data["train"].index)
 
 
-def _poison(case: PoisonExperiment, folder: Path) -> Iterable[Dose]:
-    """Every poisoned set, drawn once, written down, and only then learned from."""
-    study, recipes = case.study, case.recipes
-    for added in study.seeds:
-        workshop = Workshop(case, recipes.under(added))
+def _craft_poisoned_sets(experiment: PoisonExperiment, folder: Path) -> Iterable[PoisonRun]:
+    """Crafts every poisoned set once and writes it, before any victim is trained."""
+    study, recipes = experiment.study, experiment.recipes
+    for seed_offset in study.seeds:
+        context = ExperimentContext(experiment, recipes.with_seed_offset(seed_offset))
         for rate in study.rates:
-            for trial in range(registry.trials(study.attack)):
+            for trial in range(registry.trials_per_rate(study.attack)):
                 started = time.monotonic()
-                changed = _made(replace(workshop, title=_title(rate, added, trial)), rate, trial)
-                about = About(
+                title = _run_title(rate, seed_offset, trial)
+                poisoned = _load_or_craft(replace(context, title=title), rate, trial)
+                about = PoisonedSetInfo(
                     attack=study.attack.kind,
                     rate=rate,
-                    of=changed.of,
-                    available=changed.available,
-                    goal=changed.goal,
-                    added=added,
+                    of=poisoned.rate_of,
+                    available=poisoned.available,
+                    goal=poisoned.goal,
+                    added=seed_offset,
                     trial=trial,
                 )
                 sha256 = poisoned_set.save(
-                    folder / f"{_title(rate, added, trial)}.safetensors",
-                    changed,
+                    folder / f"{title}.safetensors",
+                    poisoned,
                     about,
                     params=study.model_dump(mode="json"),
-                    dataset=case.data.sha256,
-                    seed=recipes.seed + added,
+                    dataset=experiment.data.sha256,
+                    seed=recipes.seed + seed_offset,
                     seconds=time.monotonic() - started,
                 )
-                yield Dose(rate, added, trial, changed, sha256)
+                yield PoisonRun(rate, seed_offset, trial, poisoned, sha256)
 
 
-def _made(workshop: Workshop, rate: float, trial: int) -> Poisoned:
-    """The set that was crafted before a kill, else crafted now and kept."""
-    case, attack = workshop.case, workshop.case.study.attack
-    # no rate in the stream's name: the images of a lower rate are among those of a higher one
-    stream = generator(workshop.recipes.run_seed, "poison", attack.kind, trial)
+def _load_or_craft(context: ExperimentContext, rate: float, trial: int) -> PoisonedSet:
+    experiment, attack = context.experiment, context.experiment.study.attack
+    # the rate is no part of the seed: the images of a lower rate are among those of a higher one
+    stream = generator(context.recipes.run_seed, "poison", attack.kind, trial)
 
-    def craft() -> Poisoned:
-        return registry.poison(case.data["train"], stream, attack, rate, workshop)
+    def craft() -> PoisonedSet:
+        return registry.poison(experiment.data["train"], stream, attack, rate, context)
 
-    if type(attack) in registry.PLAIN:  # takes less time than to read it
+    if type(attack) in registry.DATA_ONLY_ATTACKS:  # crafting is faster than loading
         return craft()
-    file = workdir.checkpoint_path(workshop.recipes.shelf, "poisoned", workshop.title)
-    return storage.load_or_compute(file, lambda: poisoned_set.to_keep(craft()), poisoned_set.as_kept)
+    return load_or_compute(
+        context.recipes.checkpoint_dir,
+        "poisoned",
+        (context.title,),
+        lambda: poisoned_set.to_checkpoint(craft()),
+        poisoned_set.from_checkpoint,
+    )
 
 
 @dataclass(frozen=True)
-class Twin:
-    """A clean model with its answers to the exam."""
+class CleanTwin:
+    """A network trained on the clean set, with its predictions on the test images."""
 
     model: nn.Module
-    answers: Answers
+    predictions: Predictions
 
 
-Key = tuple[str, int]  # of a clean twin: whose, and what is added to the seed
+TwinKey = tuple[str, int]  # name of the victim without poison, seed offset
 
 
-def _twins(case: PoisonExperiment) -> tuple[dict[Key, nn.Module], dict[Key, VictimSpec]]:
-    """The clean twin of every victim and seed: the pipeline's own model where it fits, else an order to train one."""
-    names = dict.fromkeys(_twin_of(victim) for victim in case.study.victims)
-    found = {
-        (name, added): pipeline_twin(name, case.recipes.under(added)) for added in case.study.seeds for name in names
+def _clean_twins(experiment: PoisonExperiment) -> tuple[dict[TwinKey, nn.Module], dict[TwinKey, VictimSpec]]:
+    """Returns the clean twins that the pipeline has trained already, and specs of those that are missing."""
+    names = dict.fromkeys(_twin_name(victim) for victim in experiment.study.victims)
+    twins = {
+        (name, seed_offset): matching_pipeline_model(name, experiment.recipes.with_seed_offset(seed_offset))
+        for seed_offset in experiment.study.seeds
+        for name in names
     }
-    missing = [key for key, model in found.items() if model is None]
+    missing = [key for key, model in twins.items() if model is None]
     if missing:
-        console.say(f"clean twins to train: {files.names(f'{name} (seed + {added})' for name, added in missing)}")
+        titles = files.join_names(f"{name} (seed + {seed_offset})" for name, seed_offset in missing)
+        console.info(f"clean twins to train: {titles}")
     return (
-        {key: model for key, model in found.items() if model is not None},
-        {(name, added): VictimSpec(name, case.recipes.under(added), None) for name, added in missing},
+        {key: model for key, model in twins.items() if model is not None},
+        {
+            (name, seed_offset): VictimSpec(name, experiment.recipes.with_seed_offset(seed_offset), None)
+            for name, seed_offset in missing
+        },
     )
 
 
-def _examined(case: PoisonExperiment, model: nn.Module) -> Twin:
-    here = model.to(device())
-    return Twin(here, _answers(case, here))
+def _evaluate_twin(experiment: PoisonExperiment, model: nn.Module) -> CleanTwin:
+    on_device = model.to(device())
+    return CleanTwin(on_device, _predictions(experiment, on_device))
 
 
-def _answers(case: PoisonExperiment, model: nn.Module) -> Answers:
-    """To the exam; a model that was asked before a kill is not asked again."""
-    file = workdir.checkpoint_path(case.recipes.shelf, "answers", model_fingerprint(model))
-    return storage.load_or_compute(
-        file, lambda: Checkpoint(vars(metrics.examine(model, case.exam)), {}), lambda found: Answers(**found.tensors)
+def _predictions(experiment: PoisonExperiment, model: nn.Module) -> Predictions:
+    """Loads or computes a model's predictions on the test images."""
+    return load_or_compute(
+        experiment.recipes.checkpoint_dir,
+        "answers",
+        (model_fingerprint(model),),
+        lambda: Checkpoint(vars(metrics.predict_clean_and_robust(model, experiment.evaluation_inputs)), {}),
+        lambda checkpoint: Predictions(**checkpoint.tensors),
     )
 
 
-def _twin_of(victim: str) -> str:
-    """Without poison there is no difference between the two ways to poison a mixture."""
+def _twin_name(victim: str) -> str:
+    """Without poison the two ways to poison a mixture are the same."""
     return MIXTURE if victim == JOINT_ONLY else victim
 
 
 def _measure(
-    case: PoisonExperiment, dose: Dose, order: VictimSpec, model: nn.Module, twins: Mapping[Key, Twin], defence: str
+    experiment: PoisonExperiment,
+    poison_run: PoisonRun,
+    spec: VictimSpec,
+    model: nn.Module,
+    twins: Mapping[TwinKey, CleanTwin],
+    defence: str,
 ) -> Row:
-    exam, twin = case.exam, twins[_twin_of(order.victim), dose.added]
+    twin = twins[_twin_name(spec.victim), poison_run.seed_offset]
     victim = model.to(device())
-    answers = _answers(case, victim)
-    experts: Sequence[str] = case.recipes.joint.experts if is_mixture(order.victim) else ()
-    found = metrics.numbers(Pair(victim, twin.model, answers, twin.answers), dose.poisoned, exam, experts)
-    return Row(order.victim, dose.rate, dose.added, dose.trial, defence, found, _amounts(dose))
+    pair = VictimTwinPair(victim, twin.model, _predictions(experiment, victim), twin.predictions)
+    experts: Sequence[str] = experiment.recipes.joint.experts if is_mixture(spec.victim) else ()
+    values = metrics.compute_metrics(pair, poison_run.poisoned, experiment.evaluation_inputs, experts)
+    amounts = _poison_amounts(poison_run)
+    return Row(spec.victim, poison_run.rate, poison_run.seed_offset, poison_run.trial, defence, values, amounts)
 
 
-def _amounts(dose: Dose) -> dict[str, Any]:
-    """How much was poisoned, with every denominator named."""
-    changed = dose.poisoned
-    total, target = len(changed.labels), changed.goal.target
+def _poison_amounts(poison_run: PoisonRun) -> dict[str, Any]:
+    """Returns how much was poisoned: the number of images, and its share of the set and of the target class."""
+    poisoned = poison_run.poisoned
+    total, target = len(poisoned.labels), poisoned.goal.target
     amounts: dict[str, Any] = {
-        "n_poison": len(changed.rows),
-        "rate_of": changed.of,
-        "share_of_set": round(len(changed.rows) / total, 6),
-        "sha256": dose.sha256,
+        "n_poison": len(poisoned.rows),
+        "rate_of": poisoned.rate_of,
+        "share_of_set": round(len(poisoned.rows) / total, 6),
+        "sha256": poison_run.sha256,
     }
     if target is not None:
-        of_class = int((changed.labels == target).sum())
-        poisoned_there = int((changed.labels[changed.rows] == target).sum())
-        amounts["share_of_target_class"] = round(poisoned_there / of_class, 6)
+        of_class = int((poisoned.labels == target).sum())
+        poisoned_of_class = int((poisoned.labels[poisoned.rows] == target).sum())
+        amounts["share_of_target_class"] = round(poisoned_of_class / of_class, 6)
     return amounts
 
 
-def _defend(
-    case: PoisonExperiment,
+def _run_defences(
+    experiment: PoisonExperiment,
     folder: Path,
-    orders: Sequence[tuple[Dose, VictimSpec]],
+    victims: Sequence[tuple[PoisonRun, VictimSpec]],
     trained: Sequence[TrainingResult],
-    twins: Mapping[Key, Twin],
+    twins: Mapping[TwinKey, CleanTwin],
 ) -> list[Row]:
-    """For every victim and defence: what is flagged, and the victim that learns from the rest."""
-    again, flags = [], []
-    for (dose, order), made in zip(orders, trained, strict=True):
-        for name in case.study.defences:
-            flagged = _flagged(case, dose, made.model, name, case.common.defence[name])
-            kept = _without(_split(case, dose.poisoned), flagged, name)
-            again.append((dose, VictimSpec(order.victim, order.recipes, kept), name))
-            flags.append(metrics.detected(flagged, dose.poisoned.is_poison))
+    """Retrains every victim without the images that each defence flags, and measures the retrained victims."""
+    to_retrain, rates = [], []
+    for (poison_run, spec), result in zip(victims, trained, strict=True):
+        for name in experiment.study.defences:
+            flagged = _flag_images(experiment, poison_run, result.model, name, experiment.common.defence[name])
+            kept = _remove_flagged(_train_split(experiment, poison_run.poisoned), flagged, name)
+            to_retrain.append((poison_run, VictimSpec(spec.victim, spec.recipes, kept), name))
+            rates.append(metrics.detection_rates(flagged, poison_run.poisoned.is_poison))
     rows = []
-    retrained = train_victims([order for _, order, _ in again])
-    for (dose, order, name), found, made in zip(again, flags, retrained, strict=True):
-        _save(case, folder, dose, order, made, name)
-        row = _measure(case, dose, order, made.model, twins, name)
-        row.found.update(found)
+    retrained = train_victims([spec for _, spec, _ in to_retrain])
+    for (poison_run, spec, name), detection_rates, result in zip(to_retrain, rates, retrained, strict=True):
+        _save_victim(experiment, folder, poison_run, spec, result, name)
+        row = _measure(experiment, poison_run, spec, result.model, twins, name)
+        row.metrics.update(detection_rates)
         rows.append(row)
-        console.say(report.sentence(row))
+        console.info(report.summary_line(row))
     return rows
 
 
-def _flagged(case: PoisonExperiment, dose: Dose, victim: nn.Module, name: str, settings: AnyDefence) -> torch.Tensor:
-    stream = generator(case.recipes.seed + dose.added, "defence", name, dose.title)
-    evidence = Evidence(victim.to(device()), _split(case, dose.poisoned), case.data["validation"], stream)
-    facts = (name, dose.title, dose.sha256, model_fingerprint(victim))
-    file = workdir.checkpoint_path(case.recipes.shelf, "flagged", *facts)
+def _flag_images(
+    experiment: PoisonExperiment, poison_run: PoisonRun, victim: nn.Module, name: str, settings: AnyDetector
+) -> torch.Tensor:
+    """Loads or computes which training images (N,) a detector flags."""
+    stream = generator(experiment.recipes.seed + poison_run.seed_offset, "defence", name, poison_run.title)
+    train, validation = _train_split(experiment, poison_run.poisoned), experiment.data["validation"]
+    inputs = DetectorInputs(victim.to(device()), train, validation, stream)
+    return load_or_compute(
+        experiment.recipes.checkpoint_dir,
+        "flagged",
+        (name, poison_run.title, poison_run.sha256, model_fingerprint(victim)),
+        lambda: Checkpoint({"flagged": flag_poison(inputs, settings, poison_run.poisoned.is_poison)}, {}),
+        lambda checkpoint: checkpoint.tensors["flagged"],
+    )
 
-    def look() -> Checkpoint:
-        return Checkpoint({"flagged": flag(evidence, settings, dose.poisoned.is_poison)}, {})
 
-    return storage.load_or_compute(file, look, lambda found: found.tensors["flagged"])
-
-
-def _without(train: Split, flagged_N: torch.Tensor, name: str) -> Split:
-    """The training split without the flagged images. Raises UserError when a whole class would be gone."""
+def _remove_flagged(train: Split, flagged_N: torch.Tensor, name: str) -> Split:
+    """Returns the split without the flagged images. Raises UserError when no image of a class would remain."""
     kept = ~flagged_N
-    gone = sorted(set(train.labels.tolist()) - set(train.labels[kept].tolist()))
-    if gone:
-        raise UserError(f"defence '{name}' removes all training images of class {gone[0]}; let it remove fewer")
+    removed = sorted(set(train.labels.tolist()) - set(train.labels[kept].tolist()))
+    if removed:
+        raise UserError(f"defence '{name}' removes all training images of class {removed[0]}; let it remove fewer")
     return Split(train.images[kept], train.labels[kept], train.index[kept])
 
 
-def _save(
-    case: PoisonExperiment, folder: Path, dose: Dose, order: VictimSpec, made: TrainingResult, defence: str
+def _save_victim(
+    experiment: PoisonExperiment,
+    folder: Path,
+    poison_run: PoisonRun,
+    spec: VictimSpec,
+    result: TrainingResult,
+    defence: str,
 ) -> None:
-    recipes = order.recipes
+    recipes = spec.recipes
     classifiers.save(
-        folder / dose.title / f"{order.victim}{'-' + defence if defence else ''}.safetensors",
-        made.model,
-        recipes.architecture(order.victim),
-        case.data.facts,
-        params={"study": case.study.model_dump(mode="json"), "defence": defence, "epsilon": recipes.epsilon},
-        inputs={"dataset": case.data.sha256, "poisoned set": dose.sha256},
+        folder / poison_run.title / f"{spec.victim}{'-' + defence if defence else ''}.safetensors",
+        result.model,
+        recipes.architecture(spec.victim),
+        experiment.data.facts,
+        params={"study": experiment.study.model_dump(mode="json"), "defence": defence, "epsilon": recipes.epsilon},
+        inputs={"dataset": experiment.data.sha256, "poisoned set": poison_run.sha256},
         seed=recipes.run_seed,
-        metrics={"validation": made.kept, "alarms": made.alarms},
-        seconds=made.seconds,
+        metrics={"validation": result.kept, "alarms": result.alarms},
+        seconds=result.seconds,
     )
-    for alarm in made.alarms:
+    for alarm in result.alarms:
         console.warn(alarm)
 
 
-def examples(case: PoisonExperiment, changed: Poisoned) -> bytes | None:
-    """A picture of poison, None for attacks that change labels only."""
-    if changed.trigger is not None:
-        clean = case.exam.split.images
-        return preview.examples(clean, changed.trigger.stamp(clean))
-    clean = case.data["train"].images[changed.rows]
-    now = changed.images[changed.rows]
-    return None if torch.equal(clean, now) else preview.examples(clean, now)
+def preview_image(experiment: PoisonExperiment, poisoned: PoisonedSet) -> bytes | None:
+    """Returns a PNG of clean and poisoned images, None for attacks that change labels only."""
+    if poisoned.trigger is not None:
+        clean = experiment.evaluation_inputs.split.images
+        return preview.example_grid(clean, poisoned.trigger.stamp(clean))
+    before = experiment.data["train"].images[poisoned.rows]
+    after = poisoned.images[poisoned.rows]
+    return None if torch.equal(before, after) else preview.example_grid(before, after)

@@ -1,4 +1,4 @@
-"""Label flipping: images stay, labels lie (Biggio et al. 2011; for neural networks Xiao et al. 2015)."""
+"""Label flipping: wrong labels on unchanged images (Biggio et al. 2011; for neural networks Xiao et al. 2015)."""
 
 from dataclasses import replace
 from typing import Annotated, Literal
@@ -8,17 +8,24 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from advmoe.core.settings import NonNegativeInt, Settings
-from advmoe.threats.poisoning.poisoned_set import Goal, Poisoned, change, choose, count, members
+from advmoe.threats.poisoning.poisoned_set import (
+    Goal,
+    PoisonedSet,
+    poison_count,
+    replace_rows,
+    rows_of_class,
+    sample_rows,
+)
 
 
 class RandomFlip(Settings):
-    """Every chosen image gets one of the other labels, all alike."""
+    """Every poisoned image gets one of the other labels, uniformly at random."""
 
     kind: Literal["label-flip-random"]
 
 
 class PairFlip(Settings):
-    """Every chosen image gets the next label, the last class the first (the pair noise of Han et al. 2018)."""
+    """Every poisoned image gets label y + 1 mod K (the pair noise of Han et al. 2018)."""
 
     kind: Literal["label-flip-pair"]
 
@@ -42,26 +49,28 @@ LabelFlip = Annotated[RandomFlip | PairFlip | TargetedFlip, Field(discriminator=
 
 def label_flip(
     images_NCHW: Tensor, labels_N: Tensor, stream: torch.Generator, settings: LabelFlip, *, rate: float, classes: int
-) -> Poisoned:
-    """A share of wrong labels. Raises UserError when the class has no images or the rate is less than one image."""
+) -> PoisonedSet:
+    """Flips a share of the labels. Raises UserError when a class has no images or the rate is less than one image."""
     if isinstance(settings, TargetedFlip):
         return _targeted(images_NCHW, labels_N, stream, settings, rate, classes)
-    of = "the training set"
-    everything = torch.arange(len(labels_N))
-    rows = choose(everything, count(rate, len(labels_N), of), of, stream)
-    # one draw for every image, chosen or not: a higher rate then changes nothing about those of a lower one
+    rate_of = "the training set"
+    all_rows = torch.arange(len(labels_N))
+    rows = sample_rows(all_rows, poison_count(rate, len(labels_N), rate_of), rate_of, stream)
+    # drawn for all images, poisoned or not, so that a lower rate gives its images the same labels as a higher one
     shift_N = torch.randint(1, classes, labels_N.shape, generator=stream) if settings.kind == "label-flip-random" else 1
     flipped_N = (labels_N + shift_N) % classes
-    return change(images_NCHW, labels_N, rows, of=of, available=len(labels_N), new_labels=flipped_N[rows])
+    return replace_rows(
+        images_NCHW, labels_N, rows, rate_of=rate_of, available=len(labels_N), new_labels=flipped_N[rows]
+    )
 
 
 def _targeted(
     images: Tensor, labels: Tensor, stream: torch.Generator, settings: TargetedFlip, rate: float, classes: int
-) -> Poisoned:
-    of = f"class {settings.source}"
-    found = members(labels, settings.source, classes)
-    members(labels, settings.target, classes)
-    rows = choose(found, count(rate, len(found), of), of, stream)
-    lies = torch.full_like(rows, settings.target)
-    poisoned = change(images, labels, rows, of=of, available=len(found), new_labels=lies)
+) -> PoisonedSet:
+    rate_of = f"class {settings.source}"
+    source_rows = rows_of_class(labels, settings.source, classes)
+    rows_of_class(labels, settings.target, classes)
+    rows = sample_rows(source_rows, poison_count(rate, len(source_rows), rate_of), rate_of, stream)
+    new_labels = torch.full_like(rows, settings.target)
+    poisoned = replace_rows(images, labels, rows, rate_of=rate_of, available=len(source_rows), new_labels=new_labels)
     return replace(poisoned, goal=Goal(target=settings.target, source=settings.source))

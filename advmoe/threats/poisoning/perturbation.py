@@ -1,6 +1,6 @@
-"""Noise that moves images towards labels: what both availability attacks make.
+"""Bounded perturbations that move images towards labels, for both availability attacks.
 
-Shapes: N images, M chosen ones, C channel, H/W pixels.
+Shapes: N images, M perturbed ones, C channel, H/W pixels.
 """
 
 from collections.abc import Callable
@@ -9,54 +9,55 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks import engine
-from advmoe.attacks.ball import LInf, to_levels
+from advmoe.attacks.ball import LInf, round_to_uint8
 from advmoe.attacks.interface import input_gradient
 from advmoe.core.settings import Epsilon, PositiveFloat, PositiveInt, Settings
-from advmoe.threats.poisoning.poisoned_set import Poisoned, change, choose, count
+from advmoe.threats.poisoning.poisoned_set import PoisonedSet, poison_count, replace_rows, sample_rows
 
-BATCH = 256  # images at once
+BATCH_SIZE = 256  # images of a forward pass
 
 
-class Noise(Settings):
-    """`steps` of `step_size`, relative to `epsilon` (L-inf), are taken at a time."""
+class PerturbationSettings(Settings):
+    """`steps` gradient steps of `step_size`, relative to `epsilon` (L-inf)."""
 
     epsilon: Epsilon
     steps: PositiveInt
     step_size: PositiveFloat
 
 
-def noisy(
+def perturb_images(
     images_NCHW: Tensor,
     labels_N: Tensor,
     stream: torch.Generator,
     rate: float,
     epsilon: float,
-    make: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Poisoned:
-    """A share `rate` of all images, each with noise of its own, labels true.
+    craft: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> PoisonedSet:
+    """Poisons a share `rate` of all images, each with its own perturbation; labels are unchanged.
 
-    `make(images, points, labels)` (M, ...) returns the final points, from random ones in the ball.
+    `craft(images, points, labels)` (M, ...) returns the perturbed images, from random `points` in the ball.
     """
-    of = "the training set"
-    rows = choose(torch.arange(len(labels_N)), count(rate, len(labels_N), of), of, stream)
+    rate_of = "the training set"
+    rows = sample_rows(torch.arange(len(labels_N)), poison_count(rate, len(labels_N), rate_of), rate_of, stream)
     images = images_NCHW[rows].float() / 255
     start = (torch.rand(images.shape, generator=stream) * 2 - 1) * epsilon
-    points = make(images, (images + start).clamp(0, 1), labels_N[rows])
-    new_images = to_levels(points, images_NCHW[rows], epsilon)
-    return change(images_NCHW, labels_N, rows, of=of, available=len(labels_N), new_images=new_images)
+    points = craft(images, (images + start).clamp(0, 1), labels_N[rows])
+    new_images = round_to_uint8(points, images_NCHW[rows], epsilon)
+    return replace_rows(images_NCHW, labels_N, rows, rate_of=rate_of, available=len(labels_N), new_images=new_images)
 
 
-def towards(model: nn.Module, images_NCHW: Tensor, points_NCHW: Tensor, labels_N: Tensor, noise: Noise) -> Tensor:
-    """Points (N, C, H, W) after signed steps down the cross-entropy of `labels`, in the ball around the images.
-
-    The model is frozen meanwhile.
+def perturb_towards_labels(
+    model: nn.Module, images_NCHW: Tensor, points_NCHW: Tensor, labels_N: Tensor, settings: PerturbationSettings
+) -> Tensor:
+    """Returns points (N, C, H, W) after signed steps that lower the cross-entropy of `labels`, in the ball around the
+    images. The model is not changed.
     """
-    ball, place, moved = LInf(noise.epsilon), next(model.parameters()).device, []
-    with engine.attack_mode(model, "float32") as cheap:
-        for rows in torch.split(torch.arange(len(labels_N)), BATCH):
-            images, points, labels = (each[rows].to(place) for each in (images_NCHW, points_NCHW, labels_N))
-            for _ in range(noise.steps):
-                gradient, _ = input_gradient(cheap, points, labels, "ce")
-                points = ball.project(points - noise.step_size * noise.epsilon * ball.steepest(gradient), images)
-            moved.append(points.cpu())
-    return torch.cat(moved)
+    ball, device, perturbed = LInf(settings.epsilon), next(model.parameters()).device, []
+    with engine.attack_mode(model, "float32") as frozen_model:
+        for rows in torch.split(torch.arange(len(labels_N)), BATCH_SIZE):
+            images, points, labels = (tensor[rows].to(device) for tensor in (images_NCHW, points_NCHW, labels_N))
+            for _ in range(settings.steps):
+                gradient, _ = input_gradient(frozen_model, points, labels, "ce")
+                points = ball.project(points - settings.step_size * settings.epsilon * ball.steepest(gradient), images)
+            perturbed.append(points.cpu())
+    return torch.cat(perturbed)

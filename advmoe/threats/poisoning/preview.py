@@ -1,4 +1,4 @@
-"""A picture of the poison: clean images, changed ones, and the difference, side by side.
+"""A preview image of a poisoned set: clean images, poisoned images and their difference, one below the other.
 
 Shapes: N images, C channel, H/W pixels.
 """
@@ -10,29 +10,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-COLUMNS = 8  # images
-SIDE = 64  # pixels of an image on paper, at least
+COLUMNS = 8  # images per row
+SIDE = 64  # minimum width of an image in the preview, in pixels
 GAP = 4  # pixels between images
 WHITE = 255
 
 
-def examples(clean_NCHW: Tensor, changed_NCHW: Tensor) -> bytes:
-    """A PNG of three rows: clean, changed, and the difference around grey, stretched to the full range."""
-    clean, changed = clean_NCHW[:COLUMNS].float(), changed_NCHW[:COLUMNS].float()
-    difference = changed - clean
+def example_grid(clean_NCHW: Tensor, poisoned_NCHW: Tensor) -> bytes:
+    """Returns a PNG of three rows: clean images, poisoned images, and their difference scaled to the full range."""
+    clean, poisoned = clean_NCHW[:COLUMNS].float(), poisoned_NCHW[:COLUMNS].float()
+    difference = poisoned - clean
     stretched = 127.5 + 127.5 * difference / difference.abs().max().clamp_min(1)
-    rows = [_row(images) for images in (clean, changed, stretched)]
-    picture = Image.fromarray(np.concatenate(rows))
+    rows = [_row(images) for images in (clean, poisoned, stretched)]
+    grid = Image.fromarray(np.concatenate(rows))
     content = io.BytesIO()
-    picture.save(content, format="PNG")
+    grid.save(content, format="PNG")
     return content.getvalue()
 
 
 def _row(images_NCHW: Tensor) -> np.ndarray:
-    """Images beside each other, (H, W, 3) uint8."""
+    """Returns images side by side, (H, W, 3) uint8."""
     zoom = max(1, -(-SIDE // images_NCHW.shape[3]))
     large = images_NCHW.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
     framed = torch.nn.functional.pad(large, (0, GAP, 0, GAP), value=WHITE)
-    coloured = framed if framed.shape[1] == 3 else framed[:, :1].expand(-1, 3, -1, -1)
-    strip: np.ndarray = coloured.permute(2, 0, 3, 1).reshape(framed.shape[2], -1, 3).round().byte().numpy()
+    rgb = framed if framed.shape[1] == 3 else framed[:, :1].expand(-1, 3, -1, -1)
+    strip: np.ndarray = rgb.permute(2, 0, 3, 1).reshape(framed.shape[2], -1, 3).round().byte().numpy()
     return strip

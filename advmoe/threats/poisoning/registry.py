@@ -1,4 +1,4 @@
-"""All poisoning attacks by name. A new one is a file beside this, a line in the union and a case below."""
+"""Registry of poisoning attacks. To add one, add its file, an entry in the union and one in a table or case below."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,11 +18,11 @@ from advmoe.threats.poisoning.blended import Blended, blended
 from advmoe.threats.poisoning.error_maximising import ErrorMaximising, error_maximising
 from advmoe.threats.poisoning.label_consistent import LabelConsistent, label_consistent
 from advmoe.threats.poisoning.label_flip import PairFlip, RandomFlip, TargetedFlip, label_flip
-from advmoe.threats.poisoning.poisoned_set import Poisoned
+from advmoe.threats.poisoning.poisoned_set import PoisonedSet
 from advmoe.threats.poisoning.unlearnable import Unlearnable, unlearnable
 from advmoe.threats.poisoning.witches_brew import WitchesBrew, witches_brew
 
-AnyPoison = (
+AnyPoisonAttack = (
     RandomFlip
     | PairFlip
     | TargetedFlip
@@ -33,61 +33,68 @@ AnyPoison = (
     | Unlearnable
     | ErrorMaximising
 )
-Poison = Annotated[AnyPoison, Field(discriminator="kind")]
-WHOLE_SET = (Unlearnable, ErrorMaximising)  # attacks that may change every image: a rate of 1
+PoisonAttack = Annotated[AnyPoisonAttack, Field(discriminator="kind")]
+WHOLE_SET_ATTACKS = (Unlearnable, ErrorMaximising)  # attacks that allow a rate of 1, which poisons every image
 
 
-class Workshop(Protocol):
-    """What an attacker has besides the training set."""
+class AttackContext(Protocol):
+    """What is available to an attacker besides the training set."""
 
     @property
     def classes(self) -> int:
-        """How many there are."""
+        """Number of classes."""
         ...
 
     @property
     def augmentation(self) -> Augmentation:
-        """The victims'."""
+        """Augmentation in the training of the victims."""
         ...
 
     @property
     def candidates(self) -> Split:
-        """Images whose misclassification may be wanted."""
+        """Images that an attack may choose as its target."""
         ...
 
     def proxy(self, baseline: str) -> nn.Module:
-        """A network of the attacker's own, trained on the clean set as that baseline is, from a seed of its own."""
+        """Returns the attacker's proxy: trained on the clean set with that baseline's recipe and a separate seed."""
         ...
 
-    def fresh(self) -> nn.Module:
-        """An untrained network."""
+    def untrained_network(self) -> nn.Module:
+        """Returns an untrained network with the victims' backbone."""
         ...
 
-    def keep(self, work: Resumable) -> AbstractContextManager[StepCallback]:
-        """Put long work where a killed one left it, see `advmoe.runtime.checkpoints.manager`."""
+    def checkpointing(self, work: Resumable) -> AbstractContextManager[StepCallback]:
+        """Makes long work resumable, see `advmoe.runtime.checkpoints.manager.checkpointing`."""
         ...
 
 
-# attacks that need the data only, and those that need a trained network besides
-PLAIN: dict[type[Any], Callable[..., Poisoned]] = {
+# attacks that need the data only, and attacks that also need a trained proxy
+DATA_ONLY_ATTACKS: dict[type[Any], Callable[..., PoisonedSet]] = {
     RandomFlip: label_flip,
     PairFlip: label_flip,
     TargetedFlip: label_flip,
     BadNets: badnets,
     Blended: blended,
 }
-PROXIED: dict[type[Any], Callable[..., Poisoned]] = {
+PROXY_ATTACKS: dict[type[Any], Callable[..., PoisonedSet]] = {
     LabelConsistent: label_consistent,
     ErrorMaximising: error_maximising,
 }
 
 
-def poison(clean: Split, stream: torch.Generator, settings: AnyPoison, rate: float, workshop: Workshop) -> Poisoned:
-    """The clean training set, poisoned. All that is random comes from `stream`. Raises UserError for what cannot be."""
-    given, classes = (clean.images, clean.labels, stream, settings), workshop.classes
+def poison(
+    clean: Split, stream: torch.Generator, settings: AnyPoisonAttack, rate: float, context: AttackContext
+) -> PoisonedSet:
+    """Poisons the clean training set; all random numbers come from `stream`.
+
+    Raises UserError for settings that do not fit the data.
+    """
+    arguments, classes = (clean.images, clean.labels, stream, settings), context.classes
     match settings:
         case LabelConsistent() | ErrorMaximising():
-            return PROXIED[type(settings)](*given, rate=rate, classes=classes, proxy=workshop.proxy(settings.proxy))
+            return PROXY_ATTACKS[type(settings)](
+                *arguments, rate=rate, classes=classes, proxy=context.proxy(settings.proxy)
+            )
         case WitchesBrew():
             return witches_brew(
                 clean.images,
@@ -96,29 +103,37 @@ def poison(clean: Split, stream: torch.Generator, settings: AnyPoison, rate: flo
                 settings,
                 rate=rate,
                 classes=classes,
-                proxy=workshop.proxy(settings.proxy),
-                augmentation=workshop.augmentation,
-                candidates=workshop.candidates,
+                proxy=context.proxy(settings.proxy),
+                augmentation=context.augmentation,
+                candidates=context.candidates,
             )
         case Unlearnable():
-            fresh, keep = workshop.fresh(), workshop.keep
-            return unlearnable(clean.images, clean.labels, stream, settings, rate=rate, fresh=fresh, keep=keep)
+            network, checkpointing = context.untrained_network(), context.checkpointing
+            return unlearnable(
+                clean.images,
+                clean.labels,
+                stream,
+                settings,
+                rate=rate,
+                network=network,
+                checkpointing=checkpointing,
+            )
         case _:
-            return PLAIN[type(settings)](*given, rate=rate, classes=classes)
+            return DATA_ONLY_ATTACKS[type(settings)](*arguments, rate=rate, classes=classes)
 
 
-def trials(settings: AnyPoison) -> int:
-    """How many poisoned sets there are at one rate and seed: witches' brew makes one for each of its targets."""
+def trials_per_rate(settings: AnyPoisonAttack) -> int:
+    """Returns the number of poisoned sets at one rate and seed: one for each target of witches' brew, else 1."""
     return settings.targets if isinstance(settings, WitchesBrew) else 1
 
 
-def proxies(settings: AnyPoison) -> tuple[str, ...]:
-    """The baselines whose twins the attacker trains."""
+def proxy_baselines(settings: AnyPoisonAttack) -> tuple[str, ...]:
+    """Returns the baselines whose recipes the attacker trains proxies with."""
     return (settings.proxy,) if isinstance(settings, LabelConsistent | WitchesBrew | ErrorMaximising) else ()
 
 
-def aimed_at(settings: AnyPoison, target: int) -> AnyPoison:
-    """The same attack with another target class. Raises UserError for an attack that has none of its own."""
+def with_target(settings: AnyPoisonAttack, target: int) -> AnyPoisonAttack:
+    """Returns the attack with another target class. Raises UserError for an attack without a target class."""
     if "target" not in type(settings).model_fields:
-        raise UserError(f"--target: {settings.kind} aims at no class")
+        raise UserError(f"--target: {settings.kind} has no target class")
     return validate(settings.model_dump() | {"target": target}, type(settings), "--target")

@@ -1,4 +1,4 @@
-"""The results of a study: rows, their means over seeds, tables, JSON and plot data."""
+"""Results of a poisoning study: rows, means over seeds, tables, JSON and plot data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from advmoe.core import console, files, paths
-from advmoe.core.errors import UserError
-from advmoe.statistics.intervals import Share
-from advmoe.threats.results import as_json, from_json, mean
-from advmoe.threats.results import over_runs as mean_over
+from advmoe.statistics.intervals import Proportion
+from advmoe.threats.results import aggregate_runs, as_json, from_json, mean, read_results
 
 SCHEMA = 1
-RUNS = "poison-runs"  # the folder of metrics/ with every single run
-COLUMNS = {  # of the table, those that a study has; with their intervals
+RUNS = "poison-runs"  # the folder in metrics/ with the results of every run
+COLUMNS = {  # metric: title in the table, where a study has the metric; shown with its interval
     "clean_acc": "clean",
     "robust_acc": "PGD",
     "asr": "ASR",
@@ -23,7 +21,7 @@ COLUMNS = {  # of the table, those that a study has; with their intervals
     "tpr": "TPR",
     "fpr": "FPR",
 }
-BESIDE = {  # what stands beside a column, in brackets, without its interval
+BRACKETED = {  # metric: metric that is shown in brackets after it, without its interval
     "clean_acc": "d_clean_acc",
     "robust_acc": "d_robust_acc",
     "asr": "asr_clean_twin",
@@ -31,124 +29,116 @@ BESIDE = {  # what stands beside a column, in brackets, without its interval
     "success": "success_clean_twin",
 }
 AMOUNTS = ("n_poison", "rate_of", "share_of_set", "share_of_target_class", "sha256")
-MEANING = {"mixture-joint": "mixture, joint phase only (weaker threat)"}
+VICTIM_TITLES = {"mixture-joint": "mixture, joint phase only (weaker threat)"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One victim of one poisoned set: what was measured, and how much was poisoned. `defence`: empty for none."""
+    """Metrics of one victim of one poisoned set. `defence`: empty for none; `amounts`: how much was poisoned."""
 
     victim: str
     rate: float
-    added: int
+    seed_offset: int
     trial: int
     defence: str
-    found: dict[str, Any]
+    metrics: dict[str, Any]
     amounts: dict[str, Any]
 
 
-def sentence(row: Row) -> str:
-    """What came out for one victim, in a line of a log."""
-    parts = [f"{title} {row.found[name]}" for name, title in COLUMNS.items() if name in row.found]
+def summary_line(row: Row) -> str:
+    """Returns the result of one victim as a line for the log."""
+    parts = [f"{title} {row.metrics[name]}" for name, title in COLUMNS.items() if name in row.metrics]
     after = f" after {row.defence}" if row.defence else ""
-    return f"{row.victim}{after}, rate {row.rate:g}, seed + {row.added}: {', '.join(parts)}"
+    return f"{row.victim}{after}, rate {row.rate:g}, seed + {row.seed_offset}: {', '.join(parts)}"
 
 
 def read(path: Path) -> tuple[str, list[Row], int]:
-    """Attack, rows and number of test images of a study on record. Raises UserError when the file is not one."""
-    content = files.read_json(path)
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA or "runs" not in content:
-        raise UserError(f"{path}: not a result of this version of advmoe; run `dvc repro`")
+    """Reads attack, rows and number of test images of a study. Raises UserError for any other file."""
+    content = read_results(path, SCHEMA, "runs")
     return content["attack"], [_row(run) for run in content["runs"]], content["images"]
 
 
 def _row(run: Mapping[str, Any]) -> Row:
-    who = {name: run[name] for name in ("victim", "rate", "trial", "defence")}
+    key = {name: run[name] for name in ("victim", "rate", "trial", "defence")}
     amounts = {name: run[name] for name in AMOUNTS if name in run}
-    found = {name: from_json(number) for name, number in run.items() if name not in {*who, *amounts, "seed"}}
-    return Row(**who, added=run["seed"], found=found, amounts=amounts)
+    metrics = {name: from_json(value) for name, value in run.items() if name not in {*key, *amounts, "seed"}}
+    return Row(**key, seed_offset=run["seed"], metrics=metrics, amounts=amounts)
 
 
-def groups(rows: Sequence[Row]) -> dict[tuple[str, float, str], list[Row]]:
-    """Rows that differ in seed and trial only, in order."""
-    found: dict[tuple[str, float, str], list[Row]] = {}
+def group_rows(rows: Sequence[Row]) -> dict[tuple[str, float, str], list[Row]]:
+    """Returns lists of rows that differ in seed and trial only, by (victim, rate, defence), in order."""
+    groups: dict[tuple[str, float, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row.victim, row.rate, row.defence), []).append(row)
-    return found
+        groups.setdefault((row.victim, row.rate, row.defence), []).append(row)
+    return groups
 
 
-def over_runs(rows: Sequence[Row], name: str) -> Any:
-    """A metric of rows that differ in seed and trial: with its interval for one run, else the mean with its range.
+def aggregate_metric(rows: Sequence[Row], name: str) -> Any:
+    """Returns a metric of rows that differ in seed and trial: see `advmoe.threats.results.aggregate_runs`.
 
-    Hits of targets, one image each, are pooled instead: ten targets make one rate.
+    Success on target images, one per trial, is pooled instead: ten trials give one rate.
     """
-    numbers = [row.found[name] for row in rows]
+    numbers = [row.metrics[name] for row in rows]
     if len(numbers) > 1 and name.startswith("success"):
-        return Share.pooled(numbers)
-    return mean_over(numbers)
+        return Proportion.pooled(numbers)
+    return aggregate_runs(numbers)
 
 
-def headline(rows: Sequence[Row]) -> dict[str, Any]:
-    """By victim, rate and metric the mean over seeds and trials, for `dvc metrics`."""
-    found: dict[str, Any] = {}
-    for (victim, rate, defence), members in groups(rows).items():
-        who = f"{victim}, {defence}" if defence else victim
-        means = {name: mean(over_runs(members, name)) for name in members[0].found}
-        found.setdefault(who, {})[f"{rate:g}"] = means
-    return found
+def mean_metrics(rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns means over seeds and trials by victim, rate and metric, for `dvc metrics`."""
+    means: dict[str, Any] = {}
+    for (victim, rate, defence), members in group_rows(rows).items():
+        key = f"{victim}, {defence}" if defence else victim
+        by_metric = {name: mean(aggregate_metric(members, name)) for name in members[0].metrics}
+        means.setdefault(key, {})[f"{rate:g}"] = by_metric
+    return means
 
 
 def write(rows: Sequence[Row], about: Mapping[str, Any], summary: Path, runs: Path, plots: Path) -> None:
-    """The headline, every single run with its intervals, and ASR (or what the attack has in its place) against rate."""
-    files.write_json(summary, {"schema_version": SCHEMA, **about, **headline(rows)})
-    files.write_json(
-        runs,
+    """Writes means to `summary`, every run with its intervals to `runs`, and metrics against the rate to `plots`."""
+    content = [
         {
-            "schema_version": SCHEMA,
-            **about,
-            "runs": [
-                {
-                    "victim": row.victim,
-                    "rate": row.rate,
-                    "seed": row.added,
-                    "trial": row.trial,
-                    "defence": row.defence,
-                    **row.amounts,
-                    **as_json(row.found),
-                }
-                for row in rows
-            ],
-        },
-    )
+            "victim": row.victim,
+            "rate": row.rate,
+            "seed": row.seed_offset,
+            "trial": row.trial,
+            "defence": row.defence,
+            **row.amounts,
+            **as_json(row.metrics),
+        }
+        for row in rows
+    ]
+    files.write_json(summary, {"schema_version": SCHEMA, **about, **mean_metrics(rows)})
+    files.write_json(runs, {"schema_version": SCHEMA, **about, "runs": content})
     files.write_csv(plots, curve(rows))
 
 
 def curve(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line for each rate; columns `METRIC VICTIM`."""
+    """Returns one line per rate with columns `METRIC VICTIM`, of victims without defence."""
     lines: dict[float, dict[str, Any]] = {}
-    for (victim, rate, defence), members in groups(rows).items():
+    for (victim, rate, defence), members in group_rows(rows).items():
         if not defence:
             line = lines.setdefault(rate, {"rate": rate})
-            line |= {f"{name} {victim}": mean(over_runs(members, name)) for name in members[0].found}
+            line |= {f"{name} {victim}": mean(aggregate_metric(members, name)) for name in members[0].metrics}
     return [lines[rate] for rate in sorted(lines)]
 
 
 def show(name: str, rows: Sequence[Row], images: int) -> None:
-    """Print the table of a study."""
-    columns = [key for key in COLUMNS if any(key in row.found for row in rows)]
+    """Prints the table of a study."""
+    columns = [key for key in COLUMNS if any(key in row.metrics for row in rows)]
     defended = any(row.defence for row in rows)
     lines = []
-    for (victim, rate, defence), members in groups(rows).items():
-        who = [MEANING.get(victim, victim), f"{rate:g}", *([defence or "none"] if defended else [])]
-        lines.append([*who, *(_cell(members, key) for key in columns)])
+    for (victim, rate, defence), members in group_rows(rows).items():
+        labels = [VICTIM_TITLES.get(victim, victim), f"{rate:g}", *([defence or "none"] if defended else [])]
+        lines.append([*labels, *(_cell(members, key) for key in columns)])
     titles = ["victim", "rate", *(["defence"] if defended else []), *(_title(key) for key in columns)]
-    of = rows[0].amounts["rate_of"]
-    console.table(f"{name}: % on {images} test images; rates are shares of {of}; {_runs(rows)}", titles, lines)
+    rate_of = rows[0].amounts["rate_of"]
+    console.table(f"{name}: % on {images} test images; rates are shares of {rate_of}; {_runs(rows)}", titles, lines)
 
 
 def _runs(rows: Sequence[Row]) -> str:
-    """How often each victim was trained, and what the brackets therefore mean."""
-    seeds, targets = (len({getattr(row, name) for row in rows}) for name in ("added", "trial"))
+    """Number of seeds and targets, and the meaning of the ranges in the table."""
+    seeds, targets = (len({getattr(row, name) for row in rows}) for name in ("seed_offset", "trial"))
     trained = "one seed" if seeds == 1 else f"{seeds} seeds"
     if targets > 1:
         trained += f", {targets} targets"
@@ -156,24 +146,24 @@ def _runs(rows: Sequence[Row]) -> str:
 
 
 def show_record() -> None:
-    """Print the tables of all studies on record; nothing where there are none."""
+    """Prints the tables of all studies with results in metrics/."""
     for path in sorted((paths.METRICS / RUNS).glob("*.json")):
-        with files.as_written(path):
+        with files.report_malformed(path):
             _, rows, images = read(path)
             show(f"poison@{path.stem}", rows, images)
 
 
 def _title(key: str) -> str:
-    beside = BESIDE.get(key, "")
-    what = " (minus twin)" if beside.startswith("d_") else " (twin)" if beside else ""
-    return COLUMNS[key] + what
+    bracketed = BRACKETED.get(key, "")
+    suffix = " (minus twin)" if bracketed.startswith("d_") else " (twin)" if bracketed else ""
+    return COLUMNS[key] + suffix
 
 
 def _cell(members: Sequence[Row], key: str) -> str:
-    if key not in members[0].found:
+    if key not in members[0].metrics:
         return ""
-    number = str(over_runs(members, key))
-    if key not in BESIDE:
+    number = str(aggregate_metric(members, key))
+    if key not in BRACKETED:
         return number
-    beside = 100 * mean(over_runs(members, BESIDE[key]))
-    return f"{number} ({beside:+.1f})" if BESIDE[key].startswith("d_") else f"{number} ({beside:.1f})"
+    bracketed = 100 * mean(aggregate_metric(members, BRACKETED[key]))
+    return f"{number} ({bracketed:+.1f})" if BRACKETED[key].startswith("d_") else f"{number} ({bracketed:.1f})"

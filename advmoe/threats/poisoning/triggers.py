@@ -1,4 +1,4 @@
-"""What dirty-label backdoors share: images of other classes get a trigger and the label that it shall stand for.
+"""Dirty-label backdoors: images of other classes get a trigger and the target label.
 
 Shapes: N training images, C channel, H/W pixels.
 """
@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 from advmoe.core.errors import UserError
-from advmoe.threats.poisoning.poisoned_set import Goal, Poisoned, Trigger, change, choose, count, members
+from advmoe.threats.poisoning.poisoned_set import (
+    Goal,
+    PoisonedSet,
+    Trigger,
+    poison_count,
+    replace_rows,
+    rows_of_class,
+    sample_rows,
+)
 
 
-def patch(size: int, like_NCHW: Tensor) -> Trigger:
-    """A square of full intensity in the bottom right corner. Raises UserError when it does not fit into the image."""
-    channels, height, width = like_NCHW.shape[1:]
+def patch_trigger(size: int, images_NCHW: Tensor) -> Trigger:
+    """Returns a white square in the bottom right corner. Raises UserError if it is larger than the images."""
+    channels, height, width = images_NCHW.shape[1:]
     if size > min(height, width):
         raise UserError(f"a trigger of {size} x {size} pixels is larger than the images, {height} x {width}")
     opacity = torch.zeros(channels, height, width)
@@ -22,7 +30,7 @@ def patch(size: int, like_NCHW: Tensor) -> Trigger:
     return Trigger(opacity, torch.full((channels, height, width), 255, dtype=torch.uint8))
 
 
-def plant(
+def dirty_label_backdoor(
     images_NCHW: Tensor,
     labels_N: Tensor,
     stream: torch.Generator,
@@ -31,20 +39,20 @@ def plant(
     *,
     rate: float,
     classes: int,
-) -> Poisoned:
-    """The trigger on a share of the set, drawn from the classes other than `target`, and the target's label on those.
+) -> PoisonedSet:
+    """Stamps the trigger on a share of the set, drawn from the classes other than `target`, and labels it `target`.
 
-    Raises UserError when the rate is less than one image or more than the other classes hold.
+    Raises UserError when the rate is less than one image or more images than the other classes have.
     """
-    members(labels_N, target, classes)
-    of = "the training set"
+    rows_of_class(labels_N, target, classes)
+    rate_of = "the training set"
     others = (labels_N != target).nonzero().squeeze(1)
-    rows = choose(others, count(rate, len(labels_N), of), f"every class but {target}", stream)
-    poisoned = change(
+    rows = sample_rows(others, poison_count(rate, len(labels_N), rate_of), f"every class but {target}", stream)
+    poisoned = replace_rows(
         images_NCHW,
         labels_N,
         rows,
-        of=of,
+        rate_of=rate_of,
         available=len(labels_N),
         new_images=trigger.stamp(images_NCHW[rows]),
         new_labels=torch.full_like(rows, target),

@@ -1,8 +1,8 @@
-"""Witches' brew: poison whose training gradient imitates that of one mistake (Geiping et al. 2021, arXiv 2009.02276).
+"""Witches' brew: targeted poisoning by gradient matching (Geiping et al. 2021, arXiv 2009.02276).
 
-No trigger and true labels: a few images of the target class are changed so that a network which learns from them takes
-one certain test image for that class. The noise maximises the cosine between the gradient that the mistake would give
-and the gradient that the poison gives, both over all weights of a trained proxy (eq. 3 of the paper).
+Without trigger or label changes, a few images of the target class are perturbed so that a network trained on them
+classifies one chosen test image, the target image, as that class. The perturbation maximises the cosine between the
+gradients of the loss on the poison and on the mislabelled target image, by all weights of a proxy (eq. 3 of the paper).
 
 Shapes: M poisoned images, C channel, H/W pixels.
 """
@@ -15,22 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.attacks.ball import to_levels
+from advmoe.attacks.ball import round_to_uint8
 from advmoe.core.errors import UserError
 from advmoe.core.settings import Epsilon, PositiveFloat, PositiveInt, Settings
 from advmoe.data.batches import Augmentation, augment
 from advmoe.data.dataset import Split
 from advmoe.models import inference
-from advmoe.threats.poisoning.poisoned_set import Goal, Poisoned, change, choose, count
+from advmoe.threats.poisoning.poisoned_set import Goal, PoisonedSet, poison_count, replace_rows, sample_rows
 
-BATCH = 512  # poisoned images matched at once, as in the paper
-DECAY_AT, DECAY = (3 / 8, 5 / 8, 7 / 8), 0.1  # of the steps, and the factor on the step size: the paper's schedule
+BATCH_SIZE = 512  # poisoned images per gradient, as in the paper
+DECAY_AT, DECAY = (3 / 8, 5 / 8, 7 / 8), 0.1  # shares of the steps, factor on the step size: the paper's schedule
 
 
 class WitchesBrew(Settings):
-    """`steps` of signed Adam, the first of `step_size` (relative to `epsilon`, L-inf), from each of `restarts` random
-    starts; the best match is kept. `targets`: how many test images are tried, each with a poisoned set of its own, and
-    victims of its own. `proxy`: a baseline's twin, trained under a seed of its own. The rate is a share of the set.
+    """`steps` of signed Adam with initial `step_size` (relative to `epsilon`, L-inf), from each of `restarts` random
+    starts, of which the best match is used. `targets`: number of target images, each with its own poisoned set and
+    victims. `proxy`: the baseline with whose recipe, and a separate seed, the proxy is trained. The rate is a share of
+    the set.
     """
 
     kind: Literal["witches-brew"]
@@ -53,60 +54,63 @@ def witches_brew(
     proxy: nn.Module,
     augmentation: Augmentation,
     candidates: Split,
-) -> Poisoned:
-    """Poison for one of the `candidates`, drawn from those that the proxy gets right, towards another class drawn.
+) -> PoisonedSet:
+    """Poisons the set for a target image, drawn from the `candidates` that the proxy classifies correctly, and a random
+    other class.
 
-    `augmentation` is the victim's, through which the gradient is matched. Raises UserError when no candidate is right
-    or the class holds fewer images than are to be poisoned.
+    Gradients are matched on images with the victims' `augmentation`. Raises UserError when no candidate is classified
+    correctly, or when the class has fewer images than are to be poisoned.
     """
-    wanted, true, target = _mistake(proxy, candidates, classes, stream)
-    of = "the training set"
-    found = (labels_N == target).nonzero().squeeze(1)
-    rows = choose(found, count(rate, len(labels_N), of), f"class {target}", stream)
+    target_image, source, target = _draw_target(proxy, candidates, classes, stream)
+    rate_of = "the training set"
+    class_rows = (labels_N == target).nonzero().squeeze(1)
+    rows = sample_rows(class_rows, poison_count(rate, len(labels_N), rate_of), f"class {target}", stream)
     images, labels = images_NCHW[rows].float() / 255, labels_N[rows]
-    points = _best_match(proxy, images, labels, wanted, target, settings, augmentation, stream)
-    new_images = to_levels(points, images_NCHW[rows], settings.epsilon)
-    poisoned = change(images_NCHW, labels_N, rows, of=of, available=len(labels_N), new_images=new_images)
-    return replace(poisoned, goal=Goal(target=target, source=true), wanted_image=wanted)
+    points = _best_of_restarts(proxy, images, labels, target_image, target, settings, augmentation, stream)
+    new_images = round_to_uint8(points, images_NCHW[rows], settings.epsilon)
+    poisoned = replace_rows(
+        images_NCHW, labels_N, rows, rate_of=rate_of, available=len(labels_N), new_images=new_images
+    )
+    return replace(poisoned, goal=Goal(target=target, source=source), target_image=target_image)
 
 
-def _mistake(proxy: nn.Module, candidates: Split, classes: int, stream: torch.Generator) -> tuple[Tensor, int, int]:
-    """An image (C, H, W), its class, and the class it shall be taken for."""
-    place = next(proxy.parameters()).device
-    predicted = inference.predict(proxy, candidates.pixels().to(place), BATCH).argmax(1).cpu()
-    right = (predicted == candidates.labels).nonzero().squeeze(1)
-    if not len(right):
-        raise UserError("witches-brew: the proxy gets no test image right, so there is no mistake to cause")
-    row = right[int(torch.randint(len(right), (), generator=stream))]
-    true = int(candidates.labels[row])
-    return candidates.images[row], true, (true + int(torch.randint(1, classes, (), generator=stream))) % classes
+def _draw_target(proxy: nn.Module, candidates: Split, classes: int, stream: torch.Generator) -> tuple[Tensor, int, int]:
+    """Draws a target image (C, H, W); returns it with its class and its target class."""
+    device = next(proxy.parameters()).device
+    predicted = inference.predict(proxy, candidates.pixels().to(device), BATCH_SIZE).argmax(1).cpu()
+    correct_rows = (predicted == candidates.labels).nonzero().squeeze(1)
+    if not len(correct_rows):
+        raise UserError("witches-brew: the proxy classifies no test image correctly, so there is no target image")
+    row = correct_rows[int(torch.randint(len(correct_rows), (), generator=stream))]
+    source = int(candidates.labels[row])
+    return candidates.images[row], source, (source + int(torch.randint(1, classes, (), generator=stream))) % classes
 
 
-def _best_match(
+def _best_of_restarts(
     proxy: nn.Module,
     images: Tensor,
     labels: Tensor,
-    wanted: Tensor,
+    target_image: Tensor,
     target: int,
     settings: WitchesBrew,
     augmentation: Augmentation,
     stream: torch.Generator,
 ) -> Tensor:
-    place = next(proxy.parameters()).device
-    images, labels = images.to(place), labels.to(place)
+    device = next(proxy.parameters()).device
+    images, labels = images.to(device), labels.to(device)
     weights = list(proxy.eval().parameters())
-    mistake = torch.tensor([target], device=place)
-    loss = functional.cross_entropy(proxy(wanted[None].to(place).float() / 255), mistake)
+    target_label = torch.tensor([target], device=device)
+    loss = functional.cross_entropy(proxy(target_image[None].to(device).float() / 255), target_label)
     goal = [gradient.detach() for gradient in torch.autograd.grad(loss, weights)]
     best, lowest = images, torch.inf
     for _ in range(settings.restarts):
-        points, distance = _match(proxy, images, labels, goal, settings, augmentation, stream)
+        points, distance = _optimize_perturbation(proxy, images, labels, goal, settings, augmentation, stream)
         if distance < lowest:
             best, lowest = points, distance
     return best.cpu()
 
 
-def _match(
+def _optimize_perturbation(
     proxy: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -115,38 +119,39 @@ def _match(
     augmentation: Augmentation,
     stream: torch.Generator,
 ) -> tuple[Tensor, float]:
-    """One descent from a random start; the points, and how far their gradient is from the goal at the last step."""
+    """Optimises from one random start; returns the points, and the gradient distance at the last step."""
     epsilon = settings.epsilon
     noise = ((torch.rand(images.shape, generator=stream) * 2 - 1) * epsilon).to(images)
-    noise = _cut(noise, images, epsilon).requires_grad_(True)
+    noise = _project(noise, images, epsilon).requires_grad_(True)
     optimizer = torch.optim.Adam([noise], lr=settings.step_size * epsilon)
     milestones = [round(share * settings.steps) for share in DECAY_AT]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, DECAY)
     distance = torch.inf
     for _ in range(settings.steps):
-        distance, uphill = 0.0, torch.zeros_like(noise)
-        for rows in torch.split(torch.arange(len(images), device=images.device), BATCH):
+        distance, gradient = 0.0, torch.zeros_like(noise)
+        for rows in torch.split(torch.arange(len(images), device=images.device), BATCH_SIZE):
             points = augment(images[rows] + noise[rows], augmentation, stream)
-            apart = _apart(proxy, points, labels[rows], goal)
-            uphill += torch.autograd.grad(apart, noise)[0]  # not backward(), which would fill the proxy's gradients too
-            distance += float(apart.detach()) * len(rows) / len(images)
-        noise.grad = uphill.sign()
+            batch_distance = _gradient_distance(proxy, points, labels[rows], goal)
+            # not backward(), which would also accumulate gradients of the proxy
+            gradient += torch.autograd.grad(batch_distance, noise)[0]
+            distance += float(batch_distance.detach()) * len(rows) / len(images)
+        noise.grad = gradient.sign()
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            noise.copy_(_cut(noise, images, epsilon))
+            noise.copy_(_project(noise, images, epsilon))
     return (images + noise).detach(), distance
 
 
-def _cut(noise: Tensor, images: Tensor, epsilon: float) -> Tensor:
-    """Noise inside the ball that leaves the images inside [0, 1]."""
+def _project(noise: Tensor, images: Tensor, epsilon: float) -> Tensor:
+    """Projects noise onto the ball and keeps the noisy images in [0, 1]."""
     return (images + noise.detach().clamp(-epsilon, epsilon)).clamp(0, 1) - images
 
 
-def _apart(proxy: nn.Module, points: Tensor, labels: Tensor, goal: Sequence[Tensor]) -> Tensor:
-    """1 minus the cosine between the gradient at the points and the goal, over all weights at once."""
+def _gradient_distance(proxy: nn.Module, points: Tensor, labels: Tensor, goal: Sequence[Tensor]) -> Tensor:
+    """Returns 1 minus the cosine between the loss gradient at the points and `goal`, over all weights at once."""
     loss = functional.cross_entropy(proxy(points), labels)
-    found = torch.autograd.grad(loss, list(proxy.parameters()), create_graph=True)
-    product = torch.stack([(one * other).sum() for one, other in zip(found, goal, strict=True)]).sum()
-    lengths = [torch.stack([part.square().sum() for part in parts]).sum().sqrt() for parts in (found, goal)]
-    return 1 - product / (lengths[0] * lengths[1]).clamp_min(1e-12)
+    gradient = torch.autograd.grad(loss, list(proxy.parameters()), create_graph=True)
+    product = torch.stack([(one * other).sum() for one, other in zip(gradient, goal, strict=True)]).sum()
+    norms = [torch.stack([part.square().sum() for part in parts]).sum().sqrt() for parts in (gradient, goal)]
+    return 1 - product / (norms[0] * norms[1]).clamp_min(1e-12)

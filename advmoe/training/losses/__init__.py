@@ -1,5 +1,5 @@
-"""What a mixture learns from an attacked batch: one file for each `train.recipe`.
+"""Losses of a mixture on an attacked batch, each a mean over its images: one file for each `train.recipe`.
 
-Each is a loss of the mixture's answer to a batch, a mean over its images; the experts' own losses and the balance of
-the load are added to any of them (`advmoe.training.joint`).
+The experts' own losses and the load balance are added in `advmoe.training.joint`, not here. To add a loss, write a
+settings class with `kind` and `loss(batch)` in a new file, and list it in `registry.py`.
 """

@@ -1,4 +1,4 @@
-"""A batch as an objective meets it.
+"""The input of the losses: a batch with the mixture's output.
 
 Shapes: B batch, C channel, H/W pixels.
 """
@@ -13,7 +13,7 @@ from advmoe.models.mixture import MixtureOfExperts, MixtureOutput, mix
 
 @dataclass(frozen=True)
 class Batch:
-    """Labels, what the mixture said of the attacked images, and the clean ones, of which some objectives ask, too."""
+    """The mixture, its output on the attacked images, the labels, and the clean images, which some losses need."""
 
     mixture: MixtureOfExperts
     attacked: MixtureOutput
@@ -21,13 +21,13 @@ class Batch:
     clean_BCHW: Tensor
 
     def clean(self) -> MixtureOutput:
-        """What the mixture says of the clean images: one more forward pass, at each call."""
-        return self.mixture.parts(self.clean_BCHW)
+        """Returns the mixture's output on the clean images, by one more forward pass at each call."""
+        return self.mixture.forward_parts(self.clean_BCHW)
 
     def routing_loss(self) -> Tensor:
-        """Cross-entropy of the answer to the attacked images with the experts held still: the gate alone learns from
-        it. For objectives that ask the experts and not the answer, from which a gate would learn nothing of labels.
+        """Returns the cross-entropy of the mixture's output on the attacked images with detached experts: it trains the
+        gate only. For losses of the experts' outputs, from which the gate would learn nothing about labels.
         """
-        said = self.attacked
-        answer_BK = mix(said.log_gate_BE, said.logits_BEK.detach(), self.mixture.mixing)
-        return functional.nll_loss(answer_BK, self.labels_B)
+        output = self.attacked
+        log_probs_BK = mix(output.log_gate_BE, output.logits_BEK.detach(), self.mixture.mixing)
+        return functional.nll_loss(log_probs_BK, self.labels_B)

@@ -1,4 +1,4 @@
-"""The paper's own defence: cross-entropy of the mixture's answer (arXiv 2512.20821)."""
+"""The paper's defence: cross-entropy of the mixture's output (arXiv 2512.20821)."""
 
 from typing import Literal
 
@@ -10,10 +10,10 @@ from advmoe.training.losses.batch import Batch
 
 
 class Dwf(Settings):
-    """It has no numbers of its own."""
+    """The loss has no parameters."""
 
     kind: Literal["dwf"]
 
     def loss(self, batch: Batch) -> Tensor:
-        """A mean over the batch; the answer is a log-probability already."""
+        """Returns the loss, a mean over the batch; the mixture's outputs are log-probabilities."""
         return functional.nll_loss(batch.attacked.log_probs_BK, batch.labels_B)

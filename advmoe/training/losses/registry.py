@@ -1,4 +1,4 @@
-"""The objectives there are."""
+"""The union of all losses that `train.recipe` accepts."""
 
 from typing import Annotated
 
@@ -12,9 +12,11 @@ from advmoe.training.losses.mart_adp import MartAdp
 from advmoe.training.losses.mutual import Mutual
 
 
-def _named(value: object) -> object:
-    """An objective without numbers of its own may be given by its name alone."""
+def _from_name(value: object) -> object:
+    """Accepts the bare name of a loss without parameters."""
     return {"kind": value} if isinstance(value, str) else value
 
 
-Objective = Annotated[Dwf | Mart | Adp | MartAdp | Igat | Mutual, Field(discriminator="kind"), BeforeValidator(_named)]
+Objective = Annotated[
+    Dwf | Mart | Adp | MartAdp | Igat | Mutual, Field(discriminator="kind"), BeforeValidator(_from_name)
+]

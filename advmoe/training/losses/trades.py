@@ -1,6 +1,6 @@
-"""TRADES on the mixture's answer (Zhang et al., ICML 2019; see `advmoe.training.trades`).
+"""TRADES on the mixture's output (Zhang et al., ICML 2019; see `advmoe.training.trades`).
 
-It is chosen by `train.adversary`, since its attack belongs to it: there is no `train.recipe` of this name.
+`train.adversary: trades` selects it, together with its attack: there is no `train.recipe` of this name.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from advmoe.training.trades import trades_loss
 
 
 @dataclass(frozen=True)
-class Trades:
-    """`beta` weighs the divergence."""
+class TradesLoss:
+    """`beta`: weight of the divergence."""
 
     beta: float
 
     def loss(self, batch: Batch) -> Tensor:
-        """The clean answer's cross-entropy, and how far the attack moves the answer."""
+        """Returns the cross-entropy on clean images plus the divergence of the output on attacked ones."""
         return trades_loss(batch.clean().log_probs_BK, batch.attacked.log_probs_BK, batch.labels_B, self.beta)

@@ -1,4 +1,4 @@
-"""Pools and attacks: where the images come from, what is asked about, in which order, and never more than the budget.
+"""Query pools and extraction attacks: sources and order of the queries, and that the budget is never exceeded.
 
 Shapes: N images, C channel, H/W pixels, K classes, P pixels in a row.
 """
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from advmoe.attacks import engine
 from advmoe.core.errors import UserError
 from advmoe.core.settings import validate
-from advmoe.data.dataset import Dataset, Facts, Split, digests
-from advmoe.models.classifiers import Backbone
+from advmoe.data.dataset import Dataset, DatasetInfo, Split, image_digests
+from advmoe.models.classifiers import BackboneSettings
 from advmoe.runtime.machine import generator
 from advmoe.threats.extraction import dfme as data_free
 from advmoe.threats.extraction import query_pools, surrogate, transfer_set, victims
@@ -38,13 +38,14 @@ from advmoe.threats.extraction.query_pools import (
     Photographs,
     UniformNoise,
 )
-from advmoe.threats.extraction.registry import ATTACKS, AnyExtraction, Extraction, steal
+from advmoe.threats.extraction.registry import ATTACKS, AnyExtraction, Extraction, run_extraction
 from advmoe.threats.extraction.transfer_set import TransferSet
-from advmoe.training.trainer import Trainer, TrainingResult
+from advmoe.training.job import TrainingResult
+from advmoe.training.trainer import Trainer
 
 CLASSES, POOL = 3, 40
-GREY = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.3,))
-COLOUR = Facts(channels=3, height=32, width=32, class_names=("a", "b", "c"), mean=(0.5,) * 3, std=(0.3,) * 3)
+GREY = DatasetInfo(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.3,))
+COLOUR = DatasetInfo(channels=3, height=32, width=32, class_names=("a", "b", "c"), mean=(0.5,) * 3, std=(0.3,) * 3)
 COMMON = validate(EXTRACT, Common, "test")
 NOISE = {"kind": "noise", "images": 50}
 KINDS: dict[str, dict[str, Any]] = {
@@ -72,7 +73,7 @@ def make_split(images: Tensor, classes: int = CLASSES, start: int = 0) -> Split:
     return Split(images, torch.arange(len(images)) % classes, torch.arange(start, start + len(images)))
 
 
-def make_data(facts: Facts = GREY, pool: int = POOL) -> Dataset:
+def make_data(facts: DatasetInfo = GREY, pool: int = POOL) -> Dataset:
     """Random images, all of them different."""
     counts = {"train": 30, "pool": pool, "validation": 10, "test": 10}
     shape = (sum(counts.values()), facts.channels, facts.height, facts.width)
@@ -103,7 +104,7 @@ def linear(pixels: int = 64, scale: float = 1.0, seed: str = "weights") -> Linea
     return Linear(scale * torch.randn(CLASSES, pixels, generator=generator(seed)))
 
 
-def taught(
+def train_surrogate(
     known: TransferSet,
     data: Dataset,
     *,
@@ -112,43 +113,48 @@ def taught(
     seed: int = 0,
     **changes: Any,
 ) -> TrainingResult:
-    """A small surrogate that learned a transfer set."""
+    """Trains a small surrogate on a transfer set."""
     common = COMMON.model_copy(update=changes)
-    return surrogate.train(name, Backbone(kind=kind, width=2), known, data, common, seed=seed, epsilon=0.1)
+    return surrogate.train(name, BackboneSettings(kind=kind, width=2), known, data, common, seed=seed, epsilon=0.1)
 
 
 @dataclass
-class Bench:
-    """An attacker's tools around a linear victim, and a record of what it learned from in between."""
+class AttackSetup:
+    """The context of an attack on a linear victim, with its query batches and the transfer sets of its surrogates."""
 
-    tools: AttackContext
+    context: AttackContext
     oracle: Oracle
     batches: list[Tensor] = field(default_factory=list)
-    lessons: list[TransferSet] = field(default_factory=list)
+    training_sets: list[TransferSet] = field(default_factory=list)
 
 
-def bench(budget: int, *, mode: str = "soft", data: Dataset | None = None, learn: bool = True, seed: int = 0) -> Bench:
-    """`learn`: surrogates are small networks trained for an epoch; else always the same linear one."""
+def attack_setup(
+    budget: int, *, mode: str = "soft", data: Dataset | None = None, learn: bool = True, seed: int = 0
+) -> AttackSetup:
+    """`learn`: surrogates are small trained networks; otherwise always the same linear one."""
     data = data or make_data()
-    victim, found = victims._network("linear", "id", linear(seed="victim"), CLASSES), Bench.__new__(Bench)
-    found.batches, found.lessons = [], []
+    victim, found = (
+        victims._network_victim("linear", "id", linear(seed="victim"), CLASSES),
+        AttackSetup.__new__(AttackSetup),
+    )
+    found.batches, found.training_sets = [], []
 
     def ask(images_NCHW: Tensor) -> Tensor:
         found.batches.append(images_NCHW.clone())
-        return victim.ask(images_NCHW)
+        return victim.query(images_NCHW)
 
-    def lesson(known: TransferSet) -> nn.Module:
-        found.lessons.append(known)
+    def train(known: TransferSet) -> nn.Module:
+        found.training_sets.append(known)
         if not learn:
             return linear(seed="surrogate")
-        return taught(known, data, seed=seed).model
+        return train_surrogate(known, data, seed=seed).model
 
     found.oracle = Oracle(ask, mode, budget)
-    found.tools = AttackContext(
+    found.context = AttackContext(
         oracle=found.oracle,
-        gather=lambda pool: query_pools.gather(pool, data, generator(seed, "pool", pool.kind)),
-        learn=lesson,
-        fresh=lambda: surrogate.fresh(Backbone(kind="cnn", width=2), data, seed, "fresh"),
+        load_pool=lambda pool: query_pools.load_pool(pool, data, generator(seed, "pool", pool.kind)),
+        train_surrogate=train,
+        build_surrogate=lambda: surrogate.build(BackboneSettings(kind="cnn", width=2), data, seed, "fresh"),
         stream=generator(seed, "attack"),
         facts=data.facts,
     )
@@ -169,9 +175,9 @@ def same(first: TransferSet, second: TransferSet) -> bool:
 
 
 @pytest.mark.parametrize("facts", [GREY, COLOUR], ids=["grey-8", "colour-32"])
-def test_photographs_are_crops_in_the_victims_size_drawn_by_the_stream_alone(facts: Facts) -> None:
+def test_photographs_are_crops_in_the_victims_size_drawn_by_the_stream_alone(facts: DatasetInfo) -> None:
     pool, data = Photographs(kind="photographs", images=30), make_data(facts)
-    first, again, other = (query_pools.gather(pool, data, generator(seed)) for seed in (1, 1, 2))
+    first, again, other = (query_pools.load_pool(pool, data, generator(seed)) for seed in (1, 1, 2))
     assert first.images.shape == (30, facts.channels, facts.height, facts.width)
     assert first.images.dtype == torch.uint8
     assert torch.equal(first.images, again.images)
@@ -206,15 +212,15 @@ def test_a_pool_that_overlaps_with_the_victims_images_is_refused(name: str) -> N
     theirs = data.splits[name].images  # type: ignore[index]
     mine = torch.cat([data["pool"].images, theirs[:3], theirs[:1]])
     with pytest.raises(UserError, match=f"pool and the victim's {name} split share 3 images"):
-        query_pools.refuse_overlap(mine, data)
-    query_pools.refuse_overlap(data["pool"].images, data)
+        query_pools.check_disjoint(mine, data)
+    query_pools.check_disjoint(data["pool"].images, data)
 
 
 def test_a_foreign_set_that_is_the_victims_own_is_refused(tmp_path: Path) -> None:
     data = make_data()
     file = save_npz(tmp_path / "theirs.npz", torch.cat([data["train"].images[:5], make_data(pool=60)["pool"].images]))
     with pytest.raises(UserError, match="the victim's train split share 5 images"):
-        query_pools.gather(other_dataset(file), data, generator(0))
+        query_pools.load_pool(other_dataset(file), data, generator(0))
 
 
 def save_npz(path: Path, images: Tensor) -> Path:
@@ -230,21 +236,21 @@ def other_dataset(file: Path) -> OtherDataset:
 
 def test_the_training_images_of_another_source_are_a_pool_grouped_by_class(tmp_path: Path) -> None:
     theirs = torch.randint(0, 256, (12, 1, 8, 8), generator=generator("other"), dtype=torch.uint8)
-    found = query_pools.gather(other_dataset(save_npz(tmp_path / "other.npz", theirs)), make_data(), generator(0))
-    assert sorted(digests(found.images)) == sorted(digests(theirs))
-    label = dict(zip(digests(theirs), (np.arange(12) % 2).tolist(), strict=True))
-    assert found.groups.tolist() == [label[digest] for digest in digests(found.images)]
-    assert digests(found.images) != digests(theirs)  # shuffled
+    found = query_pools.load_pool(other_dataset(save_npz(tmp_path / "other.npz", theirs)), make_data(), generator(0))
+    assert sorted(image_digests(found.images)) == sorted(image_digests(theirs))
+    label = dict(zip(image_digests(theirs), (np.arange(12) % 2).tolist(), strict=True))
+    assert found.groups.tolist() == [label[digest] for digest in image_digests(found.images)]
+    assert image_digests(found.images) != image_digests(theirs)  # shuffled
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 9, 8)], ids=["colour", "one pixel"])
 def test_a_foreign_set_of_another_size_is_refused(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     file = save_npz(tmp_path / "other.npz", torch.zeros(6, *shape, dtype=torch.uint8))
     with pytest.raises(UserError, match=r"pool \(npz\): images are .* but the victim takes \(1, 8, 8\)"):
-        query_pools.gather(other_dataset(file), make_data(), generator(0))
+        query_pools.load_pool(other_dataset(file), make_data(), generator(0))
 
 
-def test_the_attackers_own_pool_loses_images_that_the_victim_has_too() -> None:
+def test_the_in_distribution_pool_excludes_images_of_the_victims_splits() -> None:
     data = make_data()
     pool = data["pool"]
     images = pool.images.clone()
@@ -255,7 +261,7 @@ def test_the_attackers_own_pool_loses_images_that_the_victim_has_too() -> None:
     assert torch.equal(own.images, images[kept])
     assert torch.equal(own.labels, pool.labels[kept])
     assert torch.equal(own.index, pool.index[kept])
-    assert len(query_pools.gather(InDistribution(kind="in-distribution"), data, generator(0))) == POOL - 3
+    assert len(query_pools.load_pool(InDistribution(kind="in-distribution"), data, generator(0))) == POOL - 3
 
 
 def test_an_attacker_without_images_is_refused() -> None:
@@ -267,7 +273,7 @@ def test_an_attacker_without_images_is_refused() -> None:
         query_pools.in_distribution(only_theirs)
 
 
-def test_a_pool_cut_from_the_training_split_by_position_is_our_own_mistake() -> None:
+def test_a_pool_that_shares_rows_with_the_training_split_is_an_assertion_error() -> None:
     data = make_data()
     with pytest.raises(AssertionError, match="disjoint"):
         query_pools.in_distribution(
@@ -281,7 +287,7 @@ def test_a_pool_cut_from_the_training_split_by_position_is_our_own_mistake() -> 
     ids=lambda pool: str(pool.kind),
 )
 def test_pools_are_shuffled_by_the_stream_alone(pool: AnyPool) -> None:
-    first, again, other = (query_pools.gather(pool, make_data(), generator(seed)) for seed in (1, 1, 2))
+    first, again, other = (query_pools.load_pool(pool, make_data(), generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.images, other.images)
 
@@ -292,13 +298,13 @@ def test_pools_are_shuffled_by_the_stream_alone(pool: AnyPool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["soft", "top1"])
 def test_every_query_is_in_the_transfer_set_and_in_the_log(kind: str, mode: str) -> None:
-    made = bench(BUDGET, mode=mode)
-    found = steal(settings(kind), made.tools)
+    made = attack_setup(BUDGET, mode=mode)
+    found = run_extraction(settings(kind), made.context)
     oracle, asked = made.oracle, torch.cat(made.batches)
     assert 0 < oracle.used <= BUDGET
     assert oracle.used == len(asked) == len(found.images) == len(found.answers)
     assert torch.equal(found.images, asked)
-    assert oracle.asked == digests(found.images)
+    assert oracle.query_log == image_digests(found.images)
     assert found.queries.tolist() == list(range(1, oracle.used + 1))
     assert found.images.dtype == torch.uint8
     with torch.no_grad():
@@ -312,41 +318,43 @@ def test_every_query_is_in_the_transfer_set_and_in_the_log(kind: str, mode: str)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_attack_spends_what_it_can(kind: str) -> None:
-    made = bench(BUDGET)
-    steal(settings(kind), made.tools)
+    made = attack_setup(BUDGET)
+    run_extraction(settings(kind), made.context)
     assert made.oracle.used == (BUDGET if kind != "dfme" else 12)  # a round is 3 x (1 + 1 + 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_attack_is_repeated_bit_for_bit_by_its_seed(kind: str) -> None:
-    first, again, other = (steal(settings(kind), bench(BUDGET, seed=seed).tools) for seed in (0, 0, 1))
+    first, again, other = (
+        run_extraction(settings(kind), attack_setup(BUDGET, seed=seed).context) for seed in (0, 0, 1)
+    )
     assert same(first, again)
     assert not torch.equal(first.images, other.images)
 
 
 @pytest.mark.parametrize(("kind", "budget"), [*TOO_MUCH.items(), *TOO_LITTLE.items()], ids=str)
 def test_a_budget_that_cannot_be_spent_is_refused_before_anything_is_asked(kind: str, budget: int) -> None:
-    made = bench(budget, learn=False)
+    made = attack_setup(budget, learn=False)
     with pytest.raises(UserError, match=f"a budget of {budget} queries ") as refused:
-        steal(settings(kind), made.tools)
-    assert (made.oracle.used, made.batches, made.lessons) == (0, [], [])
+        run_extraction(settings(kind), made.context)
+    assert (made.oracle.used, made.batches, made.training_sets) == (0, [], [])
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("kind", "budget"), TOO_MUCH.items(), ids=[*TOO_MUCH])
 def test_the_largest_budget_that_can_be_spent_is_spent(kind: str, budget: int) -> None:
-    made = bench(budget - 1, learn=False)
-    assert len(steal(settings(kind), made.tools).images) == made.oracle.used == budget - 1
+    made = attack_setup(budget - 1, learn=False)
+    assert len(run_extraction(settings(kind), made.context).images) == made.oracle.used == budget - 1
 
 
 def test_seeds_that_the_pool_does_not_have_are_refused_before_anything_is_asked() -> None:
-    made = bench(60, learn=False)
-    with pytest.raises(UserError, match="50 seeds are wanted, the attacker's pool holds 40"):
-        steal(settings("jbda", seeds=50), made.tools)
+    made = attack_setup(60, learn=False)
+    with pytest.raises(UserError, match="50 seeds are required, but the attacker's pool holds 40"):
+        run_extraction(settings("jbda", seeds=50), made.context)
     assert made.oracle.used == 0
 
 
-def test_every_attack_of_the_catalogue_is_tried_here() -> None:
+def test_every_registered_attack_is_tested_here() -> None:
     assert {type(settings(kind)) for kind in KINDS} == set(ATTACKS)
     assert len(KINDS) == len(ATTACKS)
 
@@ -355,22 +363,22 @@ def test_every_attack_of_the_catalogue_is_tried_here() -> None:
 @pytest.mark.parametrize("kind", ["knockoff-adaptive", "best"])
 def test_rounds_of_less_than_two_queries_are_refused_and_rounds_of_two_are_asked(kind: str, rounds: int) -> None:
     """No network learns from one image."""
-    short, enough = bench(2 * rounds - 1), bench(2 * rounds)
+    short, enough = attack_setup(2 * rounds - 1), attack_setup(2 * rounds)
     words = f"a budget of {2 * rounds - 1} queries is less than two in each of {rounds} rounds"
     with pytest.raises(UserError, match=words):
-        steal(settings(kind, rounds=rounds), short.tools)
-    assert (short.oracle.used, short.lessons) == (0, [])
-    steal(settings(kind, rounds=rounds), enough.tools)
+        run_extraction(settings(kind, rounds=rounds), short.context)
+    assert (short.oracle.used, short.training_sets) == (0, [])
+    run_extraction(settings(kind, rounds=rounds), enough.context)
     assert [len(batch) for batch in enough.batches] == [2] * rounds
-    assert [len(lesson.images) for lesson in enough.lessons] == list(range(2, 2 * rounds, 2))
+    assert [len(training_set.images) for training_set in enough.training_sets] == list(range(2, 2 * rounds, 2))
 
 
 @pytest.mark.parametrize("budget", range(6, 14))
 @pytest.mark.parametrize("kind", ["knockoff-adaptive", "best"])
 def test_no_surrogate_in_between_learns_from_a_single_answer(kind: str, budget: int) -> None:
-    made = bench(budget)
-    assert len(steal(settings(kind), made.tools).images) == budget
-    assert min(len(lesson.images) for lesson in made.lessons) >= 2
+    made = attack_setup(budget)
+    assert len(run_extraction(settings(kind), made.context).images) == budget
+    assert min(len(training_set.images) for training_set in made.training_sets) >= 2
 
 
 @pytest.mark.parametrize(
@@ -382,17 +390,19 @@ def test_no_surrogate_in_between_learns_from_a_single_answer(kind: str, budget: 
 def test_the_smallest_budgets_and_seeds_that_are_allowed_are_enough(
     kind: str, changes: dict[str, int], budget: int, backbone: Any
 ) -> None:
-    made, data = bench(budget), make_data()
+    made, data = attack_setup(budget), make_data()
 
     def learn(known: TransferSet) -> nn.Module:
-        return taught(known, data, kind=backbone).model
+        return train_surrogate(known, data, kind=backbone).model
 
-    tools = AttackContext(made.oracle, made.tools.gather, learn, made.tools.fresh, made.tools.stream, GREY)
-    assert len(steal(settings(kind, **changes), tools).images) == made.oracle.used == budget
+    context = AttackContext(
+        made.oracle, made.context.load_pool, learn, made.context.build_surrogate, made.context.stream, GREY
+    )
+    assert len(run_extraction(settings(kind, **changes), context).images) == made.oracle.used == budget
 
 
 @pytest.mark.parametrize("seeds", [1, 0, 2.0], ids=str)
-def test_a_single_seed_or_none_is_no_jbda(seeds: float) -> None:
+def test_jbda_refuses_fewer_than_two_or_fractional_seeds(seeds: float) -> None:
     with pytest.raises(UserError, match="seeds: "):
         settings("jbda", seeds=seeds)
 
@@ -411,14 +421,14 @@ def make_set(count: int, name: str) -> TransferSet:
 def starts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """The weights of every surrogate before it learned anything."""
     found: list[dict[str, Tensor]] = []
-    real = surrogate.fresh
+    real = surrogate.build
 
     def watched(*arguments: Any) -> nn.Module:
         network = real(*arguments)
         found.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
         return network
 
-    monkeypatch.setattr(surrogate, "fresh", watched)
+    monkeypatch.setattr(surrogate, "build", watched)
     return found
 
 
@@ -426,15 +436,15 @@ def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
-def test_name_and_seed_alone_say_where_a_surrogate_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_initial_weights_depend_on_name_and_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     began, data = starts(monkeypatch), make_data()
-    free = transfer_set.labelled(data["pool"], CLASSES)
+    free = transfer_set.from_labels(data["pool"], CLASSES)
     for known in (free, make_set(20, "bought"), make_set(7, "less")):
-        taught(known, data)
+        train_surrogate(known, data)
     assert equal(began[0], began[1])
     assert equal(began[0], began[2])
-    taught(free, data, name="other")
-    taught(free, data, seed=1)
+    train_surrogate(free, data, name="other")
+    train_surrogate(free, data, seed=1)
     assert not equal(began[0], began[3])
     assert not equal(began[0], began[4])
 
@@ -442,7 +452,7 @@ def test_name_and_seed_alone_say_where_a_surrogate_starts(monkeypatch: pytest.Mo
 def test_surrogates_of_one_start_and_one_set_are_the_same_and_of_another_set_are_not() -> None:
     data = make_data()
     first, again, other = (
-        taught(make_set(20, name), data).model.state_dict() for name in ("bought", "bought", "different")
+        train_surrogate(make_set(20, name), data).model.state_dict() for name in ("bought", "bought", "different")
     )
     assert equal(first, again)
     assert not equal(first, other)
@@ -464,11 +474,9 @@ def test_surrogates_of_one_start_and_one_set_are_the_same_and_of_another_set_are
     ],
     ids=str,
 )
-def test_a_small_transfer_set_is_gone_through_until_so_many_steps_are_made(
-    images: int, steps: int, epochs: int
-) -> None:
+def test_epochs_are_extended_to_the_minimum_number_of_steps(images: int, steps: int, epochs: int) -> None:
     recipe = COMMON.recipe.model_copy(update={"epochs": 3})
-    found = surrogate.long_enough(recipe, images, steps)
+    found = surrogate.extend_epochs(recipe, images, steps)
     assert found == recipe.model_copy(update={"epochs": epochs})
     assert recipe.epochs == 3  # the section's own is left alone
 
@@ -485,16 +493,16 @@ def test_a_surrogate_makes_at_least_so_many_steps_of_the_optimiser(
         return step(run, images_BCHW, labels_B)
 
     monkeypatch.setattr(Trainer, "step", watched)
-    taught(make_set(images, "steps"), make_data(), steps=steps)
+    train_surrogate(make_set(images, "steps"), make_data(), steps=steps)
     assert counted[0] == made >= steps
 
 
 @pytest.mark.parametrize("count", [0, 1])
 @pytest.mark.parametrize("kind", ["resnet18", "cnn"])
 def test_a_surrogate_needs_two_images(count: int, kind: Any) -> None:
-    with pytest.raises(UserError, match=r"a surrogate needs two images at least; prepare\.splits\.pool or the budget"):
-        taught(make_set(count, "few"), make_data(), kind=kind)
-    assert taught(make_set(2, "few"), make_data(), kind=kind).model is not None
+    with pytest.raises(UserError, match=r"a surrogate needs at least two images; prepare\.splits\.pool or the budget"):
+        train_surrogate(make_set(count, "few"), make_data(), kind=kind)
+    assert train_surrogate(make_set(2, "few"), make_data(), kind=kind).model is not None
 
 
 # ---- knockoff
@@ -502,11 +510,11 @@ def test_a_surrogate_needs_two_images(count: int, kind: Any) -> None:
 
 @pytest.mark.parametrize("budget", [1, 20, 50])
 def test_knockoff_asks_about_the_first_images_of_its_pool(budget: int) -> None:
-    made = bench(budget)
-    steal(settings("knockoff"), made.tools)
-    pool = query_pools.gather(UniformNoise(kind="noise", images=50), make_data(), generator(0, "pool", "noise"))
+    made = attack_setup(budget)
+    run_extraction(settings("knockoff"), made.context)
+    pool = query_pools.load_pool(UniformNoise(kind="noise", images=50), make_data(), generator(0, "pool", "noise"))
     assert torch.equal(torch.cat(made.batches), pool.images[:budget])
-    assert made.lessons == []
+    assert made.training_sets == []
 
 
 # ---- copycat
@@ -515,20 +523,23 @@ def test_knockoff_asks_about_the_first_images_of_its_pool(budget: int) -> None:
 @pytest.mark.parametrize("own", [0.1, 0.25, 0.5, 0.9])
 def test_copycat_mixes_its_own_images_in_evenly(own: float) -> None:
     data = make_data(pool=60)
-    made = bench(50, data=data)
-    found = steal(settings("copycat", own=own), made.tools)
-    mine = set(digests(data["pool"].images))
-    is_own = torch.tensor([digest in mine for digest in digests(found.images)])
+    made = attack_setup(50, data=data)
+    found = run_extraction(settings("copycat", own=own), made.context)
+    mine = set(image_digests(data["pool"].images))
+    is_own = torch.tensor([digest in mine for digest in image_digests(found.images)])
     for budget in range(1, 51):
         assert abs(int(is_own[:budget].sum()) - own * budget) <= 1
-    assert len(set(digests(found.images))) == 50
+    assert len(set(image_digests(found.images))) == 50
 
 
 @pytest.mark.parametrize("kind", ["knockoff", "copycat", "jbda"])
 @pytest.mark.parametrize("budget", [2, 7, 13])
 def test_a_smaller_budget_would_have_bought_the_first_queries_of_a_larger_one(kind: str, budget: int) -> None:
-    large, small = bench(BUDGET), bench(budget)
-    assert same(steal(settings(kind), large.tools).within(budget), steal(settings(kind), small.tools))
+    large, small = attack_setup(BUDGET), attack_setup(budget)
+    assert same(
+        run_extraction(settings(kind), large.context).within_budget(budget),
+        run_extraction(settings(kind), small.context),
+    )
 
 
 # ---- JBDA
@@ -542,8 +553,8 @@ def test_jbda_moves_every_pixel_of_a_linear_model_by_the_sign_of_its_weight(coun
         model.weight_KP[:, 5] = 0  # a pixel that no class looks at
     images = torch.randint(0, 256, (count, 1, 8, 8), generator=generator("images"), dtype=torch.uint8)
     labels = torch.arange(count) % CLASSES
-    with engine.attack_mode(model, "float32") as cheap:
-        moved = augmented(cheap, images, labels, levels / 255)
+    with engine.attack_mode(model, "float32") as frozen:
+        moved = augmented(frozen, images, labels, levels / 255)
     signs = model.weight_KP.detach().sign()[labels].view(count, 1, 8, 8).long()
     assert torch.equal(moved.long(), (images.long() + levels * signs).clamp(0, 255))
     assert moved.dtype == torch.uint8
@@ -553,29 +564,29 @@ def test_jbda_moves_every_pixel_of_a_linear_model_by_the_sign_of_its_weight(coun
 def test_a_step_between_two_levels_goes_to_the_nearest_one() -> None:
     model, images = linear(), torch.full((2, 1, 8, 8), 100, dtype=torch.uint8)
     for step, levels in ((5.4 / 255, 5), (5.6 / 255, 6), (0.4 / 255, 0)):
-        with engine.attack_mode(model, "float32") as cheap:
-            moved = augmented(cheap, images, torch.zeros(2, dtype=torch.int64), step)
+        with engine.attack_mode(model, "float32") as frozen:
+            moved = augmented(frozen, images, torch.zeros(2, dtype=torch.int64), step)
         assert set((moved.long() - 100).abs().flatten().tolist()) == {levels}
 
 
 @pytest.mark.parametrize(("doublings", "total"), [(0, 6), (1, 12), (2, 24)])
 def test_jbda_doubles_its_seeds(doublings: int, total: int) -> None:
-    made = bench(total)
-    steal(settings("jbda", doublings=doublings), made.tools)
+    made = attack_setup(total)
+    run_extraction(settings("jbda", doublings=doublings), made.context)
     assert [len(batch) for batch in made.batches] == [6, 6, 12][: doublings + 1]
-    assert [len(lesson.images) for lesson in made.lessons] == [6, 12][:doublings]
+    assert [len(training_set.images) for training_set in made.training_sets] == [6, 12][:doublings]
 
 
 @pytest.mark.parametrize("budget", [4, 6, 7, 15])
 def test_jbda_stops_at_the_budget_in_the_middle_of_a_doubling(budget: int) -> None:
-    made = bench(budget)
-    found = steal(settings("jbda"), made.tools)
+    made = attack_setup(budget)
+    found = run_extraction(settings("jbda"), made.context)
     assert made.oracle.used == len(found.images) == budget
 
 
 def test_jbda_moves_what_it_knows_towards_the_victims_answers() -> None:
-    made = bench(12, learn=False)
-    found = steal(settings("jbda", step=10 / 255, doublings=1), made.tools)
+    made = attack_setup(12, learn=False)
+    found = run_extraction(settings("jbda", step=10 / 255, doublings=1), made.context)
     weights = linear(seed="surrogate").weight_KP.detach()
     signs = weights.sign()[found.answers[:6].argmax(1)].view(6, 1, 8, 8).long()
     assert torch.equal(found.images[6:].long(), (found.images[:6].long() + 10 * signs).clamp(0, 255))
@@ -593,8 +604,8 @@ def best_settings(epsilon: object = "16/255", **changes: Any) -> Best:
 def test_uncertain_images_are_where_a_linear_model_is_less_sure(count: int) -> None:
     model = linear(scale=0.2)
     images = torch.randint(0, 256, (count, 1, 8, 8), generator=generator("images"), dtype=torch.uint8)
-    with engine.attack_mode(model, "float32") as cheap:
-        moved = most_uncertain(cheap, images, best_settings())
+    with engine.attack_mode(model, "float32") as frozen:
+        moved = most_uncertain(frozen, images, best_settings())
     with torch.no_grad():
         before, after = (model(each.float() / 255).log_softmax(1) for each in (images, moved))
     evenness = after.mean(1) - before.mean(1)
@@ -606,61 +617,61 @@ def test_uncertain_images_are_where_a_linear_model_is_less_sure(count: int) -> N
 def test_uncertain_images_stay_within_epsilon(epsilon: str) -> None:
     images = torch.randint(0, 256, (20, 1, 8, 8), generator=generator("images"), dtype=torch.uint8)
     made = best_settings(epsilon)
-    with engine.attack_mode(linear(), "float32") as cheap:
-        moved = most_uncertain(cheap, images, made)
+    with engine.attack_mode(linear(), "float32") as frozen:
+        moved = most_uncertain(frozen, images, made)
     assert (moved.long() - images.long()).abs().max() <= made.epsilon * 255 + 1e-6
     assert not torch.equal(moved, images)
 
 
 def test_best_spends_equal_shares_on_images_of_its_own_pool() -> None:
-    made = bench(20, learn=False)
-    found = steal(settings("best", epsilon="0", rounds=3), made.tools)
-    own = query_pools.gather(
+    made = attack_setup(20, learn=False)
+    found = run_extraction(settings("best", epsilon="0", rounds=3), made.context)
+    own = query_pools.load_pool(
         InDistribution(kind="in-distribution"), make_data(), generator(0, "pool", "in-distribution")
     )
     assert [len(batch) for batch in made.batches] == [7, 7, 6]
-    assert [len(lesson.images) for lesson in made.lessons] == [7, 14]
+    assert [len(training_set.images) for training_set in made.training_sets] == [7, 14]
     assert torch.equal(found.images, own.images[:20])  # nothing may move, and no image comes before the others did
 
 
 # ---- adaptive knockoff
 
 
-def test_the_bandits_policy_is_a_distribution_and_prefers_what_is_rewarded() -> None:
+def test_the_bandits_policy_is_a_distribution_and_prefers_rewarded_groups() -> None:
     bandit = Bandit(4)
     assert bandit.policy.tolist() == [0.25] * 4
     groups = torch.arange(80) % 4
     for _ in range(5):
-        bandit.learn(groups, (groups == 2).float())
+        bandit.update(groups, (groups == 2).float())
         assert float(bandit.policy.sum()) == pytest.approx(1)
     assert int(bandit.policy.argmax()) == 2
     assert float(bandit.policy[2]) > 0.3
-    drawn = bandit.choose(torch.arange(4000) % 4, torch.ones(4000, dtype=torch.bool), 200, generator("draw"))
+    drawn = bandit.sample(torch.arange(4000) % 4, torch.ones(4000, dtype=torch.bool), 200, generator("draw"))
     assert int(torch.bincount(drawn % 4).argmax()) == 2
 
 
 def test_one_step_of_the_bandit_by_hand() -> None:
     bandit = Bandit(2)
-    bandit.learn(torch.tensor([0]), torch.tensor([1.0]))
+    bandit.update(torch.tensor([0]), torch.tensor([1.0]))
     # surprise 1 - 0, rate 1/1, chosen minus policy (1/2, -1/2)
     assert bandit.preferences_G.tolist() == pytest.approx([0.5, -0.5])
-    assert (bandit.reward, bandit.drawn_G.tolist()) == (1.0, [1.0, 0.0])
-    bandit.learn(torch.tensor([1]), torch.tensor([0.5]))
+    assert (bandit.mean_reward, bandit.draws_G.tolist()) == (1.0, [1.0, 0.0])
+    bandit.update(torch.tensor([1]), torch.tensor([0.5]))
     # surprise 1/2 - 1, policy of group 0: e / (e + 1), of which half a preference moves to group 0
     share = 0.7310585786
     assert bandit.preferences_G.tolist() == pytest.approx([0.5 + 0.5 * share, -0.5 - 0.5 * share])
-    assert bandit.reward == pytest.approx(0.75)
-    bandit.learn(torch.tensor([0]), torch.tensor([0.75]))  # no surprise, no change
+    assert bandit.mean_reward == pytest.approx(0.75)
+    bandit.update(torch.tensor([0]), torch.tensor([0.75]))  # no surprise, no change
     assert bandit.preferences_G.tolist() == pytest.approx([0.5 + 0.5 * share, -0.5 - 0.5 * share])
-    assert bandit.drawn_G.tolist() == [2.0, 1.0]
+    assert bandit.draws_G.tolist() == [2.0, 1.0]
 
 
-def test_no_position_is_chosen_twice_and_no_closed_one_at_all() -> None:
+def test_positions_are_sampled_without_replacement_and_only_if_available() -> None:
     bandit, groups = Bandit(3), torch.arange(60) % 3
-    bandit.learn(groups[:30], (groups[:30] == 1).float() * 50)  # a policy that is nearly certain
+    bandit.update(groups[:30], (groups[:30] == 1).float() * 50)  # a policy that is nearly certain
     is_open = torch.arange(60) >= 20
     for count in (1, 13, 40):
-        rows = bandit.choose(groups, is_open, count, generator("choose", count))
+        rows = bandit.sample(groups, is_open, count, generator("choose", count))
         assert len(set(rows.tolist())) == count
         assert is_open[rows].all()
 
@@ -668,7 +679,7 @@ def test_no_position_is_chosen_twice_and_no_closed_one_at_all() -> None:
 def test_a_group_is_as_likely_as_its_policy_however_many_images_it_has() -> None:
     bandit, groups = Bandit(2), (torch.arange(100) >= 90).long()
     stream, is_open = generator("groups"), torch.ones(100, dtype=torch.bool)
-    drawn = torch.cat([bandit.choose(groups, is_open, 1, stream) for _ in range(1000)])
+    drawn = torch.cat([bandit.sample(groups, is_open, 1, stream) for _ in range(1000)])
     assert abs(float((drawn >= 90).float().mean()) - 0.5) < 0.06
     assert len(set(drawn[drawn < 90].tolist())) > 80
 
@@ -692,14 +703,14 @@ def test_rewards_of_equal_answers_are_0_and_no_division_by_it() -> None:
 
 
 def test_adaptive_knockoff_learns_after_every_round_and_asks_nothing_twice() -> None:
-    made = bench(20)
-    found = steal(settings("knockoff-adaptive"), made.tools)
+    made = attack_setup(20)
+    found = run_extraction(settings("knockoff-adaptive"), made.context)
     assert [len(batch) for batch in made.batches] == [6, 7, 7]
-    assert [len(lesson.images) for lesson in made.lessons] == [6, 13]
-    assert len(set(digests(found.images))) == 20
+    assert [len(training_set.images) for training_set in made.training_sets] == [6, 13]
+    assert len(set(image_digests(found.images))) == 20
 
 
-def test_adaptive_knockoff_asks_more_of_the_group_that_pays() -> None:
+def test_adaptive_knockoff_queries_the_rewarded_group_more() -> None:
     """Group 1 surprises the surrogate, the others never do."""
     images = torch.randint(0, 256, (300, 1, 8, 8), generator=generator("groups"), dtype=torch.uint8)
     groups = torch.arange(300) % 3
@@ -709,13 +720,18 @@ def test_adaptive_knockoff_asks_more_of_the_group_that_pays() -> None:
         is_one = (asked_NCHW[:, 0, 0, 0] == 1).float()[:, None]
         return is_one * torch.tensor([0.0, 0.0, 1.0]) + (1 - is_one) * torch.tensor([0.4, 0.3, 0.3])
 
-    made = bench(120, learn=False)
+    made = attack_setup(120, learn=False)
     oracle = Oracle(ask, "soft", 120)
     surprised = Linear(torch.zeros(CLASSES, 64))
-    tools = AttackContext(
-        oracle, lambda _: Candidates(images, groups), lambda _: surprised, made.tools.fresh, generator("a"), GREY
+    context = AttackContext(
+        oracle,
+        lambda _: Candidates(images, groups),
+        lambda _: surprised,
+        made.context.build_surrogate,
+        generator("a"),
+        GREY,
     )
-    found = steal(settings("knockoff-adaptive", rounds=12), tools)
+    found = run_extraction(settings("knockoff-adaptive", rounds=12), context)
     last = found.images[-50:, 0, 0, 0]
     assert (last == 1).float().mean() > 0.5
 
@@ -725,15 +741,15 @@ def test_adaptive_knockoff_asks_more_of_the_group_that_pays() -> None:
 
 @pytest.mark.parametrize("budget", [12, 23, 24, 50])
 def test_data_free_extraction_never_exceeds_the_budget_and_keeps_every_probe(budget: int) -> None:
-    made = bench(budget)
-    found = steal(settings("dfme"), made.tools)
+    made = attack_setup(budget)
+    found = run_extraction(settings("dfme"), made.context)
     assert made.oracle.used == len(found.images) == budget // 12 * 12
     assert [len(batch) for batch in made.batches] == [3] * (budget // 12 * 4)
     assert torch.equal(found.images, torch.cat(made.batches))
 
 
 @pytest.mark.parametrize("facts", [GREY, COLOUR, GREY.model_copy(update={"height": 9, "width": 10})], ids=str)
-def test_the_generator_paints_images_in_the_victims_size(facts: Facts) -> None:
+def test_the_generator_makes_images_in_the_victims_size(facts: DatasetInfo) -> None:
     made = settings("dfme")
     assert isinstance(made, Dfme)
     images = Generator(made, facts)(torch.randn(3, 4, generator=generator("latent")))
@@ -742,11 +758,13 @@ def test_the_generator_paints_images_in_the_victims_size(facts: Facts) -> None:
     assert images.max() <= 1
 
 
-def thief(monkeypatch: pytest.MonkeyPatch, make: Callable[[Dfme, Facts], nn.Module] = Generator) -> list[Any]:
-    """Everything that is made while stealing: [generator, its weights before]."""
+def watch_generators(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[Dfme, DatasetInfo], nn.Module] = Generator
+) -> list[Any]:
+    """Returns a list that receives the generator and its initial weights."""
     made: list[Any] = []
 
-    def watched(chosen: Dfme, facts: Facts) -> nn.Module:
+    def watched(chosen: Dfme, facts: DatasetInfo) -> nn.Module:
         network = make(chosen, facts)
         made.extend([network, [parameter.detach().clone() for parameter in network.parameters()]])
         return network
@@ -756,35 +774,37 @@ def thief(monkeypatch: pytest.MonkeyPatch, make: Callable[[Dfme, Facts], nn.Modu
 
 
 def test_the_generator_learns_and_the_global_stream_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    watched, made = thief(monkeypatch), bench(24)
+    watched, made = watch_generators(monkeypatch), attack_setup(24)
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    steal(settings("dfme"), made.tools)
+    run_extraction(settings("dfme"), made.context)
     network, old = watched
     assert torch.equal(torch.random.get_rng_state(), before)
     moved = [not torch.equal(now, then) for now, then in zip(network.parameters(), old, strict=True)]
     assert sum(moved) >= len(moved) - 2  # a bias in front of a normalisation has no gradient
 
 
-def test_the_surrogate_is_asked_in_eval_mode_from_the_first_query_on() -> None:
-    """Otherwise its statistics move while the generator only looks at it."""
-    made, modes = bench(12), []
-    real = made.tools.fresh
+def test_the_surrogate_is_evaluated_in_eval_mode_from_the_first_query_on() -> None:
+    """In train mode the updates of the generator would change its BatchNorm statistics."""
+    made, modes = attack_setup(12), []
+    real = made.context.build_surrogate
 
     def fresh() -> nn.Module:
         network = real()
         network.register_forward_pre_hook(lambda module, _: modes.append(module.training))
         return network
 
-    tools = AttackContext(made.oracle, made.tools.gather, made.tools.learn, fresh, made.tools.stream, GREY)
-    steal(settings("dfme"), tools)
-    assert modes == [False, False, True, True]  # twice for the generator, then two lessons
+    context = AttackContext(
+        made.oracle, made.context.load_pool, made.context.train_surrogate, fresh, made.context.stream, GREY
+    )
+    run_extraction(settings("dfme"), context)
+    assert modes == [False, False, True, True]  # twice for the generator, then two surrogate updates
 
 
-class Canvas(nn.Module):
+class SingleImage(nn.Module):
     """A generator that is a single image."""
 
-    def __init__(self, chosen: Dfme, facts: Facts) -> None:
+    def __init__(self, chosen: Dfme, facts: DatasetInfo) -> None:
         super().__init__()
         self.batch = chosen.batch_size
         self.image = nn.Parameter(torch.zeros(1, facts.channels, facts.height, facts.width))
@@ -794,47 +814,54 @@ class Canvas(nn.Module):
 
 
 @dataclass
-class Studio:
-    """A thief at work on one image, its own network and the victim's."""
+class TrainerSetup:
+    """A DFME trainer on one image, with its surrogate and the victim's network."""
 
-    working: Any
-    canvas: Canvas
-    ours: Linear
+    trainer: Any
+    canvas: SingleImage
+    surrogate_model: Linear
     theirs: Linear
 
     def disagreement(self, pixels_BCHW: Tensor) -> Tensor:
         """The L1 distance of the centred logits (B,), with gradients in the pixels."""
-        gap: Tensor = self.ours(pixels_BCHW).log_softmax(1) - self.theirs(pixels_BCHW).log_softmax(1)
+        gap: Tensor = self.surrogate_model(pixels_BCHW).log_softmax(1) - self.theirs(pixels_BCHW).log_softmax(1)
         return (gap - gap.mean(1, keepdim=True)).abs().sum(1)
 
 
-def studio(
-    monkeypatch: pytest.MonkeyPatch, *, lr: float, scale: float = 1.0, make: type[Canvas] = Canvas, **changes: Any
-) -> Studio:
+def trainer_setup(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    lr: float,
+    scale: float = 1.0,
+    make: type[SingleImage] = SingleImage,
+    **changes: Any,
+) -> TrainerSetup:
     monkeypatch.setattr(data_free, "GENERATOR_LR", lr)
     chosen = settings("dfme", batch_size=2, **changes)
     assert isinstance(chosen, Dfme)
-    canvas, ours, theirs = (
+    canvas, surrogate_model, theirs = (
         make(chosen, GREY),
         linear(seed="surrogate", scale=0.3 * scale),
         linear(seed="victim", scale=scale),
     )
-    oracle = Oracle(victims._network("linear", "id", theirs, CLASSES).ask, "soft", 10**6)
-    made = bench(10**6).tools
-    tools = AttackContext(oracle, made.gather, made.learn, lambda: ours, generator("thief"), GREY)
-    return Studio(data_free._Thief(chosen, tools, canvas), canvas, ours, theirs)  # type: ignore[arg-type]
+    oracle = Oracle(victims._network_victim("linear", "id", theirs, CLASSES).query, "soft", 10**6)
+    made = attack_setup(10**6).context
+    context = AttackContext(
+        oracle, made.load_pool, made.train_surrogate, lambda: surrogate_model, generator("thief"), GREY
+    )
+    return TrainerSetup(data_free._DfmeTrainer(chosen, context, canvas), canvas, surrogate_model, theirs)  # type: ignore[arg-type]
 
 
 def test_the_generator_moves_towards_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_work = studio(monkeypatch, lr=0.05, directions=10, step=4)
+    setup = trainer_setup(monkeypatch, lr=0.05, directions=10, step=4)
 
     def now() -> float:
         with torch.no_grad():
-            return float(at_work.disagreement(at_work.canvas.image.sigmoid()))
+            return float(setup.disagreement(setup.canvas.image.sigmoid()))
 
     before = now()
     for _ in range(15):
-        at_work.working.improve_generator()
+        setup.trainer.update_generator()
     assert now() > 1.3 * before
 
 
@@ -847,12 +874,12 @@ def levels_of(count: int = 400) -> Tensor:
 
 
 @pytest.mark.parametrize("step", [1, 5, 300])
-def test_probes_move_every_pixel_by_whole_levels_and_tell_what_was_taken(
+def test_probes_move_every_pixel_by_whole_levels_and_return_the_change(
     monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     images = levels_of()
     before = images.clone()
-    moved, taken = studio(monkeypatch, lr=0.0, step=step).working._moved(images)
+    moved, taken = trainer_setup(monkeypatch, lr=0.0, step=step).trainer._perturb(images)
     assert torch.equal(images, before)
     assert moved.dtype == torch.uint8
     assert taken.dtype == torch.float32
@@ -875,7 +902,7 @@ def test_at_one_level_every_pixel_inside_moves_by_one_and_a_saturated_one_may_st
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images = levels_of()
-    moved, taken = studio(monkeypatch, lr=0.0, step=1).working._moved(images)
+    moved, taken = trainer_setup(monkeypatch, lr=0.0, step=1).trainer._perturb(images)
     change = moved.long() - images.long()
     inside = (images > 0) & (images < 255)
     assert set(change[inside].tolist()) == {-1, 1}
@@ -885,18 +912,18 @@ def test_at_one_level_every_pixel_inside_moves_by_one_and_a_saturated_one_may_st
     assert float(taken[inside].abs().max()) == pytest.approx(1 / 255)
 
 
-def test_two_probes_are_drawn_by_the_thiefs_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, again = (studio(monkeypatch, lr=0.0, step=2).working for _ in range(2))
+def test_probes_depend_on_the_trainers_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, again = (trainer_setup(monkeypatch, lr=0.0, step=2).trainer for _ in range(2))
     images = levels_of()
-    probes = [each._moved(images)[0] for each in (first, first, again)]
+    probes = [each._perturb(images)[0] for each in (first, first, again)]
     assert not torch.equal(probes[0], probes[1])
     assert torch.equal(probes[0], probes[2])
 
 
-class Plate(Canvas):
+class PixelImage(SingleImage):
     """A generator whose weights are the pixels themselves: their gradient is the estimate."""
 
-    def __init__(self, chosen: Dfme, facts: Facts) -> None:
+    def __init__(self, chosen: Dfme, facts: DatasetInfo) -> None:
         super().__init__(chosen, facts)
         stream = generator("plate")
         self.image = nn.Parameter(torch.randint(30, 226, (1, 1, 8, 8), generator=stream).float() / 255)
@@ -905,10 +932,10 @@ class Plate(Canvas):
         return self.image.expand(len(latent_BZ), -1, -1, -1)
 
 
-def estimate(at_work: Studio) -> Tensor:
+def estimate(setup: TrainerSetup) -> Tensor:
     """The estimated gradient of the disagreement in the pixels (P,)."""
-    at_work.working.improve_generator()
-    gradient = at_work.canvas.image.grad
+    setup.trainer.update_generator()
+    gradient = setup.canvas.image.grad
     assert gradient is not None
     return -gradient.flatten()
 
@@ -916,10 +943,10 @@ def estimate(at_work: Studio) -> Tensor:
 @pytest.mark.parametrize("step", [1, 4])
 def test_the_estimate_averages_to_the_gradient(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """D directions in P pixels: a cosine of the root of D / (D + P), and no bias in its length."""
-    at_work = studio(monkeypatch, lr=0.0, scale=0.1, make=Plate, directions=300, step=step)
-    found = estimate(at_work)
-    pixels = at_work.canvas.image.detach().clone().requires_grad_()
-    at_work.disagreement(pixels).sum().backward()  # type: ignore[no-untyped-call]
+    setup = trainer_setup(monkeypatch, lr=0.0, scale=0.1, make=PixelImage, directions=300, step=step)
+    found = estimate(setup)
+    pixels = setup.canvas.image.detach().clone().requires_grad_()
+    setup.disagreement(pixels).sum().backward()  # type: ignore[no-untyped-call]
     assert pixels.grad is not None
     expected = pixels.grad.flatten()
     cosine = float(nn.functional.cosine_similarity(found, expected, dim=0))
@@ -927,42 +954,42 @@ def test_the_estimate_averages_to_the_gradient(monkeypatch: pytest.MonkeyPatch, 
     assert float(found @ expected / expected.square().sum()) == pytest.approx(1, abs=0.15)
 
 
-def test_a_single_direction_tells_more_often_up_than_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_work = studio(monkeypatch, lr=0.0, scale=0.1, make=Plate, directions=1, step=1)
-    pixels = at_work.canvas.image.detach().clone().requires_grad_()
-    at_work.disagreement(pixels).sum().backward()  # type: ignore[no-untyped-call]
+def test_an_estimate_from_a_single_direction_points_uphill_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = trainer_setup(monkeypatch, lr=0.0, scale=0.1, make=PixelImage, directions=1, step=1)
+    pixels = setup.canvas.image.detach().clone().requires_grad_()
+    setup.disagreement(pixels).sum().backward()  # type: ignore[no-untyped-call]
     assert pixels.grad is not None
     expected = pixels.grad.flatten()
-    cosines = [float(nn.functional.cosine_similarity(estimate(at_work), expected, dim=0)) for _ in range(40)]
+    cosines = [float(nn.functional.cosine_similarity(estimate(setup), expected, dim=0)) for _ in range(40)]
     assert min(cosines) > -0.05  # a difference along a line never points down it, but for what the curve adds
     assert sum(cosines) / len(cosines) > 0.05
 
 
-class Saturated(Plate):
+class Saturated(PixelImage):
     """Half of the pixels at a border, where only one of the two signs moves them."""
 
-    def __init__(self, chosen: Dfme, facts: Facts) -> None:
+    def __init__(self, chosen: Dfme, facts: DatasetInfo) -> None:
         super().__init__(chosen, facts)
         with torch.no_grad():
             self.image[:, :, :2], self.image[:, :, 2:4] = 0, 1
 
 
 @pytest.mark.parametrize("step", [1, 40])
-def test_the_slope_is_that_of_the_change_really_taken(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def test_the_slope_is_computed_from_the_clipped_change(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Along its own probe the estimate of a linear disagreement is exact, saturated pixels or not."""
-    at_work = studio(monkeypatch, lr=0.0, make=Saturated, directions=1, step=step)
+    setup = trainer_setup(monkeypatch, lr=0.0, make=Saturated, directions=1, step=step)
     weight = torch.randn(64, generator=generator("slope"))
     probes: list[tuple[Tensor, Tensor]] = []
-    real = at_work.working._moved
+    real = setup.trainer._perturb
 
     def watched(levels: Tensor) -> tuple[Tensor, Tensor]:
         probes.append((levels, real(levels)[0]))
         moved = probes[-1][1]
         return moved, (moved.int() - levels.int()).float() / 255
 
-    at_work.working._moved = watched
-    at_work.working._disagreement = lambda levels: levels.flatten(1).float() / 255 @ weight
-    found = estimate(at_work)
+    setup.trainer._perturb = watched
+    setup.trainer._disagreement = lambda levels: levels.flatten(1).float() / 255 @ weight
+    found = estimate(setup)
     ((levels, moved),) = probes
     taken = (moved.long() - levels.long()).flatten(1).float() / 255
     assert (taken == 0).float().mean() > 0.1
@@ -978,11 +1005,11 @@ def test_a_step_of_data_free_extraction_is_a_whole_number_of_levels(step: float)
         settings("dfme", step=step)
 
 
-def test_every_probe_of_a_generator_is_other_images_than_the_ones_it_painted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_probe_differs_from_the_generated_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step below one level would be rounded away, and the slope with it."""
-    made = bench(12)
-    thief(monkeypatch)
-    steal(settings("dfme", step=1), made.tools)
+    made = attack_setup(12)
+    watch_generators(monkeypatch)
+    run_extraction(settings("dfme", step=1), made.context)
     painted, moved = made.batches[0].long(), made.batches[1].long()
     assert (painted != moved).float().mean() > 0.99
     assert (painted - moved).abs().max() == 1
@@ -992,17 +1019,17 @@ def test_every_probe_of_a_generator_is_other_images_than_the_ones_it_painted(mon
 
 
 def test_a_transfer_set_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    made = bench(20, mode="rounded-2")
-    found = steal(settings("jbda"), made.tools)
+    made = attack_setup(20, mode="rounded-2")
+    found = run_extraction(settings("jbda"), made.context)
     path = tmp_path / "set.safetensors"
     keep = {"about": {}, "params": {}, "inputs": {"victim": "sha256"}, "seed": 0, "seconds": 1.0}
-    sha256 = transfer_set.save(path, found, made.oracle.asked, **keep)  # type: ignore[arg-type]
+    sha256 = transfer_set.save(path, found, made.oracle.query_log, **keep)  # type: ignore[arg-type]
     assert same(transfer_set.load(path), found)
     from advmoe.core import artifacts
 
     read = artifacts.load(path, transfer_set.KIND)
     assert read.header.sha256 == sha256
-    assert [bytes(row.tolist()).hex() for row in read.tensors["log"]] == made.oracle.asked
+    assert [bytes(row.tolist()).hex() for row in read.tensors["log"]] == made.oracle.query_log
 
 
 def test_a_file_that_is_no_transfer_set_is_refused(tmp_path: Path) -> None:
@@ -1020,18 +1047,18 @@ def test_a_file_that_is_no_transfer_set_is_refused(tmp_path: Path) -> None:
         transfer_set.load(tmp_path / "nothing.safetensors")
 
 
-def test_within_keeps_what_was_paid_and_what_was_free() -> None:
-    free = transfer_set.labelled(make_split(make_data()["pool"].images[:4]), CLASSES)
+def test_within_budget_keeps_queries_up_to_the_budget_and_free_labels() -> None:
+    free = transfer_set.from_labels(make_split(make_data()["pool"].images[:4]), CLASSES)
     assert free.queries.tolist() == [0] * 4
     assert free.answers.argmax(1).tolist() == [0, 1, 2, 0]
-    bought = steal(settings("knockoff"), bench(10).tools)
-    both = transfer_set.joined(free, bought)
-    assert len(both.within(0).images) == 4
-    assert torch.equal(both.within(3).images, torch.cat([free.images, bought.images[:3]]))
-    assert same(both.within(10), both)
+    bought = run_extraction(settings("knockoff"), attack_setup(10).context)
+    both = transfer_set.concatenate(free, bought)
+    assert len(both.within_budget(0).images) == 4
+    assert torch.equal(both.within_budget(3).images, torch.cat([free.images, bought.images[:3]]))
+    assert same(both.within_budget(10), both)
 
 
 @pytest.mark.parametrize("own", [0.0, 1.0, -0.1])
-def test_a_share_of_all_or_nothing_is_no_copycat(own: float) -> None:
+def test_copycat_refuses_shares_outside_0_and_1(own: float) -> None:
     with pytest.raises(UserError, match="own"):
         validate(KINDS["copycat"] | {"own": own}, Copycat, "test")

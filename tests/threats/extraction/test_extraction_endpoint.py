@@ -1,4 +1,4 @@
-"""The README's endpoint: somebody's HTTP service behind the small interface, asked over loopback."""
+"""The README's endpoint: an HTTP service behind the query interface, over loopback."""
 
 import json
 import re
@@ -30,7 +30,7 @@ RECIPE = {
 
 @dataclass
 class Service:
-    """What the service was asked, and from which request on it is down."""
+    """The images that the service received, and the request from which on it is down."""
 
     images: list[list[list[list[int]]]] = field(default_factory=list)
     requests: int = 0
@@ -100,10 +100,10 @@ def test_the_readmes_endpoint_is_asked_and_measured(service: Service, capsys: py
     said = " ".join(capsys.readouterr().out.split())
     # the test images clean, with random signs, and crafted on the control and on the surrogate; and the noise
     most = 4 * 20 + 10
-    assert f"endpoint: beside the budget, the exam asks up to {most} images" in said
+    assert f"endpoint: the evaluation sends up to {most} queries in addition to the budget" in said
     assert 30 + 3 * 20 + 10 <= len(service.images) <= 30 + most
     assert f"endpoint: {len(service.images)} answers" in said
-    assert said.index("the exam asks") < said.index("answers, those to the exam included")
+    assert said.index("the evaluation sends") < said.index("answers, evaluation included")
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,10 @@ def test_what_was_paid_for_before_the_service_went_down_is_not_paid_for_again(
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
-        ([[0.5] * 2] * 30, "must answer 30 images with 30 x 10 numbers, gave (30, 2)"),
-        ([[float("nan")] * 10] * 30, "must answer with probabilities"),
-        ([[5.0] * 10] * 30, "must answer with probabilities"),
-        ([17] * 30, "names class 17, but the data has 10"),
+        ([[0.5] * 2] * 30, "must return 30 x 10 numbers for 30 images, not (30, 2)"),
+        ([[float("nan")] * 10] * 30, "must return probabilities"),
+        ([[5.0] * 10] * 30, "must return probabilities"),
+        ([17] * 30, "returned class 17, but the data has 10 classes"),
         ("sorry", "raised "),
     ],
     ids=["too few classes", "NaN", "logits", "a class that is not there", "no numbers"],
@@ -152,6 +152,6 @@ def test_a_service_that_answers_nonsense(service: Service, reply: object, expect
 
 def test_a_service_that_tells_classes_only(service: Service) -> None:
     service.reply = [3] * 30  # the thief's answers, and too many for the exam's twenty test images
-    with pytest.raises(UserError, match="must answer 20 images"):
+    with pytest.raises(UserError, match="must return 20 x 10 numbers for 20 images"):
         ask()
     assert service.requests == 2

@@ -18,16 +18,17 @@ from advmoe.core import artifacts, paths
 from advmoe.core.errors import UserError
 from advmoe.core.settings import load_section, validate
 from advmoe.data import dataset
-from advmoe.data.dataset import digests
+from advmoe.data.dataset import image_digests
 from advmoe.models import classifiers, inference
-from advmoe.models.classifiers import Backbone, Plain
+from advmoe.models.classifiers import BackboneSettings, PlainArchitecture
+from advmoe.threats.experiment import OutputPaths
 from advmoe.threats.extraction import experiment, metrics, prada, report, surrogate, transfer_set, victims
 from advmoe.threats.extraction.config import ExtractSection, Study
-from advmoe.threats.extraction.experiment import ExtractionExperiment, OutputPaths
+from advmoe.threats.extraction.experiment import ExtractionExperiment
 from advmoe.threats.extraction.transfer_set import TransferSet
 from advmoe.threats.extraction.victims import Victim
 from advmoe.training import trainer
-from advmoe.training.trainer import TrainingResult
+from advmoe.training.job import TrainingResult
 from stages import extract as stage
 
 TINY = {"kind": "cnn", "width": 2}
@@ -57,9 +58,9 @@ def pipeline(project: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch) -> Iter
     """The small project with an untrained mixture and baseline, and an extraction section of seconds."""
     edit({"extract": SECTION})
     monkeypatch.setattr(artifacts, "_git", lambda *_: None)  # asked twice for every file, and this is no repository
-    experiment._data.cache_clear()
+    experiment._dataset.cache_clear()
     yield project
-    experiment._data.cache_clear()
+    experiment._dataset.cache_clear()
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def tiny(pipeline: Path) -> Path:
     """An untrained baseline beside the mixture."""
     del pipeline
     data, path = dataset.load(paths.DATASET), paths.artifact("baseline", "tiny")
-    architecture = Plain(kind="plain", backbone=Backbone(kind="cnn", width=2))
+    architecture = PlainArchitecture(kind="plain", backbone=BackboneSettings(kind="cnn", width=2))
     model = classifiers.build(architecture, data.facts, 7)
     classifiers.save(path, model, architecture, data.facts, params={}, inputs={}, seed=0, metrics={}, seconds=0.0)
     return path
@@ -106,13 +107,13 @@ class Lesson:
 
 
 class Lessons:
-    """Spies on the training of surrogates; `phase` is what the campaign does: ask, controls or learn."""
+    """Spies on the training of surrogates; `phase` is the method of the run."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.all: list[Lesson] = []
         self.phase = ""
         starts: list[tuple[nn.Module, dict[str, Tensor]]] = []
-        train, fresh = surrogate.train, surrogate.fresh
+        train, fresh = surrogate.train, surrogate.build
 
         def made(*arguments: Any) -> nn.Module:
             network = fresh(*arguments)
@@ -120,7 +121,7 @@ class Lessons:
             return network
 
         def taught(
-            name: str, backbone: Backbone, known: TransferSet, *rest: Any, seed: int, **more: Any
+            name: str, backbone: BackboneSettings, known: TransferSet, *rest: Any, seed: int, **more: Any
         ) -> TrainingResult:
             before = len(starts)
             there = sorted(str(path) for path in Path().rglob("*.safetensors"))
@@ -129,9 +130,9 @@ class Lessons:
             self.all.append(Lesson(self.phase, name, seed, known, start, began, trained.model, there))
             return trained
 
-        monkeypatch.setattr(surrogate, "fresh", made)
+        monkeypatch.setattr(surrogate, "build", made)
         monkeypatch.setattr(surrogate, "train", taught)
-        for phase in ("ask", "controls", "learn"):
+        for phase in ("query_victim", "train_controls", "train_surrogates"):
             monkeypatch.setattr(experiment.ExtractionRun, phase, self._watched(phase))
 
     def _watched(self, phase: str) -> Callable[..., Any]:
@@ -159,9 +160,9 @@ class Questions:
 
             def ask(images: Tensor) -> Tensor:
                 self.batches.append(images.clone())
-                return victim.ask(images)
+                return victim.query(images)
 
-            return Victim(victim.name, victim.identity, ask, victim.model, victim.paid)
+            return Victim(victim.name, victim.identity, ask, victim.model, victim.cache)
 
         monkeypatch.setattr(victims, "load", loaded)
 
@@ -198,8 +199,8 @@ def test_the_stage_leaves_all_its_files(tiny: Path, edit: Edit) -> None:
     rows, images = report.read(Path("metrics/extract-runs/knockoff.json"))
     assert (len(rows), images) == (2 * (2 + 2 * 2 * 2), 24)
     for row in rows:
-        assert ("d_fidelity" in row.found) == (row.answers != report.CONTROL)
-        assert row.amounts.get("queries_used", 0) == row.budget
+        assert ("d_fidelity" in row.metrics) == (row.answers != report.CONTROL)
+        assert row.query_stats.get("queries_used", 0) == row.budget
     with Path("plots/extract/knockoff/curve.csv").open() as file:
         assert [line["queries"] for line in csv.DictReader(file)] == ["0", "8", "20"]
 
@@ -209,16 +210,16 @@ def test_surrogates_are_classifiers_like_any_other(pipeline: Path) -> None:
     stage.run("knockoff")
     path = FOLDER / "mixture-soft-seed-0/same-20.safetensors"
     found = classifiers.load(path)
-    assert found.about.architecture == Plain(kind="plain", backbone=Backbone(kind="cnn", width=2))
+    assert found.about.architecture == PlainArchitecture(kind="plain", backbone=BackboneSettings(kind="cnn", width=2))
     assert (
         found.header.inputs["transfer set"] == artifacts.load(FOLDER / "mixture-soft-seed-0.safetensors").header.sha256
     )
     split = dataset.load(paths.DATASET)["test"].first(24)
     predicted = inference.predict(found.model, split.pixels(), 200).argmax(1)
     rows, _ = report.read(Path("metrics/extract-runs/knockoff.json"))
-    assert rows[-1].found["task_acc"].correct == int((predicted == split.labels).sum())
+    assert rows[-1].metrics["task_acc"].correct == int((predicted == split.labels).sum())
     mixture = inference.predict(classifiers.load(paths.MIXTURE).model, split.pixels(), 200).argmax(1)
-    assert rows[-1].found["fidelity"].correct == int((predicted == mixture).sum())
+    assert rows[-1].metrics["fidelity"].correct == int((predicted == mixture).sum())
 
 
 @pytest.mark.parametrize("name", ["knockoff", "jbda"])
@@ -226,8 +227,7 @@ def test_a_study_is_repeated_bit_for_bit(pipeline: Path, name: str) -> None:
     places = []
     for number in (1, 2):
         folder = pipeline / f"run-{number}"
-        made = OutputPaths(folder / "metrics.json", folder / "runs.json", folder)
-        experiment.run_experiment(make_case(name, folder / "models"), made)
+        experiment.run_experiment(make_case(name), OutputPaths.in_folder(folder))
         places.append(tree(folder))
     assert places[0] == places[1]
     assert len(places[0]) > 5
@@ -237,10 +237,10 @@ def test_another_seed_asks_and_learns_something_else(pipeline: Path, monkeypatch
     del pipeline
     lessons = Lessons(monkeypatch)
     rows = experiment.run(make_case(seeds=(0, 1)))
-    assert [row.added for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert [row.seed_offset for row in rows] == [0, 0, 0, 1, 1, 1]
     first, second = (transfer_set.load(FOLDER / f"mixture-soft-seed-{added}.safetensors") for added in (0, 1))
     assert not torch.equal(first.images, second.images)
-    ends = [classifiers.state_dict_of(lesson.end) for lesson in lessons.of("controls")]
+    ends = [classifiers.state_dict_of(lesson.end) for lesson in lessons.of("train_controls")]
     assert not equal(*ends)
 
 
@@ -257,7 +257,7 @@ def test_surrogates_learn_the_saved_transfer_set_and_nothing_else(
     experiment.run(case)
     (path,) = case.folder.glob("*.safetensors")
     saved = transfer_set.load(path)
-    learned = lessons.of("learn")
+    learned = lessons.of("train_surrogates")
     assert [len(lesson.known.images) for lesson in learned] == [8, 20]
     for lesson in learned:
         assert str(path) in lesson.written  # saved before anything learns from it
@@ -272,11 +272,11 @@ def test_the_log_on_disk_is_what_the_victim_was_asked(pipeline: Path, monkeypatc
     experiment.run(make_case("jbda", FOLDER))
     read = artifacts.load(FOLDER / "mixture-top1-seed-0.safetensors", transfer_set.KIND)
     log = [bytes(row.tolist()).hex() for row in read.tensors["log"]]
-    assert log == digests(read.tensors["images"])
-    # the thief's twenty are asked first, then the exam: its test images and ten of noise
-    asked, exam = digests(questions.images), dataset.load(paths.DATASET)["test"].first(24)
+    assert log == image_digests(read.tensors["images"])
+    # the thief's twenty are asked first, then the evaluation: its test images and ten of noise
+    asked, exam = image_digests(questions.images), dataset.load(paths.DATASET)["test"].first(24)
     assert asked[:20] == log
-    assert asked[20:44] == digests(exam.images)
+    assert asked[20:44] == image_digests(exam.images)
     assert len(asked) == 20 + 24 + 10
     assert read.header.about == {"attack": "jbda", "answers": "top1", "victim": "mixture"}
     assert read.tensors["answers"].sum(1).tolist() == [1.0] * 20
@@ -291,9 +291,9 @@ def test_neither_epochs_nor_augmentation_cost_queries(
     edit({"extract.recipe.epochs": epochs, "extract.recipe.augmentation.crop": crop})
     questions = Questions(monkeypatch)
     rows = experiment.run(make_case())
-    assert len(questions.images) == 24 + 10 + 20  # the exam, its noise, the largest budget
-    assert len(set(digests(questions.images))) == len(questions.images)
-    assert [row.amounts.get("queries_used", 0) for row in rows] == [0, 8, 20]
+    assert len(questions.images) == 24 + 10 + 20  # the evaluation, its noise, the largest budget
+    assert len(set(image_digests(questions.images))) == len(questions.images)
+    assert [row.query_stats.get("queries_used", 0) for row in rows] == [0, 8, 20]
 
 
 def test_without_augmentation_only_images_with_a_paid_answer_are_learned(
@@ -308,8 +308,8 @@ def test_without_augmentation_only_images_with_a_paid_answer_are_learned(
 
     monkeypatch.setattr(trainer.Trainer, "step", watched)
     experiment.run(make_case())
-    paid = set(digests(transfer_set.load(FOLDER / "mixture-soft-seed-0.safetensors").images))
-    learned = [digest for phase, images in seen if phase == "learn" for digest in digests(images)]
+    paid = set(image_digests(transfer_set.load(FOLDER / "mixture-soft-seed-0.safetensors").images))
+    learned = [digest for phase, images in seen if phase == "train_surrogates" for digest in image_digests(images)]
     assert set(learned) == paid
     assert len(learned) == 2 * (8 + 20)  # two epochs of both budgets
 
@@ -322,16 +322,20 @@ def test_small_transfer_sets_are_learned_for_as_many_steps_as_large_ones(
     lessons, steps, step = Lessons(monkeypatch), dict[tuple[str, int], int](), trainer.Trainer.step
 
     def watched(run: trainer.Trainer, images: Tensor, labels: Tensor) -> Tensor:
-        key = lessons.phase, len(run.course.dataset["train"])
+        key = lessons.phase, len(run.job.dataset["train"])
         steps[key] = steps.get(key, 0) + 1
         return step(run, images, labels)
 
     monkeypatch.setattr(trainer.Trainer, "step", watched)
     experiment.run(make_case())
-    (control,) = lessons.of("controls")
+    (control,) = lessons.of("train_controls")
     own = len(control.known.images)
     # batches of 8: one an epoch, three, and for the control so many that the recipe's two epochs are enough
-    assert steps == {("learn", 8): 40, ("learn", 20): 14 * 3, ("controls", own): 2 * -(-own // 8)}
+    assert steps == {
+        ("train_surrogates", 8): 40,
+        ("train_surrogates", 20): 14 * 3,
+        ("train_controls", own): 2 * -(-own // 8),
+    }
 
 
 # ---- every budget from scratch
@@ -341,7 +345,7 @@ def test_every_surrogate_starts_fresh(pipeline: Path, monkeypatch: pytest.Monkey
     del pipeline
     lessons = Lessons(monkeypatch)
     experiment.run(make_case(answers=("soft", "top1")))
-    learned = lessons.of("learn")
+    learned = lessons.of("train_surrogates")
     assert len(learned) == 4
     assert len({id(lesson.start) for lesson in lessons.all}) == len(lessons.all)
     ends = [classifiers.state_dict_of(lesson.end) for lesson in learned]
@@ -373,10 +377,10 @@ def test_the_control_and_every_surrogate_start_from_the_same_weights(
         began.setdefault((lesson.name, lesson.seed), []).append(lesson)
     assert set(began) == {("same", 0), ("same", 1), ("other", 0), ("other", 1)}
     for alike in began.values():
-        assert [lesson.phase for lesson in alike].count("controls") == 2
-        assert [lesson.phase for lesson in alike].count("learn") == 2 * 2 * 2
+        assert [lesson.phase for lesson in alike].count("train_controls") == 2
+        assert [lesson.phase for lesson in alike].count("train_surrogates") == 2 * 2 * 2
         assert all(equal(alike[0].began, lesson.began) for lesson in alike)
-        bought = [lesson.end.state_dict() for lesson in alike if lesson.phase == "learn"]
+        bought = [lesson.end.state_dict() for lesson in alike if lesson.phase == "train_surrogates"]
         assert not any(equal(bought[0], other) for other in bought[1:])
     first = [alike[0].began for alike in began.values()]
     assert not any(equal(first[0], other) for other in first[1:])
@@ -398,14 +402,14 @@ def test_the_control_never_asks_and_learns_the_attackers_own_labels(
     del pipeline
     lessons = Lessons(monkeypatch)
     rows = experiment.run(make_case())
-    (control,) = lessons.of("controls")
+    (control,) = lessons.of("train_controls")
     pool = dataset.load(paths.DATASET)["pool"]
-    assert set(digests(control.known.images)) <= set(digests(pool.images))
+    assert set(image_digests(control.known.images)) <= set(image_digests(pool.images))
     assert len(control.known.images) > 260
     assert control.known.queries.sum() == 0
-    label = dict(zip(digests(pool.images), pool.labels.tolist(), strict=True))
-    assert control.known.answers.argmax(1).tolist() == [label[each] for each in digests(control.known.images)]
-    assert (rows[0].answers, rows[0].budget, rows[0].amounts) == (report.CONTROL, 0, {})
+    label = dict(zip(image_digests(pool.images), pool.labels.tolist(), strict=True))
+    assert control.known.answers.argmax(1).tolist() == [label[each] for each in image_digests(control.known.images)]
+    assert (rows[0].answers, rows[0].budget, rows[0].query_stats) == (report.CONTROL, 0, {})
 
 
 @pytest.mark.parametrize("names", [("mixture", "tiny"), ("tiny", "mixture")], ids=["mixture first", "tiny first"])
@@ -424,16 +428,18 @@ def test_controls_know_nothing_of_a_victim_and_are_written_once_for_all_of_them(
     assert len(written) == len(set(written)), "a file was written twice"
     controls = [f"control-seed-{added}/{network}.safetensors" for added in (0, 1) for network in ("same", "other")]
     assert [name for name in written if name.startswith("control")] == controls
-    ends = [(lesson.name, lesson.seed, classifiers.state_dict_of(lesson.end)) for lesson in lessons.of("controls")]
+    ends = [
+        (lesson.name, lesson.seed, classifiers.state_dict_of(lesson.end)) for lesson in lessons.of("train_controls")
+    ]
     assert len(ends) == 8
     for name, seed, end in ends:
         assert equal(end, weights(FOLDER / f"control-seed-{seed}/{name}.safetensors"))
     # every victim has its rows all the same
-    found = [(row.victim, row.surrogate, row.added) for row in rows if row.answers == report.CONTROL]
+    found = [(row.victim, row.surrogate, row.seed_offset) for row in rows if row.answers == report.CONTROL]
     assert found == [(victim, network, added) for victim in names for added in (0, 1) for network in ("same", "other")]
 
 
-def test_the_victim_sits_its_exam_once_and_after_all_queries(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_victim_is_evaluated_once_and_after_all_queries(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     del pipeline
     lessons, phases, sheet = Lessons(monkeypatch), list[tuple[str, int]](), metrics.victim_answers
 
@@ -443,7 +449,7 @@ def test_the_victim_sits_its_exam_once_and_after_all_queries(pipeline: Path, mon
 
     monkeypatch.setattr(metrics, "victim_answers", watched)
     experiment.run(make_case(answers=("soft", "top1")))
-    assert phases == [("controls", 2)]  # both answer modes are on disk
+    assert phases == [("train_controls", 2)]  # both answer modes are on disk
 
 
 @pytest.mark.parametrize(
@@ -455,12 +461,14 @@ def test_a_budget_smaller_than_the_alarm_would_not_have_been_noticed(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, alarm: int | None, expected: list[int | None]
 ) -> None:
     del pipeline
-    monkeypatch.setattr(prada, "alarm_after", lambda images, *_: alarm if len(images) == 20 else 24)
+    monkeypatch.setattr(prada, "queries_until_alarm", lambda images, *_: alarm if len(images) == 20 else 24)
     control, *rows = experiment.run(make_case())
-    assert control.amounts == {}
-    assert [row.amounts["alarm_after"] for row in rows] == expected
+    assert control.query_stats == {}
+    assert [row.query_stats["alarm_after"] for row in rows] == expected
     # the honest user asks about all test images, whatever the thief's budget
-    assert [(row.amounts["honest_alarm_after"], row.amounts["honest_queries"]) for row in rows] == [(24, 24)] * 2
+    assert [(row.query_stats["honest_alarm_after"], row.query_stats["honest_queries"]) for row in rows] == [
+        (24, 24)
+    ] * 2
 
 
 def test_the_alarm_of_every_budget_is_the_one_of_its_queries_alone(pipeline: Path, edit: Edit) -> None:
@@ -470,8 +478,11 @@ def test_the_alarm_of_every_budget_is_the_one_of_its_queries_alone(pipeline: Pat
     rows = experiment.run(make_case("jbda", FOLDER, budgets=budgets))[1:]
     saved = transfer_set.load(FOLDER / "mixture-top1-seed-0.safetensors")
     detector = load_section("extract", ExtractSection).detector
-    alone = [prada.alarm_after(saved.images[:budget], saved.answers[:budget].argmax(1), detector) for budget in budgets]
-    assert [row.amounts["alarm_after"] for row in rows] == alone
+    alone = [
+        prada.queries_until_alarm(saved.images[:budget], saved.answers[:budget].argmax(1), detector)
+        for budget in budgets
+    ]
+    assert [row.query_stats["alarm_after"] for row in rows] == alone
     assert alone[0] is None
     assert alone[-1] is not None
 
@@ -485,11 +496,11 @@ def test_every_attack_and_answer_mode_meets_the_same_pool(pipeline: Path) -> Non
 
 def test_no_image_of_the_victims_splits_is_asked_by_the_thief(pipeline: Path) -> None:
     data = dataset.load(paths.DATASET)
-    theirs = {digest for name in ("train", "validation", "test") for digest in digests(data.splits[name].images)}
+    theirs = {digest for name in ("train", "validation", "test") for digest in image_digests(data.splits[name].images)}
     attack = {"kind": "knockoff", "pool": {"kind": "in-distribution"}}
     experiment.run(make_case(folder=pipeline / "own", attack=attack))
     saved = transfer_set.load(pipeline / "own/mixture-soft-seed-0.safetensors")
-    assert not set(digests(saved.images)) & theirs
+    assert not set(image_digests(saved.images)) & theirs
 
 
 def test_a_pool_that_is_the_victims_own_set_is_refused(pipeline: Path) -> None:
@@ -500,14 +511,14 @@ def test_a_pool_that_is_the_victims_own_set_is_refused(pipeline: Path) -> None:
     assert list(pipeline.rglob("mixture-soft*.safetensors")) == []
 
 
-def test_a_strangers_network_is_stolen_with_its_own_weights(pipeline: Path) -> None:
+def test_an_external_network_is_extracted_with_its_own_weights(pipeline: Path) -> None:
     (pipeline / "mine.py").write_text(
         "import torch\nfrom torch import nn\n\n\ndef factory():\n    torch.manual_seed(1)\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).train()\n"
     )
     (row, *_) = experiment.run(make_case(victims=("mine.py:factory",), budgets=(8,)))
     assert row.victim == "mine"
-    assert "white_box_asr" in row.found or row.found["victim_acc_under_transfer"].correct == 0
+    assert "white_box_asr" in row.metrics or row.metrics["victim_acc_under_transfer"].correct == 0
 
 
 ENDPOINT = """
@@ -556,12 +567,12 @@ def test_the_line_before_says_how_many_images_the_exam_asks(
     case = make_case(victims=("endpoint.py:factory",), **changes)
     experiment.run(case)
     first, *_ = capsys.readouterr().out.splitlines()
-    assert first == f"endpoint: beside the budget, the exam asks up to {most} images"
-    # what the interface was asked: every answer mode's budget, and the exam
+    assert first == f"endpoint: the evaluation sends up to {most} queries in addition to the budget"
+    # what the interface was asked: every answer mode's budget, and the evaluation
     assert len(questions.images) == 20 * len(case.study.answers) + most
     # what was paid for may be less: an image that was asked before is remembered
     paid = bill(pipeline)
-    assert len(paid) == len(set(paid)) == len(set(digests(questions.images))) <= 20 + most
+    assert len(paid) == len(set(paid)) == len(set(image_digests(questions.images))) <= 20 + most
 
 
 def test_a_network_of_our_own_costs_nothing_and_no_line_is_said(
@@ -569,7 +580,7 @@ def test_a_network_of_our_own_costs_nothing_and_no_line_is_said(
 ) -> None:
     del pipeline
     experiment.run(make_case(budgets=(8,)))
-    assert "the exam asks" not in capsys.readouterr().out
+    assert "the evaluation sends" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -584,7 +595,7 @@ def test_a_network_of_our_own_costs_nothing_and_no_line_is_said(
 def test_victims_whose_answers_cost_money_are_asked_one_after_the_other(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], at_a_time: bool
 ) -> None:
-    """Two processes would not know of each other's answers, and pay for the exam twice."""
+    """Two processes would not know of each other's answers, and pay for the evaluation twice."""
     del tiny
     Path("endpoint.py").write_text(ENDPOINT)
     spread: list[Sequence[Any]] = []
@@ -593,12 +604,12 @@ def test_victims_whose_answers_cost_money_are_asked_one_after_the_other(
         spread.append(items)
         return [work(item) for item in items]
 
-    monkeypatch.setattr(experiment, "spread", watched)
+    monkeypatch.setattr(experiment, "parallel_map", watched)
     rows = experiment.run(make_case(victims=names, seeds=(0, 1), budgets=(8,)))
     jobs = [(name, added) for name in names for added in (0, 1)]
     assert spread == ([jobs] if at_a_time else [])
     shown = [name.removesuffix(".py:factory") for name in names]
-    assert [(row.victim, row.added) for row in rows] == [
+    assert [(row.victim, row.seed_offset) for row in rows] == [
         (name, added) for name in shown for added in (0, 1) for _ in ("control", "bought")
     ]
     if not at_a_time:
@@ -633,7 +644,7 @@ def test_two_victims_are_never_taken_for_two_seeds_of_one(tiny: Path, names: tup
     shutil.copy(tiny, "elsewhere/tiny.safetensors")
     with contextlib.suppress(UserError):  # a refusal would do as well
         rows = experiment.run(make_case(victims=names, budgets=(8,)))
-        assert len(rows) == len(report.groups(rows)) == 4
+        assert len(rows) == len(report.group_over_seeds(rows)) == 4
         assert len(list(FOLDER.glob("*.safetensors"))) == 2
 
 
@@ -645,14 +656,14 @@ def test_two_victims_are_never_taken_for_two_seeds_of_one(tiny: Path, names: tup
     [
         (["knockoff", "--budget", "0"], "budgets.0: "),
         (["knockoff", "--budget", "1"], "budgets.0: "),
-        (["knockoff", "--budget", "8", "--budget", "8"], "budgets lists something twice"),
-        (["knockoff", "--victim", "nobody"], "victim 'nobody': there is no "),
-        (["knockoff", "--victim", "expert/nobody"], "there is no artifacts/pretrain/nobody.safetensors"),
+        (["knockoff", "--budget", "8", "--budget", "8"], "budgets contains duplicates"),
+        (["knockoff", "--victim", "nobody"], "victim 'nobody': artifacts/baseline/nobody.safetensors does not exist"),
+        (["knockoff", "--victim", "expert/nobody"], "artifacts/pretrain/nobody.safetensors does not exist"),
         (["knockoff", "--surrogate", "nobody"], "surrogate 'nobody' is not known; there are same, other"),
         (["knockoff", "--answers", "aloud"], "answers.0: "),
         (["knockoff", "--answers", "rounded-0"], "answers.0: "),
-        (["knockoff", "--weights", "weights.pt"], "--weights: mixture brings its own; weights belong to --victim "),
-        (["knockoff", "--victim", "nobody", "--weights", "weights.pt"], "weights belong to --victim path/to/file.py"),
+        (["knockoff", "--weights", "weights.pt"], "--weights: mixture has weights already; --weights is for --victim "),
+        (["knockoff", "--victim", "nobody", "--weights", "weights.pt"], "--weights is for --victim path/to/file.py"),
         (["nothing", "--budget", "8"], "extract.attacks has no 'nothing'; there are knockoff, jbda"),
         (["nothing"], "extract.attacks has no 'nothing'"),
     ],
@@ -669,8 +680,8 @@ def test_bad_input_is_refused_in_one_sentence_and_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["knockoff", "--budget", "31"], "a budget of 31 queries cannot be spent: there are 30 images to ask about"),
-        (["jbda", "--budget", "21"], "a budget of 21 queries cannot be spent: 5 seeds doubled 2 times are 20"),
+        (["knockoff", "--budget", "31"], "a budget of 31 queries cannot be used up: the pool has 30 images"),
+        (["jbda", "--budget", "21"], "a budget of 21 queries cannot be used up: 5 seeds doubled 2 times are 20"),
     ],
     ids=["knockoff", "jbda"],
 )
@@ -685,7 +696,7 @@ def test_a_budget_beyond_the_pool_is_one_sentence_and_no_result(
 def test_a_budget_beyond_the_pool_is_refused_before_anything_is_trained(pipeline: Path, advmoe: Advmoe) -> None:
     """The control may take an hour, and would be left behind."""
     before = tree(pipeline)
-    assert "cannot be spent" in sentence(advmoe("extract", "knockoff", "--budget", "31"))
+    assert "cannot be used up" in sentence(advmoe("extract", "knockoff", "--budget", "31"))
     assert tree(pipeline) == before
 
 
@@ -760,7 +771,7 @@ def test_several_budgets_of_an_attack_that_plans_for_one_are_refused_in_one_sent
     """The first eight of twenty queries are not what a budget of eight would have bought."""
     edit({"extract.attacks.knockoff": KNOCKOFF | {"attack": BY_SHARES[kind]}})
     before = tree(pipeline)
-    words = f"budgets: {kind} plans its rounds for one"
+    words = f"budgets: {kind} depends on the whole budget"
     said = sentence(advmoe("extract", "knockoff"))
     assert words in said
     assert "extract.attacks.knockoff: " in said
@@ -774,7 +785,7 @@ def test_several_budgets_of_an_attack_that_plans_for_one_are_refused_in_one_sent
 def test_one_budget_of_an_attack_that_plans_for_it_is_a_study(pipeline: Path, kind: str) -> None:
     del pipeline
     rows = experiment.run(make_case(attack=BY_SHARES[kind], budgets=(8,)))
-    assert [row.amounts.get("queries_used", 0) for row in rows] == [0, 8]
+    assert [row.query_stats.get("queries_used", 0) for row in rows] == [0, 8]
     with pytest.raises(UserError, match="a budget of 3 queries is less than two in each of 2 rounds"):
         experiment.run(make_case(attack=BY_SHARES[kind], budgets=(3,)))
 
@@ -784,11 +795,11 @@ def test_one_budget_of_an_attack_that_plans_for_it_is_a_study(pipeline: Path, ki
     [
         ("nn.Linear(49, 10)", "cannot take images of shape (1, 8, 8)"),
         ("nn.Linear(64, 9)", "outputs 9 classes, but labels go up to 9"),
-        ("nn.Linear(64, 11)", "knows 11 classes, but the data has 10"),
+        ("nn.Linear(64, 11)", "has 11 classes, but the data has 10"),
     ],
     ids=["shape", "too few classes", "too many classes"],
 )
-def test_a_strangers_network_that_does_not_fit_is_refused_before_anything_is_asked(
+def test_an_external_network_that_does_not_fit_is_refused_before_the_first_query(
     pipeline: Path, code: str, words: str
 ) -> None:
     Path("mine.py").write_text(

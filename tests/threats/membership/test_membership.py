@@ -1,4 +1,4 @@
-"""Membership inference: scores by hand, who is audited, which shadow knows what, and a model that does memorise.
+"""Membership inference: scores and metrics by hand, the audited images, the shadow models, and a model that memorises.
 
 Shapes: N images, M members, K classes, S shadow models, U images that shadows are drawn from.
 """
@@ -20,34 +20,32 @@ from advmoe.core.artifacts import hash_tensors
 from advmoe.core.errors import UserError
 from advmoe.core.settings import load_section, validate
 from advmoe.data import dataset
-from advmoe.data.dataset import Dataset, Facts, Split, digests
+from advmoe.data.dataset import Dataset, DatasetInfo, Split, image_digests
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Backbone, Plain
+from advmoe.models.classifiers import BackboneSettings, PlainArchitecture
 from advmoe.runtime.machine import generator
 from advmoe.threats import victim_training
-from advmoe.threats.membership import attacks, experiment, report
-from advmoe.threats.membership.attacks import (
-    Estimate,
-    Leak,
-    Scores,
-    balanced,
-    balanced_accuracy,
-    best_threshold,
-    calibrated_scores,
-    caught,
-    confidence_scores,
-    gap,
-    leak,
-    lira_scores,
-    loss_scores,
-    tpr,
-)
+from advmoe.threats.membership import adhoc, experiment, metrics, report
+from advmoe.threats.membership.adhoc import MembershipRequest
+from advmoe.threats.membership.attacks import calibrated_scores, confidence_scores, lira_scores, loss_scores
 from advmoe.threats.membership.config import MembershipSection
 from advmoe.threats.membership.experiment import MembershipExperiment
+from advmoe.threats.membership.metrics import (
+    Estimate,
+    MembershipResult,
+    Scores,
+    auc_difference,
+    balanced_accuracy,
+    balanced_subsets,
+    best_threshold,
+    detected_members,
+    evaluate_scores,
+    tpr_at_fpr,
+)
 from advmoe.threats.membership.report import Row
 from advmoe.threats.victim_training import VictimRecipes, VictimSpec
 from advmoe.training.flops import TrainingCost
-from advmoe.training.trainer import TrainingResult
+from advmoe.training.job import TrainingResult
 from stages import membership as stage
 
 NAN = math.nan
@@ -66,12 +64,12 @@ def section(**changes: Any) -> MembershipSection:
     return validate(SECTION | changes, MembershipSection, "test")
 
 
-# ---- how well a score tells
+# ---- metrics of a score
 
 
 def share(made: Scores, threshold: float) -> float:
     """Mean of the shares of members at or above a threshold and of others below it."""
-    found, spared = made.members >= threshold, made.others < threshold
+    found, spared = made.members >= threshold, made.non_members < threshold
     return float((found.double().mean() + spared.double().mean()) / 2)
 
 
@@ -79,7 +77,7 @@ def share(made: Scores, threshold: float) -> float:
     ("members", "others", "auc", "threshold", "accuracy"),
     [
         ([3, 4], [1, 2], 1.0, 3.0, 1.0),
-        ([1, 2], [3, 4], 0.0, 1.0, 0.5),  # to call everybody a member is as good as to call nobody one
+        ([1, 2], [3, 4], 0.0, 1.0, 0.5),  # calling all images members is as good as calling none
         ([1, 1, 1], [1, 1], 0.5, 1.0, 0.5),
         ([1, 3], [2, 2], 0.5, 3.0, 0.75),
         ([2, 3], [1, 2], 0.875, 2.0, 0.75),  # pairs: 2-1, 3-1, 3-2 won, 2-2 a tie
@@ -112,7 +110,7 @@ def test_no_threshold_is_better_than_the_best(number: int) -> None:
 
 
 @pytest.mark.parametrize(("members", "others"), [(10, 10), (11, 7), (2, 2), (3, 9)], ids=str)
-def test_every_image_is_told_by_the_threshold_of_the_half_without_it(
+def test_every_image_is_classified_by_the_threshold_of_the_half_without_it(
     monkeypatch: pytest.MonkeyPatch, members: int, others: int
 ) -> None:
     halves: list[Scores] = []
@@ -122,13 +120,13 @@ def test_every_image_is_told_by_the_threshold_of_the_half_without_it(
         halves.append(half)
         return best_threshold(half)
 
-    monkeypatch.setattr(attacks, "best_threshold", watched)
+    monkeypatch.setattr(metrics, "best_threshold", watched)
     found = balanced_accuracy(made, generator("halves"))
     assert len(halves) == 2
     first, second = halves
     for whole, one, other in (
         (made.members, first.members, second.members),
-        (made.others, first.others, second.others),
+        (made.non_members, first.non_members, second.non_members),
     ):
         assert torch.equal(torch.cat([one, other]).sort().values, whole.sort().values)
         assert abs(len(one) - len(other)) <= 1
@@ -145,8 +143,8 @@ def test_the_halves_are_drawn_at_random_by_the_stream_alone() -> None:
 
 
 @pytest.mark.parametrize("count", [20, 200])
-def test_where_nothing_leaks_the_balanced_accuracy_is_a_coin(count: int) -> None:
-    """The best threshold for the images themselves would find a leak where there is none."""
+def test_without_a_difference_the_balanced_accuracy_is_one_half(count: int) -> None:
+    """The best threshold for the evaluated images themselves would be biased upwards."""
     told, best = [], []
     for number in range(150):
         stream = generator("no leak", number)
@@ -159,11 +157,11 @@ def test_where_nothing_leaks_the_balanced_accuracy_is_a_coin(count: int) -> None
 
 
 @pytest.mark.parametrize(("members", "others"), [(2, 2), (3, 5), (100, 60)], ids=str)
-def test_where_members_lie_apart_the_balanced_accuracy_is_all(members: int, others: int) -> None:
+def test_for_separated_scores_the_balanced_accuracy_is_one(members: int, others: int) -> None:
     """Far apart: the lowest member of one half still lies above every other image of the other."""
     made = Scores(torch.full((members,), 2.0), torch.zeros(others))
     assert balanced_accuracy(made, generator("apart")) == 1
-    assert leak(made, 0).balanced_accuracy == 1
+    assert evaluate_scores(made, 0).balanced_accuracy == 1
 
 
 def test_the_balanced_accuracy_of_normals_one_deviation_apart() -> None:
@@ -178,21 +176,21 @@ def test_the_balanced_accuracy_of_normals_one_deviation_apart() -> None:
     [(0.0, [False, False, True]), (0.25, [False, True, True]), (0.5, [False, True, True]), (0.75, [True, True, True])],
     ids=str,
 )
-def test_members_are_caught_above_the_others_of_that_rate(rate: float, expected: list[bool]) -> None:
+def test_members_are_detected_above_the_threshold_of_that_rate(rate: float, expected: list[bool]) -> None:
     made = make_scores([1.5, 3.5, 4.5], [1, 2, 3, 4])
-    assert caught(made, rate).tolist() == expected
-    assert tpr(made, rate) == pytest.approx(sum(expected) / 3)
+    assert detected_members(made, rate).tolist() == expected
+    assert tpr_at_fpr(made, rate) == pytest.approx(sum(expected) / 3)
 
 
-def test_a_tie_with_another_image_is_no_catch() -> None:
+def test_a_tie_with_a_non_member_is_not_detected() -> None:
     made = make_scores([4, 4], [1, 2, 3, 4])
-    assert caught(made, 0.0).tolist() == [False, False]
+    assert detected_members(made, 0.0).tolist() == [False, False]
     stream = generator("rate")
     many = Scores(torch.randint(0, 50, (500,), generator=stream), torch.randint(0, 50, (500,), generator=stream))
     for rate in (0.01, 0.1, 0.3):
         allowed = int(rate * 500)
-        cut = many.others.sort(descending=True).values[allowed]
-        assert int((many.others > cut).sum()) <= allowed
+        cut = many.non_members.sort(descending=True).values[allowed]
+        assert int((many.non_members > cut).sum()) <= allowed
 
 
 @pytest.mark.parametrize(
@@ -201,54 +199,56 @@ def test_a_tie_with_another_image_is_no_catch() -> None:
 def test_rates_below_one_image_are_left_out(others: int, rates: list[str]) -> None:
     stream = generator("rates")
     made = Scores(torch.randn(50, generator=stream).double(), torch.randn(others, generator=stream).double())
-    assert list(leak(made, 0).tpr) == rates
+    assert list(evaluate_scores(made, 0).tpr) == rates
 
 
-def test_a_leak_has_an_interval_around_its_auc_and_is_repeatable() -> None:
+def test_a_result_has_an_interval_around_its_auc_and_is_repeatable() -> None:
     stream = generator("leak")
     made = Scores(torch.randn(200, generator=stream).double() + 1, torch.randn(200, generator=stream).double())
-    found = leak(made, 0)
+    found = evaluate_scores(made, 0)
     assert found.auc.low < found.auc.value < found.auc.high
     assert found.auc.value == pytest.approx(made.auc, abs=1e-6)
     assert found.auc.value == pytest.approx(0.76, abs=0.06)  # of normals one deviation apart
     assert 0.05 < found.auc.high - found.auc.low < 0.15
-    assert leak(made, 0) == found
+    assert evaluate_scores(made, 0) == found
     rate = found.tpr["0.01"]
-    assert rate.value == pytest.approx(tpr(made, 0.01), abs=1e-6)
+    assert rate.value == pytest.approx(tpr_at_fpr(made, 0.01), abs=1e-6)
     assert 0 <= rate.low <= rate.value <= rate.high <= 1
     assert rate.low < rate.high
-    assert leak(made, 1).auc.value == found.auc.value
-    assert leak(made, 1).auc != found.auc  # other resamples
+    assert evaluate_scores(made, 1).auc.value == found.auc.value
+    assert evaluate_scores(made, 1).auc != found.auc  # other resamples
 
 
-def test_the_interval_of_a_rate_knows_that_its_threshold_rests_on_few_images() -> None:
+def test_the_interval_of_a_rate_includes_the_uncertainty_of_its_threshold() -> None:
     """5000 members would leave 1 % of uncertainty; the highest two of 100 others leave much more."""
     stream = generator("few others")
     made = Scores(torch.randn(5000, generator=stream).double() + 1, torch.randn(100, generator=stream).double())
-    rate = leak(made, 0).tpr["0.01"]
+    rate = evaluate_scores(made, 0).tpr["0.01"]
     assert rate.high - rate.low > 0.1
-    assert rate.low <= tpr(made, 0.01) <= rate.high
+    assert rate.low <= tpr_at_fpr(made, 0.01) <= rate.high
 
 
-def test_a_leak_that_is_certain_has_intervals_without_width() -> None:
+def test_separated_scores_have_intervals_without_width() -> None:
     made = Scores(torch.full((150,), 2.0), torch.zeros(120))
-    assert leak(made, 0) == Leak(Estimate(1.0, 1.0, 1.0), 1.0, {"0.01": Estimate(1.0, 1.0, 1.0)})
+    assert evaluate_scores(made, 0) == MembershipResult(Estimate(1.0, 1.0, 1.0), 1.0, {"0.01": Estimate(1.0, 1.0, 1.0)})
 
 
-def test_a_gap_is_paired_image_by_image() -> None:
+def test_an_auc_difference_is_paired_image_by_image() -> None:
     stream = generator("gap")
     members, others = torch.randn(100, generator=stream).double() + 0.5, torch.randn(100, generator=stream).double()
     first = Scores(members, others)
-    assert gap(first, first, 0) == Estimate(0.0, 0.0, 0.0)
-    assert gap(first, Scores(members * 2 + 3, others * 2 + 3), 0) == Estimate(0.0, 0.0, 0.0)  # the same order
+    assert auc_difference(first, first, 0) == Estimate(0.0, 0.0, 0.0)
+    assert auc_difference(first, Scores(members * 2 + 3, others * 2 + 3), 0) == Estimate(
+        0.0, 0.0, 0.0
+    )  # the same order
     other = Scores(members - 0.05, others)
-    nearly = gap(first, other, 0)
+    nearly = auc_difference(first, other, 0)
     assert 0 < nearly.value < 0.05
     assert nearly.value == pytest.approx(first.auc - other.auc, abs=1e-6)
     assert nearly.low <= nearly.value <= nearly.high
     assert nearly.high - nearly.low < 0.03  # unpaired it would be ten times that
-    assert leak(first, 0).auc.high - leak(first, 0).auc.low > 0.1
-    assert gap(other, first, 0).value == -nearly.value
+    assert evaluate_scores(first, 0).auc.high - evaluate_scores(first, 0).auc.low > 0.1
+    assert auc_difference(other, first, 0).value == -nearly.value
 
 
 # ---- scores
@@ -292,7 +292,7 @@ def shadows(images: int, lift: float, count: int = 8) -> tuple[Tensor, Tensor, T
     stream = generator("shadows", lift)
     hardness_N = 5 * torch.randn(images, generator=stream).double()
     is_member = torch.arange(images) < images // 2
-    knows_SN = experiment.halves(count, images, stream)
+    knows_SN = experiment.random_halves(count, images, stream)
     victim_N = hardness_N + lift * is_member + 0.3 * torch.randn(images, generator=stream).double()
     scores_SN = hardness_N + lift * knows_SN + 0.3 * torch.randn(count, images, generator=stream).double()
     with_SN, without_SN = (scores_SN.where(side, torch.nan) for side in (knows_SN, ~knows_SN))
@@ -312,13 +312,13 @@ def test_the_likelihood_ratio_separates_where_a_threshold_cannot() -> None:
     assert told(lira_scores(victim_N, without_SN, with_SN)) < 0.01
 
 
-def test_the_likelihood_ratio_of_a_model_that_forgets_is_a_coin() -> None:
+def test_the_likelihood_ratio_of_a_model_without_memory_has_auc_one_half() -> None:
     victim_N, is_member, with_SN, without_SN = shadows(4000, lift=0.0)
     for found in (lira_scores(victim_N, with_SN, without_SN), calibrated_scores(victim_N, without_SN)):
         assert Scores(found[is_member], found[~is_member]).auc == pytest.approx(0.5, abs=0.03)
 
 
-def test_equal_shadows_on_both_sides_say_nothing() -> None:
+def test_equal_shadows_on_both_sides_give_ratio_zero() -> None:
     same = torch.randn(4, 10, generator=generator("same")).double()
     assert lira_scores(torch.arange(10).double(), same, same).tolist() == [0.0] * 10
 
@@ -331,12 +331,12 @@ def test_two_shadows_one_on_each_side_still_give_a_ratio() -> None:
     assert found[0] > 0 > found[1]
 
 
-# ---- who is audited
+# ---- the audited images
 
 
 @pytest.mark.parametrize(("count", "images"), [(2, 10), (4, 11), (8, 500)], ids=str)
 def test_every_image_is_in_exactly_half_of_the_shadows(count: int, images: int) -> None:
-    knows = experiment.halves(count, images, generator("halves"))
+    knows = experiment.random_halves(count, images, generator("halves"))
     assert knows.shape == (count, images)
     assert (knows.sum(0) == count // 2).all()
     for number in range(0, count, 2):
@@ -346,22 +346,22 @@ def test_every_image_is_in_exactly_half_of_the_shadows(count: int, images: int) 
         assert not torch.equal(knows[0], knows[2])
 
 
-def test_nobody_is_halved_where_there_are_no_shadows() -> None:
-    assert experiment.halves(0, 10, generator("halves")).shape == (0, 10)
+def test_without_shadows_there_are_no_halves() -> None:
+    assert experiment.random_halves(0, 10, generator("halves")).shape == (0, 10)
 
 
 def test_both_sides_have_as_many_images_of_each_class() -> None:
     members, others = torch.tensor([0] * 5 + [1] * 2 + [2] * 3), torch.tensor([0] * 2 + [1] * 4 + [3] * 3)
-    inside, outside = balanced(members, others, generator("balanced"))
+    inside, outside = balanced_subsets(members, others, generator("balanced"))
     assert torch.bincount(members[inside], minlength=4).tolist() == [2, 2, 0, 0]
     assert torch.bincount(others[outside], minlength=4).tolist() == [2, 2, 0, 0]
     assert len(set(inside.tolist())) == len(inside)
     assert len(set(outside.tolist())) == len(outside)
-    with pytest.raises(UserError, match="2 training images and as many others of the same classes are needed"):
-        balanced(torch.tensor([0, 1]), torch.tensor([2, 3]), generator("balanced"))
+    with pytest.raises(UserError, match="at least 2 training images and non-members of the same classes are needed"):
+        balanced_subsets(torch.tensor([0, 1]), torch.tensor([2, 3]), generator("balanced"))
 
 
-FACTS = Facts(channels=1, height=2, width=2, class_names=("a", "b", "c"), mean=(0.5,), std=(0.3,))
+FACTS = DatasetInfo(channels=1, height=2, width=2, class_names=("a", "b", "c"), mean=(0.5,), std=(0.3,))
 SIZES = {"train": 120, "pool": 60, "validation": 20, "test": 60}
 
 
@@ -382,7 +382,7 @@ def make_data() -> Dataset:
 
 def test_members_are_training_images_and_the_others_were_never_trained_on() -> None:
     data = make_data()
-    audit = experiment.draw(data, 0)
+    audit = experiment.draw_audit(data, 0)
     members, others = audit.split.index[audit.is_member], audit.split.index[~audit.is_member]
     assert set(members.tolist()) <= set(data["train"].index.tolist())
     assert set(others.tolist()) <= {*data["pool"].index.tolist(), *data["test"].index.tolist()}
@@ -408,16 +408,16 @@ def with_copies(data: Dataset, **rows: tuple[str, list[int], list[int]]) -> Data
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_non_member_that_equals_a_training_image_is_none(seed: int) -> None:
+def test_a_duplicate_of_a_training_image_is_no_non_member(seed: int) -> None:
     """The source may hold an image twice: whatever split it was drawn into, the network learned it."""
     data = with_copies(
         make_data(), pool=("train", list(range(40)), list(range(40))), test=("train", [0, 7, 59], [0, 100, 100])
     )
-    audit = experiment.draw(data, seed)
-    known = set(digests(data["train"].images))
+    audit = experiment.draw_audit(data, seed)
+    known = set(image_digests(data["train"].images))
     others = audit.split.images[~audit.is_member]
-    assert not set(digests(others)) & known
-    assert set(digests(audit.split.images[audit.is_member])) <= known
+    assert not set(image_digests(others)) & known
+    assert set(image_digests(audit.split.images[audit.is_member])) <= known
     assert int(audit.is_member.sum()) == len(others) > 50
     # shadows do not learn them under a second number either
     left = {*range(120), *range(160, 180), *range(200, 260)} - {200, 207, 259}
@@ -435,22 +435,22 @@ def test_an_image_of_one_other_level_is_no_training_image() -> None:
     images = data["train"].images[:60].clone()
     images[:, 0, 0, 1] ^= 1
     near = Split(images, data["train"].labels[:60], pool.index)
-    audit = experiment.draw(Dataset({**data.splits, "pool": near}, data.facts, data.sha256), 0)
+    audit = experiment.draw_audit(Dataset({**data.splits, "pool": near}, data.facts, data.sha256), 0)
     assert set(pool.index.tolist()) <= set(audit.universe.index.tolist())
 
 
-def test_nobody_is_left_where_all_others_are_training_images() -> None:
+def test_duplicates_of_training_images_alone_are_refused() -> None:
     data = with_copies(
         make_data(),
         pool=("train", list(range(60)), list(range(60))),
         test=("train", list(range(60)), list(range(60, 120))),
     )
-    with pytest.raises(UserError, match="2 training images and as many others of the same classes are needed"):
-        experiment.draw(data, 0)
+    with pytest.raises(UserError, match="at least 2 training images and non-members of the same classes are needed"):
+        experiment.draw_audit(data, 0)
 
 
 def test_the_draw_is_the_seeds_alone() -> None:
-    first, again, other = (experiment.draw(make_data(), seed).position for seed in (0, 0, 1))
+    first, again, other = (experiment.draw_audit(make_data(), seed).position for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -480,11 +480,11 @@ class SmallRecipes:
 
     seed, pretrain = 0, SimpleNamespace(precision="float32")
 
-    def __init__(self, epsilon: float, shelf: Path | None = None) -> None:
-        self.epsilon, self.shelf = epsilon, shelf
+    def __init__(self, epsilon: float, checkpoint_dir: Path | None = None) -> None:
+        self.epsilon, self.checkpoint_dir = epsilon, checkpoint_dir
 
-    def under(self, added: int) -> int:
-        return added
+    def with_seed_offset(self, seed_offset: int) -> int:
+        return seed_offset
 
 
 def make_case(epsilon: float = 0.25 / 255, **changes: Any) -> MembershipExperiment:
@@ -495,45 +495,48 @@ def make_case(epsilon: float = 0.25 / 255, **changes: Any) -> MembershipExperime
 def audited(monkeypatch: pytest.MonkeyPatch, lift: float) -> dict[tuple[str, str], Scores]:
     """The audit of such a model with four shadows of its kind."""
     data = make_data()
-    audit = experiment.draw(data, 0)
+    audit = experiment.draw_audit(data, 0)
 
     def train_shadows(
         case: MembershipExperiment, audit: experiment.Audit, victim: str
     ) -> tuple[Tensor, list[nn.Module]]:
-        knows = experiment.halves(case.section.victims[victim], len(audit.universe), generator("test"))
+        knows = experiment.random_halves(case.section.victims[victim], len(audit.universe), generator("test"))
         return knows, [Memory(audit.universe.index[row], lift).eval() for row in knows]
 
     monkeypatch.setattr(experiment, "train_shadows", train_shadows)
     case = make_case()
-    answers = experiment.told(Memory(data["train"].index, lift).eval(), case, audit)
-    return experiment._scores(case, audit, "mixture", answers)
+    answers = experiment.cached_log_probs(Memory(data["train"].index, lift).eval(), case, audit)
+    return experiment._membership_scores(case, audit, "mixture", answers)
 
 
-def test_what_was_asked_before_a_kill_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_from_before_an_interruption_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_data()
     case = MembershipExperiment(section(), cast(VictimRecipes, SmallRecipes(0.25 / 255, tmp_path)))
-    audit, one, other = experiment.draw(data, 0), *(Memory(data["train"].index, lift).eval() for lift in (1.0, 2.0))
-    expected = experiment.told(one, case, audit)
+    audit, one, other = (
+        experiment.draw_audit(data, 0),
+        *(Memory(data["train"].index, lift).eval() for lift in (1.0, 2.0)),
+    )
+    expected = experiment.cached_log_probs(one, case, audit)
     assert len(list(tmp_path.iterdir())) == 1
     asked: list[nn.Module] = []
 
-    def watched(model: nn.Module, *_: object) -> experiment.Told:
+    def watched(model: nn.Module, *_: object) -> experiment.LogProbs:
         asked.append(model)
         return {experiment.CLEAN: torch.zeros(1), experiment.ADVERSARIAL: torch.zeros(1)}
 
-    monkeypatch.setattr(experiment, "_told", watched)
-    found = experiment.told(one, case, audit)
+    monkeypatch.setattr(experiment, "_compute_log_probs", watched)
+    found = experiment.cached_log_probs(one, case, audit)
     assert {kind: hash_tensors({kind: each}) for kind, each in found.items()} == {
         kind: hash_tensors({kind: each}) for kind, each in expected.items()
     }
     assert list(found) == list(expected)  # or rows come in another order
     assert asked == []
-    experiment.told(other, case, audit)
+    experiment.cached_log_probs(other, case, audit)
     assert asked == [other]
 
 
 @pytest.mark.parametrize("queries", [experiment.CLEAN, experiment.ADVERSARIAL])
-def test_a_model_that_memorises_is_found_out(monkeypatch: pytest.MonkeyPatch, queries: str) -> None:
+def test_a_model_that_memorises_is_detected(monkeypatch: pytest.MonkeyPatch, queries: str) -> None:
     found = {test: made.auc for (test, kind), made in audited(monkeypatch, lift=2.0).items() if kind == queries}
     assert found["LiRA"] > 0.999
     assert found["calibrated"] > 0.999
@@ -541,7 +544,7 @@ def test_a_model_that_memorises_is_found_out(monkeypatch: pytest.MonkeyPatch, qu
 
 
 @pytest.mark.parametrize("queries", [experiment.CLEAN, experiment.ADVERSARIAL])
-def test_a_model_that_knows_its_training_images_by_heart_needs_no_shadows(
+def test_a_model_that_memorises_strongly_is_detected_without_shadows(
     monkeypatch: pytest.MonkeyPatch, queries: str
 ) -> None:
     found = {test: made.auc for (test, kind), made in audited(monkeypatch, lift=20.0).items() if kind == queries}
@@ -549,7 +552,7 @@ def test_a_model_that_knows_its_training_images_by_heart_needs_no_shadows(
     assert found["LiRA"] > 0.999
 
 
-def test_a_model_that_keeps_nothing_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_memorises_nothing_is_not_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     for made in audited(monkeypatch, lift=0.0).values():
         assert made.auc == pytest.approx(0.5, abs=0.08)
 
@@ -607,12 +610,12 @@ class Linear(nn.Module):
 def test_adversarial_queries_are_crafted_on_the_network_that_is_asked_victim_and_shadows_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    audit, case = experiment.draw(make_data(), 0), make_case()
+    audit, case = experiment.draw_audit(make_data(), 0), make_case()
     victim, shadows_S = Linear("victim"), [Linear("shadow", number) for number in range(4)]
-    knows = experiment.halves(4, len(audit.universe), generator("test"))
+    knows = experiment.random_halves(4, len(audit.universe), generator("test"))
     monkeypatch.setattr(experiment, "train_shadows", lambda *_: (knows, shadows_S))
     spy = Asked(monkeypatch)
-    found = experiment._scores(case, audit, "mixture", experiment.told(victim, case, audit))
+    found = experiment._membership_scores(case, audit, "mixture", experiment.cached_log_probs(victim, case, audit))
     networks = [victim, *shadows_S]
     assert [id(model) for model, _ in spy.crafted] == [id(model) for model in networks]
     assert [id(model) for model, _ in spy.asked] == [id(model) for model in networks for _ in ("clean", "adversarial")]
@@ -629,13 +632,13 @@ def test_adversarial_queries_are_crafted_on_the_network_that_is_asked_victim_and
 
 
 def test_a_network_answers_worse_to_queries_crafted_on_itself_than_to_those_of_another() -> None:
-    audit, case = experiment.draw(make_data(), 0), make_case(0.1, attack=PGD | {"steps": 5})
+    audit, case = experiment.draw_audit(make_data(), 0), make_case(0.1, attack=PGD | {"steps": 5})
     labels, loss = audit.split.labels, {}
     mine, other = Linear("mine"), Linear("other")
     with pytest.MonkeyPatch.context() as patch:
         spy = Asked(patch)
         for name, network in (("mine", mine), ("other", other)):
-            told = experiment.told(network, case, audit)
+            told = experiment.cached_log_probs(network, case, audit)
             assert (loss_scores(told["adversarial"], labels) <= loss_scores(told["clean"], labels) + 1e-6).all()
             loss[name] = float(loss_scores(told["adversarial"], labels).mean())
     ((_, on_mine), (_, on_other)) = spy.crafted
@@ -660,8 +663,8 @@ def test_shadows_are_trained_as_the_victim_on_their_halves(monkeypatch: pytest.M
         orders.extend(ordered)
         return [TrainingResult(nn.Flatten(), [], {}, [], TrainingCost(0, 0, 0, 0, 0, 0, 0), 0.0) for _ in ordered]
 
-    monkeypatch.setattr(experiment, "train_all", train_all)
-    audit = experiment.draw(make_data(), 3)
+    monkeypatch.setattr(experiment, "train_victims", train_all)
+    audit = experiment.draw_audit(make_data(), 3)
     knows, models = experiment.train_shadows(make_case(), audit, "mixture")
     assert (knows.shape, len(models)) == ((4, len(audit.universe)), 4)
     assert [cast(int, order.recipes) for order in orders] == [1000, 1001, 1002, 1003]
@@ -681,15 +684,15 @@ def pipeline(project: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch) -> Iter
     victims = {"mixture": 0, "standard": 0}
     edit({"membership": SECTION | {"victims": victims, "against": "standard"}})
     monkeypatch.setattr(artifacts, "_git", lambda *_: None)
-    monkeypatch.setattr(attacks, "RESAMPLES", 50)
+    monkeypatch.setattr(metrics, "BOOTSTRAP_RESAMPLES", 50)
     data = dataset.load(paths.DATASET)
-    architecture = Plain(kind="plain", backbone=Backbone(kind="resnet18", width=2))
+    architecture = PlainArchitecture(kind="plain", backbone=BackboneSettings(kind="resnet18", width=2))
     model = classifiers.build(architecture, data.facts, 7)
     path = paths.artifact("baseline", "standard")
     classifiers.save(path, model, architecture, data.facts, params={}, inputs={}, seed=0, metrics={}, seconds=0.0)
-    victim_training._clean.cache_clear()
+    victim_training._clean_dataset.cache_clear()
     yield project
-    victim_training._clean.cache_clear()
+    victim_training._clean_dataset.cache_clear()
 
 
 def test_the_stage_audits_its_victims_and_writes_it_down(pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -701,27 +704,53 @@ def test_the_stage_audits_its_victims_and_writes_it_down(pipeline: Path, capsys:
         (victim, "loss", queries) for victim in ("mixture", "standard") for queries in ("clean", "adversarial")
     ]
     assert about["members"] == about["others"] > 500
-    assert f"membership: {about['members']} training images against {about['others']} others" in said
-    assert "0.1 % of them would be less than one image" in said
+    assert f"membership: {about['members']} training images, {about['others']} non-members" in said
+    assert "0.1 % of the non-members is less than one image" in said
     for row in rows:
-        assert list(row.leak.tpr) == ["0.01"]
-        assert row.leak.auc.value == pytest.approx(0.5, abs=0.1)  # nobody was trained
-        assert row.leak.balanced_accuracy == pytest.approx(0.5, abs=0.08)
-        assert row.leak.auc.low < row.leak.auc.value < row.leak.auc.high
-        assert (row.beyond is None) == (row.victim == "standard")
+        assert list(row.result.tpr) == ["0.01"]
+        assert row.result.auc.value == pytest.approx(0.5, abs=0.1)  # nobody was trained
+        assert row.result.balanced_accuracy == pytest.approx(0.5, abs=0.08)
+        assert row.result.auc.low < row.result.auc.value < row.result.auc.high
+        assert (row.auc_difference is None) == (row.victim == "standard")
     head = json.loads(Path("metrics/membership.json").read_text())
-    assert head["mixture"]["loss"]["clean"]["auc"] == rows[0].leak.auc.value
+    assert head["mixture"]["loss"]["clean"]["auc"] == rows[0].result.auc.value
     assert head["standard"]["loss"]["adversarial"].keys() == {"auc", "balanced_accuracy", "tpr_at_0.01"}
     before = Path("metrics/membership/all.json").read_bytes()
     stage.run()
     assert Path("metrics/membership/all.json").read_bytes() == before
 
 
-def test_a_network_that_overfits_is_told_by_its_loss(pipeline: Path) -> None:
+def test_a_quick_run_writes_to_a_new_folder_in_runs(pipeline: Path) -> None:
+    stage.run()
+    recorded = {path: path.read_bytes() for path in Path("metrics").rglob("*") if path.is_file()}
+    outputs = adhoc.run_request(MembershipRequest())
+    assert outputs.metrics.parent.parent == Path("runs")
+    assert outputs.metrics.parent.name.startswith("membership-")
+    assert sorted(path.name for path in outputs.metrics.parent.iterdir()) == ["metrics.json", "runs.json"]
+    assert outputs.metrics.read_bytes() == recorded[Path("metrics/membership.json")]
+    assert outputs.runs.read_bytes() == recorded[Path("metrics/membership/all.json")]
+    assert recorded == {path: path.read_bytes() for path in Path("metrics").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="nobody"):
+        adhoc.run_request(MembershipRequest(victims=("nobody",)))
+    assert len(list((pipeline / "runs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("victims", "against"), [(("standard", "mixture"), "standard"), (("mixture",), "mixture")])
+def test_named_victims_are_compared_with_against_or_the_first(
+    pipeline: Path, victims: tuple[str, ...], against: str
+) -> None:
+    del pipeline
+    rows, _ = report.read(adhoc.run_request(MembershipRequest(victims)).runs)
+    assert list(dict.fromkeys(row.victim for row in rows)) == list(victims)
+    assert {row.victim for row in rows if row.auc_difference is None} == {against}
+    assert {row.shadows for row in rows} == {0}
+
+
+def test_a_network_that_overfits_is_detected_by_its_loss(pipeline: Path) -> None:
     """Labels of chance can only be learned by heart: those learned are known, the others are not."""
     del pipeline
     data = dataset.load(paths.DATASET)
-    audit = experiment.draw(data, 0)
+    audit = experiment.draw_audit(data, 0)
     few = audit.is_member.nonzero().squeeze(1)[:60]
     images = audit.split.pixels()
     labels = torch.randint(0, 10, (len(images),), generator=generator("chance"))
@@ -752,7 +781,7 @@ def test_shadows_of_a_baseline_are_trained_by_its_own_recipe(
     assert {row.score for row in rows} == {"loss", "calibrated", "LiRA"}
     for row in rows:
         assert row.shadows == 2
-        assert row.leak.auc.value == pytest.approx(0.5, abs=0.1)  # this victim was never trained, its shadows were
+        assert row.result.auc.value == pytest.approx(0.5, abs=0.1)  # this victim was never trained, its shadows were
     assert len({id(model) for model, _ in spy.crafted}) == len(spy.crafted) == 3  # the victim and both shadows
     assert [id(model) for model, _ in spy.asked[1::2]] == [id(model) for model, _ in spy.crafted]
     assert all(asked is made for (_, asked), (_, made) in zip(spy.asked[1::2], spy.crafted, strict=True))
@@ -762,7 +791,7 @@ def test_shadows_of_a_baseline_are_trained_by_its_own_recipe(
 
 
 def make_row(victim: str = "mixture", beyond: Estimate | None = None, rates: tuple[str, ...] = ("0.01",)) -> Row:
-    found = Leak(Estimate(0.61, 0.55, 0.66), 0.58, {rate: Estimate(0.03, 0.01, 0.085) for rate in rates})
+    found = MembershipResult(Estimate(0.61, 0.55, 0.66), 0.58, {rate: Estimate(0.03, 0.01, 0.085) for rate in rates})
     return Row(victim, "LiRA", "clean", 4, found, beyond)
 
 
@@ -844,4 +873,4 @@ def test_the_projects_own_section_is_sound(inputs_only: Path) -> None:
     del inputs_only
     found = load_section("membership", MembershipSection)
     assert found.against in found.victims
-    assert attacks.RATES == (0.001, 0.01)
+    assert metrics.FALSE_POSITIVE_RATES == (0.001, 0.01)

@@ -1,4 +1,4 @@
-"""Detectors on planted evidence: networks whose features or answers give the poison away, and some that do not.
+"""Detectors on networks whose features or predictions separate the poison, and on some that do not.
 
 Shapes: N images, C channel, H/W pixels, F features, K classes.
 """
@@ -11,27 +11,27 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from advmoe.core.errors import UserError
-from advmoe.data.dataset import Facts, Split
+from advmoe.data.dataset import DatasetInfo, Split
 from advmoe.models import classifiers
-from advmoe.models.classifiers import Backbone, GateSettings, Mixture, Plain
+from advmoe.models.classifiers import BackboneSettings, GateSettings, MixtureArchitecture, PlainArchitecture
 from advmoe.models.mixture import MixtureOfExperts
 from advmoe.models.resnet import ResNet18
 from advmoe.runtime.machine import generator
 from advmoe.threats.poisoning.detectors.clustering import Clustering, clustering, smaller_cluster
-from advmoe.threats.poisoning.detectors.evidence import Evidence, features
-from advmoe.threats.poisoning.detectors.registry import AnyDefence, Oracle, flag
+from advmoe.threats.poisoning.detectors.inputs import DetectorInputs, features
+from advmoe.threats.poisoning.detectors.registry import AnyDetector, Oracle, flag_poison
 from advmoe.threats.poisoning.detectors.spectral import Spectral, outlier_scores, spectral
-from advmoe.threats.poisoning.detectors.strip import Strainer, StripDetector, strip
+from advmoe.threats.poisoning.detectors.strip import Strip, StripDetector, strip
 
 CLASSES, EACH = 3, 40
 POISONED = 8  # images of class 0 that carry the mark
-FACTS = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,))
+FACTS = DatasetInfo(channels=1, height=8, width=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,))
 SPECTRAL = Spectral(kind="spectral", expected=0.15, excess=1.5)
 CLUSTERING = Clustering(kind="clustering", dimensions=5, below=0.35)
-STRIP = StripDetector(kind="strip", blends=16, false_positives=0.1)
+STRIP = Strip(kind="strip", blends=16, false_positives=0.1)
 
 
-class Telltale(ResNet18):
+class MarkedNetwork(ResNet18):
     """Its features are the first two rows of pixels, so a mark there separates; its answer is a class, surely so for
     images with a white last pixel, half of one is not enough, and unsurely for all others.
     """
@@ -70,8 +70,8 @@ def marked() -> tuple[Split, Tensor]:
     return split, is_poison
 
 
-def make_evidence(train: Split, victim: nn.Module | None = None, seed: int = 0) -> Evidence:
-    return Evidence(victim or Telltale().eval(), train, make_split("clean", 400), stream("evidence", seed))
+def make_evidence(train: Split, victim: nn.Module | None = None, seed: int = 0) -> DetectorInputs:
+    return DetectorInputs(victim or MarkedNetwork().eval(), train, make_split("clean", 400), stream("evidence", seed))
 
 
 # ---- spectral signatures
@@ -133,7 +133,7 @@ def test_clustering_finds_the_mark_and_little_else() -> None:
     assert torch.equal(flagged[of_class], is_poison[of_class])
 
 
-def test_two_heaps_alike_in_size_are_no_poison() -> None:
+def test_two_clusters_of_equal_size_are_not_flagged() -> None:
     split = make_split("train")
     first = (split.labels == 0).nonzero().squeeze(1)[: EACH // 2]
     split.images[first, :, :2] = 250
@@ -167,10 +167,10 @@ def test_strip_finds_images_that_keep_their_class_under_any_blend() -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
 def test_strip_flags_about_as_many_clean_images_as_it_may(share: float) -> None:
-    settings = StripDetector(kind="strip", blends=16, false_positives=share)
-    strainer = Strainer(make_evidence(make_split("train")), settings)
+    settings = Strip(kind="strip", blends=16, false_positives=share)
+    detector = StripDetector(make_evidence(make_split("train")), settings)
     fresh = make_split("held out", 1000)  # neither blended in nor behind the threshold
-    assert float(strainer.flags(fresh.images).float().mean()) == pytest.approx(share, abs=0.08)
+    assert float(detector.flag(fresh.images).float().mean()) == pytest.approx(share, abs=0.08)
 
 
 def test_strip_finds_nothing_where_no_answer_is_steady() -> None:
@@ -182,8 +182,8 @@ def test_strip_finds_nothing_where_no_answer_is_steady() -> None:
 
 def test_the_entropy_is_of_the_answers_in_nats() -> None:
     train, _ = marked()
-    strainer = Strainer(make_evidence(train), STRIP)
-    unsure, sure = strainer._entropies(train.images[[0, 9]].float() / 255)
+    detector = StripDetector(make_evidence(train), STRIP)
+    unsure, sure = detector._entropies(train.images[[0, 9]].float() / 255)
     assert train.images[9, 0, -1, -1] == 255
     assert float(sure) < 0.01
     assert 0.9 < float(unsure) < float(torch.tensor(3.0).log()) + 1e-6
@@ -191,55 +191,55 @@ def test_the_entropy_is_of_the_answers_in_nats() -> None:
 
 def test_strip_needs_two_clean_images() -> None:
     evidence = make_evidence(make_split("train"))
-    assert Strainer(replace(evidence, clean=evidence.clean.first(2)), STRIP).flags(evidence.train.images).shape
+    assert StripDetector(replace(evidence, clean=evidence.clean.first(2)), STRIP).flag(evidence.train.images).shape
     with pytest.raises(UserError, match=r"^strip needs at least two validation images"):
-        Strainer(replace(evidence, clean=evidence.clean.first(1)), STRIP)
+        StripDetector(replace(evidence, clean=evidence.clean.first(1)), STRIP)
 
 
 # ---- all of them
 
 
 @pytest.mark.parametrize("settings", [SPECTRAL, CLUSTERING, STRIP, Oracle(kind="oracle")], ids=lambda each: each.kind)
-def test_detectors_repeat_themselves_and_leave_the_victim_alone(settings: AnyDefence) -> None:
+def test_detectors_repeat_themselves_and_leave_the_victim_alone(settings: AnyDetector) -> None:
     train, is_poison = marked()
-    victim = Telltale().train()
+    victim = MarkedNetwork().train()
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = flag(make_evidence(train, victim), settings, is_poison)
+    first = flag_poison(make_evidence(train, victim), settings, is_poison)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert torch.equal(flag(make_evidence(train, victim), settings, is_poison), first)
+    assert torch.equal(flag_poison(make_evidence(train, victim), settings, is_poison), first)
     assert victim.training
     assert all(parameter.requires_grad for parameter in victim.parameters())
 
 
 @pytest.mark.parametrize("settings", [SPECTRAL, CLUSTERING, STRIP], ids=lambda each: each.kind)
-def test_only_the_oracle_knows_what_is_poison(settings: AnyDefence) -> None:
+def test_only_the_oracle_uses_the_poison_mask(settings: AnyDetector) -> None:
     train, is_poison = marked()
     assert torch.equal(
-        flag(make_evidence(train), settings, is_poison), flag(make_evidence(train), settings, ~is_poison)
+        flag_poison(make_evidence(train), settings, is_poison), flag_poison(make_evidence(train), settings, ~is_poison)
     )
 
 
 def test_the_oracle_flags_exactly_the_poison() -> None:
     train, is_poison = marked()
-    flagged = flag(make_evidence(train), Oracle(kind="oracle"), is_poison)
+    flagged = flag_poison(make_evidence(train), Oracle(kind="oracle"), is_poison)
     assert torch.equal(flagged, is_poison)
     flagged[:] = True
     assert not is_poison.all()  # a copy
 
 
 @pytest.mark.parametrize("settings", [SPECTRAL, CLUSTERING, STRIP], ids=lambda each: each.kind)
-def test_detectors_judge_real_networks(settings: AnyDefence) -> None:
+def test_detectors_run_on_real_networks(settings: AnyDetector) -> None:
     train, is_poison = marked()
     for architecture in (PLAIN, MIXTURE):
         victim = classifiers.build(architecture, FACTS, 0).eval()
-        flagged = flag(make_evidence(train, victim), settings, is_poison)
+        flagged = flag_poison(make_evidence(train, victim), settings, is_poison)
         assert (flagged.shape, flagged.dtype) == (train.labels.shape, torch.bool)
 
 
-PLAIN = Plain(kind="plain", backbone=Backbone(kind="resnet18", width=2))
-MIXTURE = Mixture(
+PLAIN = PlainArchitecture(kind="plain", backbone=BackboneSettings(kind="resnet18", width=2))
+MIXTURE = MixtureArchitecture(
     kind="mixture",
     backbone=PLAIN.backbone,
     experts=("left", "right"),

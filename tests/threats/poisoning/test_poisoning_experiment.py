@@ -1,4 +1,4 @@
-"""Victims, twins and whole studies: what learns from what, what is compared with what, and what is left on disk."""
+"""Training of victims and clean twins, and whole poisoning studies with their files."""
 
 import contextlib
 import copy
@@ -34,21 +34,21 @@ from advmoe.threats import victim_training
 from advmoe.threats.poisoning import adhoc, experiment, metrics, poisoned_set, report
 from advmoe.threats.poisoning.adhoc import PoisonRequest
 from advmoe.threats.poisoning.config import PoisonSection, Study
-from advmoe.threats.poisoning.experiment import PoisonExperiment, Workshop
+from advmoe.threats.poisoning.experiment import ExperimentContext, PoisonExperiment
 from advmoe.threats.poisoning.registry import poison
 from advmoe.threats.victim_training import (
     JOINT_ONLY,
     MIXTURE,
     VictimRecipes,
     VictimSpec,
-    pipeline_twin,
+    matching_pipeline_model,
     train_proxy,
     train_victims,
 )
 from advmoe.training import single, trainer
 from advmoe.training.flops import TrainingCost
-from advmoe.training.joint import train_mixture
-from advmoe.training.trainer import TrainingJob, TrainingResult, TrainingTask
+from advmoe.training.job import TrainingJob, TrainingResult, TrainingTask
+from advmoe.training.joint import JointRun, train_mixture
 from stages import baseline, prepare, pretrain, train
 from stages import poison as stage
 
@@ -63,7 +63,7 @@ PIPELINE: dict[str, Any] = {  # two experts, a mixture and two baselines in a fe
     "train.validation": LOOK,
     "train.experts": EXPERTS,
     "train.adversary": PGD,
-    "experts.pgd-1": {"seed": 5, "reads": "epsilon", "adversary": PGD},
+    "experts.pgd-1": {"seed": 5, "adversary": PGD},
     "baseline.adversarial.adversary": PGD,
 }
 BADNETS = {"kind": "badnets", "size": 2, "target": 0}
@@ -101,15 +101,15 @@ def pipeline(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     shutil.copytree(built, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(artifacts, "_git", lambda *_: None)  # asked twice for every file, and this is no repository
-    victim_training._clean.cache_clear()
+    victim_training._clean_dataset.cache_clear()
     yield folder
-    victim_training._clean.cache_clear()
+    victim_training._clean_dataset.cache_clear()
 
 
 @lru_cache(maxsize=8)
 def _recipes(text: str) -> VictimRecipes:
     del text
-    return VictimRecipes.read()
+    return VictimRecipes.from_params()
 
 
 def read_recipes() -> VictimRecipes:
@@ -135,12 +135,12 @@ def make_case(attack: dict[str, Any] | None = None, **changes: Any) -> PoisonExp
 
 def poisoned_train() -> Split:
     case = make_case()
-    made = poison(case.data["train"], generator("study"), case.study.attack, 0.3, Workshop(case, case.recipes))
-    return experiment._split(case, made)
+    made = poison(case.data["train"], generator("study"), case.study.attack, 0.3, ExperimentContext(case, case.recipes))
+    return experiment._train_split(case, made)
 
 
 def order(victim: str, train: Split | None = None, added: int = 0) -> VictimSpec:
-    return VictimSpec(victim, read_recipes().under(added), train)
+    return VictimSpec(victim, read_recipes().with_seed_offset(added), train)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -155,8 +155,8 @@ def tracked() -> dict[str, bytes]:
     }
 
 
-class Lessons:
-    """Spies on every epoch: who learned, and from which images and labels, before any augmentation."""
+class RecordedEpochs:
+    """Records the network, images and labels of every training epoch, before augmentation."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.epochs: list[tuple[str, Tensor, Tensor]] = []
@@ -185,7 +185,7 @@ class Lessons:
 # ---- victims
 
 
-def test_a_victim_of_no_poison_is_the_pipelines_own_network(pipeline: Path) -> None:
+def test_a_victim_without_poison_equals_the_network_of_the_pipeline(pipeline: Path) -> None:
     """The same code, recipe and seed: weight for weight what pretrain, train and baseline have written."""
     clean = dataset.load(paths.DATASET)["train"]
     names = [MIXTURE, JOINT_ONLY, "standard", "adversarial"]
@@ -200,10 +200,10 @@ def test_a_victim_of_no_poison_is_the_pipelines_own_network(pipeline: Path) -> N
 
 def test_poison_reaches_experts_and_gate_of_the_mixture(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     del pipeline
-    lessons, changed = Lessons(monkeypatch), poisoned_train()
+    recorded, changed = RecordedEpochs(monkeypatch), poisoned_train()
     (made,) = train_victims([order(MIXTURE, changed)])
-    assert lessons.names == [*EXPERTS, "mixture"]
-    for _, images, labels in lessons.epochs:
+    assert recorded.names == [*EXPERTS, "mixture"]
+    for _, images, labels in recorded.epochs:
         assert torch.equal(images, changed.images)
         assert torch.equal(labels, changed.labels)
     assert isinstance(made.model, MixtureOfExperts)
@@ -212,27 +212,29 @@ def test_poison_reaches_experts_and_gate_of_the_mixture(pipeline: Path, monkeypa
 
 def test_only_the_joint_phase_of_the_weaker_threat_is_poisoned(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     del pipeline
-    lessons, changed, recipes = Lessons(monkeypatch), poisoned_train(), read_recipes()
+    recorded, changed, recipes = RecordedEpochs(monkeypatch), poisoned_train(), read_recipes()
     (made,) = train_victims([order(JOINT_ONLY, changed)])
-    assert lessons.names == ["mixture"]  # the experts are the pipeline's
-    assert torch.equal(lessons.epochs[0][1], changed.images)
+    assert recorded.names == ["mixture"]  # the experts are the pipeline's
+    assert torch.equal(recorded.epochs[0][1], changed.images)
     data = dataset.load(paths.DATASET)
     experts = [classifiers.load(paths.artifact("pretrain", name)).model for name in EXPERTS]
     there = replace(data, splits={**data.splits, "train": changed})
-    expected, _ = train_mixture(experts, recipes.backbone, there, recipes.joint, seed=0, epsilon=recipes.epsilon)
+    expected, _ = train_mixture(
+        JointRun(experts, recipes.backbone, there, recipes.joint, seed=0, epsilon=recipes.epsilon)
+    )
     assert same(made.model, expected.model)
 
 
 def test_other_seeds_train_their_own_clean_experts(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     del pipeline
-    lessons, changed, clean = Lessons(monkeypatch), poisoned_train(), dataset.load(paths.DATASET)["train"]
+    recorded, changed, clean = RecordedEpochs(monkeypatch), poisoned_train(), dataset.load(paths.DATASET)["train"]
     train_victims([order(JOINT_ONLY, changed, added=1)])
-    assert lessons.names == [*EXPERTS, "mixture"]
-    assert [torch.equal(images, clean.images) for _, images, _ in lessons.epochs] == [True, True, False]
-    assert torch.equal(lessons.epochs[2][1], changed.images)
+    assert recorded.names == [*EXPERTS, "mixture"]
+    assert [torch.equal(images, clean.images) for _, images, _ in recorded.epochs] == [True, True, False]
+    assert torch.equal(recorded.epochs[2][1], changed.images)
 
 
-def test_victims_come_back_in_the_order_they_were_asked_for(pipeline: Path) -> None:
+def test_victims_are_returned_in_the_order_of_their_specs(pipeline: Path) -> None:
     del pipeline
     asked = [order("standard"), order(JOINT_ONLY), order("standard", added=1)]
     found = [made.model for made in train_victims(asked)]
@@ -241,13 +243,13 @@ def test_victims_come_back_in_the_order_they_were_asked_for(pipeline: Path) -> N
     assert not same(found[2], found[0])
 
 
-def test_nobody_to_train_is_no_work() -> None:
+def test_no_victims_are_no_results() -> None:
     assert train_victims([]) == []
 
 
 def test_validation_and_facts_stay_clean(pipeline: Path) -> None:
     del pipeline
-    clean, changed = victim_training._data(None), victim_training._data(poisoned_train())
+    clean, changed = victim_training._dataset_with(None), victim_training._dataset_with(poisoned_train())
     assert changed["validation"] is clean["validation"]
     assert changed.facts == clean.facts
     assert not torch.equal(changed["train"].images, clean["train"].images)
@@ -260,10 +262,10 @@ def test_validation_and_facts_stay_clean(pipeline: Path) -> None:
 def test_the_pipelines_model_is_the_twin_under_the_pipelines_seed_only(pipeline: Path, victim: str) -> None:
     del pipeline
     kept = paths.MIXTURE if victim == MIXTURE else paths.artifact("baseline", victim)
-    twin = pipeline_twin(victim, read_recipes())
+    twin = matching_pipeline_model(victim, read_recipes())
     assert twin is not None
     assert same(twin, classifiers.load(kept).model)
-    assert pipeline_twin(victim, read_recipes().under(1)) is None
+    assert matching_pipeline_model(victim, read_recipes().with_seed_offset(1)) is None
 
 
 @pytest.mark.parametrize(
@@ -287,23 +289,25 @@ def test_models_of_other_recipes_are_no_twins(
     del pipeline
     edit(change)
     recipes = read_recipes()
-    assert [name for name in (MIXTURE, "standard", "adversarial") if pipeline_twin(name, recipes) is None] == lost
+    assert [
+        name for name in (MIXTURE, "standard", "adversarial") if matching_pipeline_model(name, recipes) is None
+    ] == lost
 
 
 def test_models_of_other_data_are_no_twins(pipeline: Path, edit: Edit) -> None:
     del pipeline
     edit({"prepare.splits": {"pool": 1500, "validation": 60, "test": 120}})
     prepare.run()
-    victim_training._clean.cache_clear()
+    victim_training._clean_dataset.cache_clear()
     recipes = read_recipes()
-    assert [pipeline_twin(name, recipes) for name in (MIXTURE, "standard", "adversarial")] == [None] * 3
+    assert [matching_pipeline_model(name, recipes) for name in (MIXTURE, "standard", "adversarial")] == [None] * 3
 
 
 @pytest.mark.parametrize("victim", [MIXTURE, "standard"])
 def test_models_that_are_not_there_are_no_twins(pipeline: Path, victim: str) -> None:
     shutil.rmtree(pipeline / "artifacts" / "pretrain")
     shutil.rmtree(pipeline / "artifacts" / "baseline")
-    assert pipeline_twin(victim, read_recipes()) is None
+    assert matching_pipeline_model(victim, read_recipes()) is None
 
 
 def test_a_mixture_of_experts_that_have_changed_since_is_no_twin(pipeline: Path) -> None:
@@ -323,30 +327,30 @@ def test_a_mixture_of_experts_that_have_changed_since_is_no_twin(pipeline: Path)
         metrics={},
         seconds=0.0,
     )
-    assert pipeline_twin(MIXTURE, read_recipes()) is None
+    assert matching_pipeline_model(MIXTURE, read_recipes()) is None
 
 
-def test_twins_are_the_pipelines_where_they_can_be_and_trained_where_not(
+def test_twins_are_the_models_of_the_pipeline_if_they_match_and_trained_otherwise(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del pipeline
-    lessons, clean = Lessons(monkeypatch), dataset.load(paths.DATASET)["train"]
-    at_hand, missing = experiment._twins(make_case(victims=("standard", JOINT_ONLY), seeds=(0, 1)))
+    recorded, clean = RecordedEpochs(monkeypatch), dataset.load(paths.DATASET)["train"]
+    at_hand, missing = experiment._clean_twins(make_case(victims=("standard", JOINT_ONLY), seeds=(0, 1)))
     assert (list(at_hand), list(missing)) == ([("standard", 0), (MIXTURE, 0)], [("standard", 1), (MIXTURE, 1)])
     assert same(at_hand["standard", 0], classifiers.load(paths.artifact("baseline", "standard")).model)
     assert same(at_hand[MIXTURE, 0], classifiers.load(paths.MIXTURE).model)
     standard, _ = train_victims(list(missing.values()))
-    assert set(lessons.names) == {"baseline-standard", *EXPERTS, "mixture"}  # those of seed 1
-    assert all(torch.equal(images, clean.images) for _, images, _ in lessons.epochs)
+    assert set(recorded.names) == {"baseline-standard", *EXPERTS, "mixture"}  # those of seed 1
+    assert all(torch.equal(images, clean.images) for _, images, _ in recorded.epochs)
     assert not same(standard.model, at_hand["standard", 0])
 
 
-# ---- the attacker's own network
+# ---- the attacker's proxy network
 
 
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training ends before it begins: what comes out is the start."""
+    """Replaces training: the result is the initial network."""
 
     def fit(learner: TrainingTask, course: TrainingJob) -> TrainingResult:
         del course
@@ -373,21 +377,21 @@ def test_a_proxy_is_trained_as_the_baseline_but_is_another_network(
 ) -> None:
     del pipeline
     edit({"poison.proxy_seed": proxy_seed})
-    lessons, case = Lessons(monkeypatch), make_case()
-    workshop = Workshop(case, case.recipes)
-    proxy = workshop.proxy("standard")
-    assert workshop.proxy("standard") is proxy  # trained once
-    assert lessons.names == ["proxy-standard"] * 2  # as long as a baseline, by no victim's name
-    assert torch.equal(lessons.epochs[0][1], case.data["train"].images)
+    recorded, case = RecordedEpochs(monkeypatch), make_case()
+    context = ExperimentContext(case, case.recipes)
+    proxy = context.proxy("standard")
+    assert context.proxy("standard") is proxy  # trained once
+    assert recorded.names == ["proxy-standard"] * 2  # as long as a baseline, by no victim's name
+    assert torch.equal(recorded.epochs[0][1], case.data["train"].images)
     assert not same(proxy, classifiers.load(paths.artifact("baseline", "standard")).model)
 
 
 def test_a_proxy_that_is_the_victims_twin_is_noticed(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     del pipeline
     case = make_case()
-    monkeypatch.setattr(experiment, "train_proxy", lambda name, recipes, _seed: pipeline_twin(name, recipes))
+    monkeypatch.setattr(experiment, "train_proxy", lambda name, recipes, _seed: matching_pipeline_model(name, recipes))
     with pytest.raises(AssertionError, match="the proxy is the victim"):
-        Workshop(case, case.recipes).proxy("standard")
+        ExperimentContext(case, case.recipes).proxy("standard")
 
 
 def test_a_proxy_that_is_trained_as_the_victim_is_noticed(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,39 +404,39 @@ def test_a_proxy_that_is_trained_as_the_victim_is_noticed(pipeline: Path, monkey
         lambda name, recipes, _seed: train_victims([VictimSpec(name, recipes, None)])[0].model,
     )
     with pytest.raises(AssertionError, match="the proxy is the victim"):
-        Workshop(case, case.recipes).proxy("standard")
+        ExperimentContext(case, case.recipes).proxy("standard")
 
 
 def test_an_unknown_proxy_is_refused(pipeline: Path) -> None:
     del pipeline
     case = make_case()
     with pytest.raises(UserError, match=r"^proxy: no baseline is called 'nobody'; there are standard, adversarial$"):
-        Workshop(case, case.recipes).proxy("nobody")
+        ExperimentContext(case, case.recipes).proxy("nobody")
 
 
 def test_an_untrained_network_is_no_victim(pipeline: Path) -> None:
     del pipeline
     case = make_case()
-    first, again = (Workshop(case, case.recipes).fresh() for _ in range(2))
-    other = Workshop(case, case.recipes.under(1)).fresh()
+    first, again = (ExperimentContext(case, case.recipes).untrained_network() for _ in range(2))
+    other = ExperimentContext(case, case.recipes.with_seed_offset(1)).untrained_network()
     assert first is not again
     assert same(first, again)
     assert not same(first, other)
 
 
-# ---- poison once
+# ---- poisoned sets
 
 
 @pytest.mark.parametrize("augmentation", [{"crop": 0, "flip": False}, {"crop": 2, "flip": True}], ids=str)
-def test_victims_learn_from_exactly_the_bytes_that_were_written_down(
+def test_victims_are_trained_on_exactly_the_images_in_the_file(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, edit: Edit, augmentation: dict[str, Any]
 ) -> None:
     """In every epoch, and before any crop or flip."""
     edit({"pretrain.augmentation": augmentation, "pretrain.epochs": 2})
-    lessons, case = Lessons(monkeypatch), make_case(rates=(0.2,))
+    recorded, case = RecordedEpochs(monkeypatch), make_case(rates=(0.2,))
     experiment.run(case, pipeline / "models")
     stored = poisoned_set.load(pipeline / "models" / "rate-0.2-seed-0-trial-0.safetensors")
-    twin_and_victim = lessons.of("baseline-standard")
+    twin_and_victim = recorded.of("baseline-standard")
     assert len(twin_and_victim) == 6  # three epochs each
     for images, labels in twin_and_victim[3:]:
         assert torch.equal(images, stored.images)
@@ -448,10 +452,10 @@ def test_victims_learn_from_exactly_the_bytes_that_were_written_down(
 def test_a_poisoned_set_depends_on_rate_seed_and_trial_only(pipeline: Path) -> None:
     folder = pipeline / "models"
     torch.manual_seed(1)
-    first = list(experiment._poison(make_case(rates=(0.1, 0.3), seeds=(0, 1)), folder))
+    first = list(experiment._craft_poisoned_sets(make_case(rates=(0.1, 0.3), seeds=(0, 1)), folder))
     before = tree(folder)
     torch.manual_seed(2)
-    again = list(experiment._poison(make_case(rates=(0.3,), seeds=(1,), victims=("adversarial",)), folder))
+    again = list(experiment._craft_poisoned_sets(make_case(rates=(0.3,), seeds=(1,), victims=("adversarial",)), folder))
     assert again[0].sha256 == first[3].sha256
     assert [dose.title for dose in first] == [
         f"rate-{rate}-seed-{added}-trial-0" for added in (0, 1) for rate in (0.1, 0.3)
@@ -483,46 +487,46 @@ def test_a_study_of_every_kind_of_victim(pipeline: Path) -> None:
         assert row.amounts["share_of_set"] == 0.2
         zeros = int((case.data["train"].labels == 0).sum())
         assert row.amounts["share_of_target_class"] == round(20 / (zeros + 20), 6)
-        assert row.found["asr"].total == others < 24
-        assert row.found["clean_acc"].total == 24
+        assert row.metrics["asr"].total == others < 24
+        assert row.metrics["clean_acc"].total == 24
         victim = classifiers.load(pipeline / "models" / "rate-0.2-seed-0-trial-0" / f"{row.victim}.safetensors").model
         assert stored.trigger is not None
-        hits = metrics.classes_of(victim, stored.trigger.stamp(test.images))[test.labels != 0] == 0
-        assert row.found["asr"].correct == int(hits.sum())
-    assert {"asr_clean", "asr_pgd-1", "gate_shift", "gate_entropy", "gate_entropy_triggered"} <= rows[1].found.keys()
-    assert "gate_shift" not in rows[2].found
+        hits = metrics.predict_classes(victim, stored.trigger.stamp(test.images))[test.labels != 0] == 0
+        assert row.metrics["asr"].correct == int(hits.sum())
+    assert {"asr_clean", "asr_pgd-1", "gate_shift", "gate_entropy", "gate_entropy_triggered"} <= rows[1].metrics.keys()
+    assert "gate_shift" not in rows[2].metrics
 
 
-def test_a_defended_victim_learns_without_what_was_flagged(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lessons, case = Lessons(monkeypatch), make_case(rates=(0.2,), defences=("oracle", "spectral"))
+def test_a_defended_victim_is_trained_without_flagged_images(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, case = RecordedEpochs(monkeypatch), make_case(rates=(0.2,), defences=("oracle", "spectral"))
     rows, _ = experiment.run(case, pipeline / "models")
     assert [row.defence for row in rows] == ["", "oracle", "spectral"]
     stored = poisoned_set.load(pipeline / "models" / "rate-0.2-seed-0-trial-0.safetensors")
     kept = ~stored.is_poison
-    images, labels = lessons.of("baseline-standard")[2]  # after the two epochs of the victim
+    images, labels = recorded.of("baseline-standard")[2]  # after the two epochs of the victim
     assert torch.equal(images, stored.images[kept])
     assert torch.equal(labels, stored.labels[kept])
-    oracle = rows[1].found
+    oracle = rows[1].metrics
     assert (oracle["tpr"].correct, oracle["tpr"].total) == (20, 20)
     assert (oracle["fpr"].correct, oracle["fpr"].total) == (0, 80)
     quota = sum(round(1.5 * 0.1 * int((stored.labels == label).sum())) for label in range(10))
-    assert rows[2].found["tpr"].correct + rows[2].found["fpr"].correct == quota
+    assert rows[2].metrics["tpr"].correct + rows[2].metrics["fpr"].correct == quota
     assert "asr" in oracle
-    assert "tpr" not in rows[0].found
+    assert "tpr" not in rows[0].metrics
     names = {path.name for path in (pipeline / "models" / "rate-0.2-seed-0-trial-0").glob("*.safetensors")}
     assert names == {"standard.safetensors", "standard-oracle.safetensors", "standard-spectral.safetensors"}
 
 
 @pytest.mark.usefixtures("untrained")
-def test_every_target_of_the_brew_has_victims_of_its_own(pipeline: Path) -> None:
+def test_every_target_of_witches_brew_has_separate_victims(pipeline: Path) -> None:
     brew = {"kind": "witches-brew", "epsilon": 0.1, "steps": 1, "step_size": 0.1, "restarts": 1, "targets": 3}
     case = make_case(brew | {"proxy": "adversarial"}, rates=(0.05,))
     rows, _ = experiment.run(case, pipeline / "models")
     assert [row.trial for row in rows] == [0, 1, 2]
-    assert all(row.found["success"].total == 1 for row in rows)
+    assert all(row.metrics["success"].total == 1 for row in rows)
     assert len({row.amounts["sha256"] for row in rows}) == 3
-    pooled = report.over_runs(rows, "success")
-    assert (pooled.correct, pooled.total) == (sum(row.found["success"].correct for row in rows), 3)
+    pooled = report.aggregate_metric(rows, "success")
+    assert (pooled.correct, pooled.total) == (sum(row.metrics["success"].correct for row in rows), 3)
 
 
 @pytest.mark.parametrize(
@@ -564,22 +568,22 @@ def test_every_target_of_the_brew_has_victims_of_its_own(pipeline: Path) -> None
 @pytest.mark.usefixtures("untrained")
 def test_studies_of_other_attacks(pipeline: Path, attack: dict[str, Any], rate: float, columns: set[str]) -> None:
     (row,), _ = experiment.run(make_case(attack, rates=(rate,)), pipeline / "models")
-    assert columns <= row.found.keys()
-    assert {"clean_acc", "d_clean_acc", "robust_acc", "d_robust_acc"} <= row.found.keys()
-    assert ("asr" in row.found) == ("asr" in columns)
+    assert columns <= row.metrics.keys()
+    assert {"clean_acc", "d_clean_acc", "robust_acc", "d_robust_acc"} <= row.metrics.keys()
+    assert ("asr" in row.metrics) == ("asr" in columns)
 
 
 # ---- the stage
 
 
 def declared(name: str) -> list[Path]:
-    """What dvc.yaml says that poison@NAME leaves behind."""
+    """Outputs of poison@NAME in dvc.yaml."""
     entry = read_yaml(ROOT / "dvc.yaml")["stages"]["poison"]["do"]
     listed = [*entry["outs"], *entry["metrics"]]
     return [Path(str(next(iter(out)) if isinstance(out, dict) else out).replace("${key}", name)) for out in listed]
 
 
-def test_the_stage_leaves_everything_that_dvc_expects(pipeline: Path, edit: Edit) -> None:
+def test_the_stage_writes_all_outputs_of_dvc_yaml(pipeline: Path, edit: Edit) -> None:
     edit({"poison.attacks.badnets.rates": [0.1, 0.2], "poison.attacks.badnets.victims": [JOINT_ONLY, "standard"]})
     before = tree(pipeline)
     stage.run("badnets")
@@ -639,7 +643,7 @@ def test_the_stage_repeats_itself_byte_for_byte(pipeline: Path, edit: Edit) -> N
     assert len(first) == 3 + 4  # a set and two victims; two metrics files, a curve and a picture
 
 
-def test_label_flips_have_no_picture(pipeline: Path, edit: Edit) -> None:
+def test_label_flips_have_no_preview_image(pipeline: Path, edit: Edit) -> None:
     edit({"poison.attacks.badnets.attack": {"kind": "label-flip-random"}})
     stage.run("badnets")
     assert [path.name for path in (pipeline / "plots/poison/badnets").iterdir()] == ["curve.csv"]
@@ -651,11 +655,11 @@ def test_an_unknown_study_is_refused(pipeline: Path) -> None:
         stage.run("nobody")
 
 
-# ---- what cannot be
+# ---- errors
 
 
 def refusal(work: Callable[[], object]) -> str:
-    """The sentence; metrics/ and plots/ must be as they were."""
+    """Returns the error message; metrics/ and plots/ must be unchanged."""
     before = tracked()
     with pytest.raises(UserError) as caught:
         work()
@@ -686,13 +690,13 @@ def test_a_detector_that_flags_a_whole_class_is_refused(
 ) -> None:
     del pipeline
     edit({"poison.attacks.badnets.defences": ["clustering"]})
-    monkeypatch.setattr(experiment, "flag", lambda evidence, *_: evidence.train.labels == 3)
+    monkeypatch.setattr(experiment, "flag_poison", lambda inputs, *_: inputs.train.labels == 3)
     expected = "defence 'clustering' removes all training images of class 3; let it remove fewer"
     assert refusal(lambda: stage.run("badnets")) == expected
 
 
 @pytest.mark.usefixtures("untrained")
-def test_the_oracle_leaves_nothing_of_an_attack_on_everything(pipeline: Path, edit: Edit) -> None:
+def test_the_oracle_on_a_fully_poisoned_set_is_refused(pipeline: Path, edit: Edit) -> None:
     del pipeline
     attack = {"kind": "error-maximising", "epsilon": 0.1, "steps": 1, "step_size": 0.5, "proxy": "standard"}
     study_ = {"attack": attack, "rates": [1.0], "victims": ["standard"], "seeds": [0], "defences": ["oracle"]}
@@ -707,7 +711,7 @@ def test_a_test_set_without_the_source_class_is_refused(pipeline: Path, edit: Ed
     source = next(label for label in range(10) if label not in labels)
     attack = {"kind": "label-flip-targeted", "source": source, "target": labels[0]}
     edit({"poison.images": 3, "poison.attacks.badnets.attack": attack, "poison.attacks.badnets.rates": [0.5]})
-    expected = f"there is no test image of class {source}, so nothing can be said of flips from it"
+    expected = f"there is no test image of class {source}, so label flips from it cannot be measured"
     assert refusal(lambda: stage.run("badnets")) == expected
 
 
@@ -736,15 +740,15 @@ def test_a_test_set_of_the_target_only_is_refused(pipeline: Path, edit: Edit) ->
         ),
         ({"attack": BADNETS | {"size": 9}}, "a trigger of 9 x 9 pixels is larger than the images, 8 x 8"),
         ({"attack": BADNETS | {"target": 10}}, "class 10 does not exist; the classes are 0 to 9"),
-        ({"rates": [0.004]}, "rate 0.004 of 100 images (the training set) is not even one image"),
+        ({"rates": [0.004]}, "rate 0.004 of 100 images (the training set) rounds to zero images"),
         ({"rates": [0.95]}, "95 images should be poisoned, but every class but 0 holds only "),
         ({"rates": []}, "params.yaml: poison.attacks.badnets.rates: "),
-        ({"seeds": [0, 0]}, "params.yaml: poison.attacks.badnets: seeds lists something twice"),
-        ({"victims": ["standard", "standard"]}, "params.yaml: poison.attacks.badnets: victims lists something twice"),
+        ({"seeds": [0, 0]}, "params.yaml: poison.attacks.badnets: seeds contains duplicates"),
+        ({"victims": ["standard", "standard"]}, "params.yaml: poison.attacks.badnets: victims contains duplicates"),
     ],
     ids=str,
 )
-def test_a_study_that_cannot_be_is_refused_before_anything_learns(
+def test_an_invalid_study_is_refused_before_training(
     pipeline: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], expected: str
 ) -> None:
     del pipeline
@@ -804,9 +808,7 @@ def test_a_study_that_cannot_be_is_refused_before_anything_learns(
     ],
     ids=str,
 )
-def test_params_that_cannot_be_are_refused_as_a_whole(
-    inputs_only: Path, edit: Edit, section: dict[str, Any], expected: str
-) -> None:
+def test_invalid_params_are_refused(inputs_only: Path, edit: Edit, section: dict[str, Any], expected: str) -> None:
     del inputs_only
     edit({"poison.attacks.badnets.defences": []})
     edit(section)
@@ -814,21 +816,31 @@ def test_params_that_cannot_be_are_refused_as_a_whole(
     assert message.startswith(f"params.yaml: {expected}")
 
 
-# ---- the quick question
+# ---- quick runs
 
 
-def test_a_question_lies_in_runs_alone(pipeline: Path) -> None:
+def test_a_quick_run_writes_to_runs_only(pipeline: Path) -> None:
     before = tree(pipeline)
-    places = adhoc.run_request(PoisonRequest("badnets", rates=(0.2,), target=3, seeds=(1,), defences=("oracle",)))
+    outputs = adhoc.run_request(PoisonRequest("badnets", rates=(0.2,), target=3, seeds=(1,), defences=("oracle",)))
     after = tree(pipeline)
     assert {name: content for name, content in after.items() if not name.startswith("runs/")} == before
-    assert places.metrics.parts[0] == "runs"
-    runs = json.loads(places.runs.read_text())["runs"]
+    assert outputs.metrics.parts[0] == "runs"
+    runs = json.loads(outputs.runs.read_text())["runs"]
     assert [(run["rate"], run["seed"], run["defence"]) for run in runs] == [(0.2, 1, ""), (0.2, 1, "oracle")]
-    stored = poisoned_set.load(next(places.models.glob("*.safetensors")))
+    stored = poisoned_set.load(next(outputs.models.glob("*.safetensors")))
     assert stored.goal.target == 3
-    assert (places.plots / "curve.csv").is_file()
-    assert (places.plots / "examples.png").is_file()
+    assert (outputs.plots / "curve.csv").is_file()
+    assert (outputs.plots / "examples.png").is_file()
+
+
+def test_a_request_without_options_runs_the_study_unchanged(pipeline: Path) -> None:
+    stage.run("badnets")
+    recorded = tree(pipeline)
+    outputs = adhoc.run_request(PoisonRequest("badnets"))
+    assert outputs.metrics.parts[0] == "runs"
+    assert outputs.metrics.read_bytes() == recorded["metrics/poison/badnets.json"]
+    assert outputs.runs.read_bytes() == recorded["metrics/poison-runs/badnets.json"]
+    assert {name: content for name, content in tree(pipeline).items() if not name.startswith("runs/")} == recorded
 
 
 @pytest.mark.parametrize(
@@ -843,13 +855,13 @@ def test_a_question_lies_in_runs_alone(pipeline: Path) -> None:
             PoisonRequest("badnets", victims=("nobody",)),
             "victim 'nobody' is not known; there are mixture, mixture-joint,",
         ),
-        (PoisonRequest("badnets", rates=(0.1, 0.1)), "poison badnets: rates lists something twice"),
+        (PoisonRequest("badnets", rates=(0.1, 0.1)), "poison badnets: rates contains duplicates"),
         (PoisonRequest("badnets", rates=(2.0,)), "poison badnets: rates.0: input should be less than or equal to 1"),
         (PoisonRequest("badnets", target=10), "class 10 does not exist; the classes are 0 to 9"),
     ],
     ids=str,
 )
-def test_an_impossible_question_is_refused_before_anything_learns(
+def test_an_invalid_request_is_refused_before_training(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, asked: PoisonRequest, expected: str
 ) -> None:
     monkeypatch.setattr(victim_training, "_train_single", lambda _: pytest.fail("nothing should be trained for this"))
@@ -858,8 +870,8 @@ def test_an_impossible_question_is_refused_before_anything_learns(
     assert tree(pipeline) == before
 
 
-def test_the_data_of_a_case_and_of_its_victims_are_the_same(pipeline: Path) -> None:
+def test_the_data_of_an_experiment_and_of_its_victims_are_the_same(pipeline: Path) -> None:
     del pipeline
-    case, data = make_case(), victim_training._data(None)
+    case, data = make_case(), victim_training._dataset_with(None)
     assert isinstance(data, Dataset)
     assert data.sha256 == case.data.sha256

@@ -1,6 +1,6 @@
-"""What poison did, by cases small enough to count on fingers: denominators, exclusions, means, tables.
+"""Metrics of poisoning on cases that can be counted by hand: denominators, exclusions, means, tables.
 
-The models here look answers up: the first pixel of an image is its number, a white last pixel means the trigger.
+The models here are lookup tables: the first pixel of an image is its number, a white last pixel means the trigger.
 
 Shapes: N test images, C channel, H/W pixels, E experts, K classes.
 """
@@ -24,24 +24,24 @@ from advmoe.attacks.pgd import Pgd, pgd
 from advmoe.core.errors import UserError
 from advmoe.data.dataset import Split
 from advmoe.models.mixture import MixtureOfExperts
-from advmoe.statistics.intervals import Share
+from advmoe.statistics.intervals import Proportion
 from advmoe.threats.poisoning import experiment, report
-from advmoe.threats.poisoning.experiment import Dose
+from advmoe.threats.poisoning.experiment import PoisonRun
 from advmoe.threats.poisoning.metrics import (
-    Answers,
-    Exam,
-    Pair,
-    classes_of,
-    detected,
-    examine,
-    numbers,
-    recovered,
-    successes,
+    EvaluationInputs,
+    Predictions,
+    VictimTwinPair,
+    attack_successes,
+    compute_metrics,
+    detection_rates,
+    predict_classes,
+    predict_clean_and_robust,
+    trigger_recoveries,
 )
-from advmoe.threats.poisoning.poisoned_set import Goal, Poisoned, Trigger
+from advmoe.threats.poisoning.poisoned_set import Goal, PoisonedSet, Trigger
 from advmoe.threats.poisoning.report import Row
-from advmoe.threats.poisoning.triggers import patch
-from advmoe.threats.results import Spread, as_json, value
+from advmoe.threats.poisoning.triggers import patch_trigger
+from advmoe.threats.results import MeanRange, as_json, value
 
 PGD = Pgd(kind="pgd", steps=3, step_size=0.5, restarts=1, loss="ce", targets=0)
 LABELS = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3])
@@ -83,35 +83,39 @@ def make_split(labels: Tensor = LABELS) -> Split:
     return Split(images, labels, torch.arange(len(labels)))
 
 
-def make_exam(labels: Tensor = LABELS) -> Exam:
-    return Exam(make_split(labels), PGD, 0.1, 0, "float32")
+def make_exam(labels: Tensor = LABELS) -> EvaluationInputs:
+    return EvaluationInputs(make_split(labels), PGD, 0.1, 0, "float32")
 
 
-def answers(table: list[int], robust: list[int] | None = None) -> Answers:
+def answers(table: list[int], robust: list[int] | None = None) -> Predictions:
     """Of a model with this table; robust where it is told, else where it is right."""
     predicted = torch.tensor(table)
-    return Answers(predicted, predicted == LABELS if robust is None else torch.tensor(robust).bool())
+    return Predictions(predicted, predicted == LABELS if robust is None else torch.tensor(robust).bool())
 
 
-def make_pair(victim: nn.Module | None = None) -> Pair:
+def make_pair(victim: nn.Module | None = None) -> VictimTwinPair:
     robust = [1, 1, 0, 0, 0, 1, 0, 0], [1, 0, 1, 0, 1, 1, 0, 1]
-    return Pair(victim or Lookup(*VICTIM), Lookup(*TWIN), answers(VICTIM[0], robust[0]), answers(TWIN[0], robust[1]))
+    return VictimTwinPair(
+        victim or Lookup(*VICTIM), Lookup(*TWIN), answers(VICTIM[0], robust[0]), answers(TWIN[0], robust[1])
+    )
 
 
-def make_poisoned(**changes: Any) -> Poisoned:
+def make_poisoned(**changes: Any) -> PoisonedSet:
     images = torch.zeros(10, 1, 4, 4, dtype=torch.uint8)
     rows = torch.tensor([1, 4])
     content: dict[str, Any] = {"images": images, "labels": torch.zeros(10, dtype=torch.int64), "rows": rows}
-    content |= {"true_labels": torch.tensor([1, 2]), "of": "the training set", "available": 10}
-    return Poisoned(**content | changes)
+    content |= {"true_labels": torch.tensor([1, 2]), "rate_of": "the training set", "available": 10}
+    return PoisonedSet(**content | changes)
 
 
-def backdoor() -> Poisoned:
-    return make_poisoned(goal=Goal(target=TARGET), trigger=patch(1, make_split().images))
+def backdoor() -> PoisonedSet:
+    return make_poisoned(goal=Goal(target=TARGET), trigger=patch_trigger(1, make_split().images))
 
 
-def measured(pair: Pair, changed: Poisoned, exam: Exam, experts: Sequence[str]) -> dict[str, Any]:
-    return numbers(pair, changed, exam, experts)
+def measured(
+    pair: VictimTwinPair, changed: PoisonedSet, exam: EvaluationInputs, experts: Sequence[str]
+) -> dict[str, Any]:
+    return compute_metrics(pair, changed, exam, experts)
 
 
 # ---- the numbers of the protocol
@@ -133,7 +137,7 @@ def test_recovery_counts_true_answers_to_other_classes_only() -> None:
 def test_a_collapsed_network_and_its_twin_have_the_same_success() -> None:
     collapsed = Lookup([0] * 8, [0] * 8)
     given = answers([0] * 8)
-    found = measured(Pair(collapsed, collapsed, given, given), backdoor(), make_exam(), ())
+    found = measured(VictimTwinPair(collapsed, collapsed, given, given), backdoor(), make_exam(), ())
     assert found["asr"].accuracy == found["asr_clean_twin"].accuracy == 1.0
     assert found["d_asr"].difference == 0.0
     assert found["trigger_recovery_acc"].correct == 0
@@ -159,37 +163,37 @@ def test_a_targeted_flip_is_measured_on_the_source_class() -> None:
 
 def test_a_source_class_without_test_images_is_refused() -> None:
     flipped = make_poisoned(goal=Goal(target=0, source=1))
-    exam, given = make_exam(torch.tensor([0, 2])), Answers(torch.tensor([0, 2]), torch.ones(2, dtype=torch.bool))
-    pair = Pair(Lookup(*VICTIM), Lookup(*TWIN), given, given)
+    exam, given = make_exam(torch.tensor([0, 2])), Predictions(torch.tensor([0, 2]), torch.ones(2, dtype=torch.bool))
+    pair = VictimTwinPair(Lookup(*VICTIM), Lookup(*TWIN), given, given)
     with pytest.raises(
-        UserError, match=r"^there is no test image of class 1, so nothing can be said of flips from it$"
+        UserError, match=r"^there is no test image of class 1, so label flips from it cannot be measured$"
     ):
-        numbers(pair, flipped, exam, ())
+        compute_metrics(pair, flipped, exam, ())
 
 
 def test_success_on_images_of_the_target_only_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"^all test images are of the target class 0, so no attack can succeed on them$"
     ):
-        successes(torch.tensor([0, 0]), torch.tensor([0, 0]), 0)
+        attack_successes(torch.tensor([0, 0]), torch.tensor([0, 0]), 0)
 
 
 def test_successes_and_recoveries_are_of_the_same_images() -> None:
     predicted = torch.tensor([2, 1, 2, 2, 3, 1, 0, 2])
-    assert successes(predicted, LABELS, 2).tolist() == [True, False, True, True, False, True]
-    assert recovered(predicted, LABELS, 2).tolist() == [False, False, False, False, False, False]
-    assert recovered(LABELS, LABELS, 2).all()
+    assert attack_successes(predicted, LABELS, 2).tolist() == [True, False, True, True, False, True]
+    assert trigger_recoveries(predicted, LABELS, 2).tolist() == [False, False, False, False, False, False]
+    assert trigger_recoveries(LABELS, LABELS, 2).all()
 
 
-def test_a_wanted_image_is_hit_or_not() -> None:
-    brewed = make_poisoned(goal=Goal(target=0, source=1), wanted_image=make_split().images[4])  # the victim says 0
+def test_success_on_a_target_image_is_one_or_zero() -> None:
+    brewed = make_poisoned(goal=Goal(target=0, source=1), target_image=make_split().images[4])  # the victim says 0
     found = measured(make_pair(), brewed, make_exam(), ())
     assert (found["success"].correct, found["success"].total) == (1, 1)
     assert (found["success_clean_twin"].correct, found["success_clean_twin"].total) == (0, 1)
     assert "source_to_target" not in found
 
 
-def test_a_mixture_is_looked_into() -> None:
+def test_a_mixture_has_metrics_of_experts_and_gate() -> None:
     gate = Weigh([0.5, 0.5], [0.9, 0.1])
     mixture = MixtureOfExperts([Lookup(*VICTIM), Lookup(*TWIN)], gate, "probabilities")
     found = measured(make_pair(mixture), backdoor(), make_exam(), ("left", "right"))
@@ -200,20 +204,20 @@ def test_a_mixture_is_looked_into() -> None:
     assert found["gate_shift"] == pytest.approx(0.4, abs=1e-5)
 
 
-def test_a_plain_network_has_no_inside() -> None:
+def test_a_plain_network_has_no_metrics_of_experts_and_gate() -> None:
     found = measured(make_pair(), backdoor(), make_exam(), ())
     assert [name for name in found if name.startswith(("gate", "asr_left"))] == []
 
 
 def test_detection_rates_have_their_own_denominators() -> None:
     flagged = torch.tensor([1, 1, 0, 0, 1, 1]).bool()
-    found = detected(flagged, torch.tensor([1, 0, 1, 0, 0, 0]).bool())
+    found = detection_rates(flagged, torch.tensor([1, 0, 1, 0, 0, 0]).bool())
     assert (found["tpr"].correct, found["tpr"].total) == (1, 2)
     assert (found["fpr"].correct, found["fpr"].total) == (3, 4)
 
 
 def test_where_everything_is_poison_there_are_no_false_positives() -> None:
-    found = detected(torch.tensor([True, False]), torch.tensor([True, True]))
+    found = detection_rates(torch.tensor([True, False]), torch.tensor([True, True]))
     assert set(found) == {"tpr"}
 
 
@@ -229,15 +233,15 @@ def test_amounts_name_every_denominator(
     labels: list[int], rows: list[int], target: int | None, shares: tuple[float, float | None]
 ) -> None:
     changed = make_poisoned(
-        labels=torch.tensor(labels), rows=torch.tensor(rows), of="class 1", available=6, goal=Goal(target=target)
+        labels=torch.tensor(labels), rows=torch.tensor(rows), rate_of="class 1", available=6, goal=Goal(target=target)
     )
-    found = experiment._amounts(Dose(0.3, 0, 0, changed, "hash"))
+    found = experiment._poison_amounts(PoisonRun(0.3, 0, 0, changed, "hash"))
     assert (found["n_poison"], found["rate_of"], found["sha256"]) == (len(rows), "class 1", "hash")
     assert found["share_of_set"] == shares[0]
     assert found.get("share_of_target_class") == (None if shares[1] is None else round(shares[1], 6))
 
 
-# ---- what a model is asked
+# ---- predictions
 
 
 class Linear(nn.Module):
@@ -260,21 +264,23 @@ def linear_split() -> Split:
 
 
 def test_robust_accuracy_is_that_of_untriggered_images_under_pgd() -> None:
-    found = examine(Linear().eval(), Exam(linear_split(), PGD, 0.1, 0, "float32"))
+    found = predict_clean_and_robust(Linear().eval(), EvaluationInputs(linear_split(), PGD, 0.1, 0, "float32"))
     assert found.predicted.tolist() == [0, 0, 1, 1, 1]
     assert found.robust.tolist() == [True, False, False, True, True]  # 140 is 0.049 from the boundary, 160 is 0.127
 
 
 def test_a_model_that_is_never_right_can_be_examined() -> None:
     split = linear_split()
-    found = examine(Linear().eval(), Exam(Split(split.images, 1 - split.labels, split.index), PGD, 0.1, 0, "float32"))
+    found = predict_clean_and_robust(
+        Linear().eval(), EvaluationInputs(Split(split.images, 1 - split.labels, split.index), PGD, 0.1, 0, "float32")
+    )
     assert not found.robust[[0, 2, 3, 4]].any()
     wrong = Split(split.images[:1], split.labels[:1] + 1, split.index[:1])
-    assert not examine(Linear().eval(), Exam(wrong, PGD, 0.1, 0, "float32")).robust.any()
+    assert not predict_clean_and_robust(Linear().eval(), EvaluationInputs(wrong, PGD, 0.1, 0, "float32")).robust.any()
 
 
 def test_classes_are_of_whole_levels() -> None:
-    assert classes_of(Linear().eval(), linear_split().images).tolist() == [0, 0, 1, 1, 1]
+    assert predict_classes(Linear().eval(), linear_split().images).tolist() == [0, 0, 1, 1, 1]
 
 
 def strike(standing: list[int], batch_size: int, seed: int = 0) -> Tensor:
@@ -308,7 +314,7 @@ def test_what_an_image_draws_does_not_depend_on_its_batch() -> None:
     assert not torch.equal(strike([1, 1, 1, 1, 1], 5, seed=1), together)
 
 
-def test_nothing_standing_is_nothing_attacked() -> None:
+def test_without_correct_images_none_is_attacked() -> None:
     assert torch.equal(strike([0] * 5, 2), linear_split().pixels())
 
 
@@ -317,37 +323,52 @@ def test_nothing_standing_is_nothing_attacked() -> None:
 
 def make_row(victim: str = "standard", rate: float = 0.1, defence: str = "", **changes: Any) -> Row:
     """`asr=3` means three of ten."""
-    places = {name: changes.pop(name, 0) for name in ("added", "trial")}
-    found = {name: Share.counted(number, 10) if isinstance(number, int) else number for name, number in changes.items()}
+    places = {name: changes.pop(name, 0) for name in ("seed_offset", "trial")}
+    found = {
+        name: Proportion.from_counts(number, 10) if isinstance(number, int) else number
+        for name, number in changes.items()
+    }
     amounts = {"n_poison": 5, "rate_of": "the training set", "share_of_set": rate, "sha256": "hash"}
-    return Row(victim, rate, places["added"], places["trial"], defence, found, amounts)
+    return Row(victim, rate, places["seed_offset"], places["trial"], defence, found, amounts)
 
 
 def test_one_run_keeps_its_interval_and_several_their_range() -> None:
-    assert report.over_runs([make_row(asr=3)], "asr") == Share.counted(3, 10)
-    several = report.over_runs([make_row(asr=3), make_row(asr=8, added=1), make_row(asr=4, added=2)], "asr")
-    assert isinstance(several, Spread)
+    assert report.aggregate_metric([make_row(asr=3)], "asr") == Proportion.from_counts(3, 10)
+    several = report.aggregate_metric(
+        [make_row(asr=3), make_row(asr=8, seed_offset=1), make_row(asr=4, seed_offset=2)], "asr"
+    )
+    assert isinstance(several, MeanRange)
     assert (round(several.mean, 6), several.lowest, several.highest, several.runs) == (0.5, 0.3, 0.8, 3)
     assert str(several) == "50.0 (30.0 to 80.0)"
 
 
 def test_targets_are_pooled_to_one_rate() -> None:
     hits = [1, 0, 1, 1, 0]
-    rows = [make_row(success=Share.counted(hit, 1), trial=trial) for trial, hit in enumerate(hits)]
-    assert report.over_runs(rows, "success") == Share.counted(3, 5)
-    twin = [make_row(success_clean_twin=Share.counted(0, 1), trial=trial) for trial in range(5)]
-    assert report.over_runs(twin, "success_clean_twin") == Share.counted(0, 5)
+    rows = [make_row(success=Proportion.from_counts(hit, 1), trial=trial) for trial, hit in enumerate(hits)]
+    assert report.aggregate_metric(rows, "success") == Proportion.from_counts(3, 5)
+    twin = [make_row(success_clean_twin=Proportion.from_counts(0, 1), trial=trial) for trial in range(5)]
+    assert report.aggregate_metric(twin, "success_clean_twin") == Proportion.from_counts(0, 5)
 
 
 def test_rows_are_grouped_by_victim_rate_and_defence() -> None:
-    rows = [make_row(asr=1), make_row(asr=2, added=1), make_row(asr=3, rate=0.2), make_row(asr=4, defence="oracle")]
-    sizes = {key: len(members) for key, members in report.groups(rows).items()}
+    rows = [
+        make_row(asr=1),
+        make_row(asr=2, seed_offset=1),
+        make_row(asr=3, rate=0.2),
+        make_row(asr=4, defence="oracle"),
+    ]
+    sizes = {key: len(members) for key, members in report.group_rows(rows).items()}
     assert sizes == {("standard", 0.1, ""): 2, ("standard", 0.2, ""): 1, ("standard", 0.1, "oracle"): 1}
 
 
 def test_the_headline_is_means_by_victim_and_rate() -> None:
-    rows = [make_row(asr=1), make_row(asr=4, added=1), make_row("mixture", asr=5), make_row(asr=0, defence="oracle")]
-    assert report.headline(rows) == {
+    rows = [
+        make_row(asr=1),
+        make_row(asr=4, seed_offset=1),
+        make_row("mixture", asr=5),
+        make_row(asr=0, defence="oracle"),
+    ]
+    assert report.mean_metrics(rows) == {
         "standard": {"0.1": {"asr": 0.25}},
         "mixture": {"0.1": {"asr": 0.5}},
         "standard, oracle": {"0.1": {"asr": 0.0}},
@@ -368,12 +389,12 @@ def test_the_curve_has_a_line_for_each_rate_and_no_defended_victims() -> None:
     ]
 
 
-def test_everything_is_written_down(tmp_path: Path) -> None:
-    rows = [make_row(asr=3, gate_shift=0.25), make_row(asr=6, gate_shift=0.5, added=1, trial=2, defence="oracle")]
+def test_all_results_are_written(tmp_path: Path) -> None:
+    rows = [make_row(asr=3, gate_shift=0.25), make_row(asr=6, gate_shift=0.5, seed_offset=1, trial=2, defence="oracle")]
     paths = [tmp_path / name for name in ("summary.json", "runs.json", "curve.csv")]
     report.write(rows, {"attack": "badnets"}, *paths)
     summary, runs = (json.loads(path.read_text()) for path in paths[:2])
-    assert summary == {"schema_version": 1, "attack": "badnets", **report.headline(rows)}
+    assert summary == {"schema_version": 1, "attack": "badnets", **report.mean_metrics(rows)}
     assert runs["runs"][1] == {
         "victim": "standard",
         "rate": 0.1,
@@ -381,7 +402,7 @@ def test_everything_is_written_down(tmp_path: Path) -> None:
         "trial": 2,
         "defence": "oracle",
         **rows[1].amounts,
-        "asr": Share.counted(6, 10).as_dict(),
+        "asr": Proportion.from_counts(6, 10).as_dict(),
         "gate_shift": 0.5,
     }
     assert list(csv.DictReader(paths[2].open())) == [
@@ -401,12 +422,12 @@ def test_the_table_says_what_its_numbers_are(capsys: pytest.CaptureFixture[str])
     assert "one seed, 95 % intervals over images" in said  # the output says that it is one seed
     assert "mixture, joint phase only (weaker threat)" in said
     assert "ASR (twin)" in said
-    assert f"{Share.counted(3, 10)} (10.0)" in said
-    assert f"{Share.counted(9, 10)} (-10.0)" in said
+    assert f"{Proportion.from_counts(3, 10)} (10.0)" in said
+    assert f"{Proportion.from_counts(9, 10)} (-10.0)" in said
 
 
 def test_the_table_of_several_seeds_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [make_row(asr=3, asr_clean_twin=1), make_row(asr=5, asr_clean_twin=1, added=1)]
+    rows = [make_row(asr=3, asr_clean_twin=1), make_row(asr=5, asr_clean_twin=1, seed_offset=1)]
     said = shown(capsys, rows)
     assert "2 seeds, mean (lowest to highest)" in said
     assert "40.0 (30.0 to 50.0) (10.0)" in said
@@ -414,12 +435,18 @@ def test_the_table_of_several_seeds_says_so(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_table_of_several_targets_says_that_they_are_pooled(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
-        make_row(clean_acc=9 - trial, d_clean_acc=0.0, success=Share.counted(1, 1), success_clean_twin=0, trial=trial)
+        make_row(
+            clean_acc=9 - trial,
+            d_clean_acc=0.0,
+            success=Proportion.from_counts(1, 1),
+            success_clean_twin=0,
+            trial=trial,
+        )
         for trial in range(2)
     ]
     said = shown(capsys, rows)
     assert "one seed, 2 targets, mean (lowest to highest)" in said
-    assert str(Share.counted(2, 2)) in said
+    assert str(Proportion.from_counts(2, 2)) in said
 
 
 def test_the_table_of_a_defence_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
@@ -428,9 +455,9 @@ def test_the_table_of_a_defence_shows_both(capsys: pytest.CaptureFixture[str]) -
     assert all(word in said for word in ("defence", "none", "oracle", "TPR", "FPR"))
 
 
-def test_a_line_of_the_log_says_who_and_what() -> None:
-    line = report.sentence(make_row(asr=3, defence="oracle", added=2))
-    assert line == f"standard after oracle, rate 0.1, seed + 2: ASR {Share.counted(3, 10)}"
+def test_the_summary_line_names_victim_and_metrics() -> None:
+    line = report.summary_line(make_row(asr=3, defence="oracle", seed_offset=2))
+    assert line == f"standard after oracle, rate 0.1, seed + 2: ASR {Proportion.from_counts(3, 10)}"
 
 
 def test_numbers_can_be_read_with_and_without_their_intervals() -> None:
@@ -439,7 +466,7 @@ def test_numbers_can_be_read_with_and_without_their_intervals() -> None:
     assert value(0.25) == 0.25
     written = as_json({**found, "gate_shift": 0.25})
     assert written["gate_shift"] == 0.25
-    assert written["asr"] == Share.counted(4, 6).as_dict()
+    assert written["asr"] == Proportion.from_counts(4, 6).as_dict()
     json.dumps(written, allow_nan=False)
 
 

@@ -18,14 +18,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmoe.attacks.ball import to_levels
+from advmoe.attacks.ball import round_to_uint8
 from advmoe.core import artifacts
 from advmoe.core.artifacts import hash_tensors
 from advmoe.core.errors import UserError
 from advmoe.data.batches import Augmentation
-from advmoe.data.dataset import Facts, Split
+from advmoe.data.dataset import DatasetInfo, Split
 from advmoe.models import classifiers, inference
-from advmoe.models.classifiers import Backbone, Plain
+from advmoe.models.classifiers import BackboneSettings, PlainArchitecture
 from advmoe.runtime.checkpoints.manager import Resumable, StepCallback, checkpointing
 from advmoe.runtime.machine import generator
 from advmoe.threats.poisoning import label_consistent, poisoned_set, unlearnable, witches_brew
@@ -34,29 +34,29 @@ from advmoe.threats.poisoning.blended import Blended
 from advmoe.threats.poisoning.error_maximising import ErrorMaximising
 from advmoe.threats.poisoning.label_consistent import LabelConsistent
 from advmoe.threats.poisoning.label_flip import PairFlip, RandomFlip, TargetedFlip
-from advmoe.threats.poisoning.poisoned_set import About, Goal, Poisoned, Trigger
-from advmoe.threats.poisoning.preview import examples
-from advmoe.threats.poisoning.registry import AnyPoison, aimed_at, poison, proxies, trials
+from advmoe.threats.poisoning.poisoned_set import Goal, PoisonedSet, PoisonedSetInfo, Trigger
+from advmoe.threats.poisoning.preview import example_grid
+from advmoe.threats.poisoning.registry import AnyPoisonAttack, poison, proxy_baselines, trials_per_rate, with_target
 from advmoe.threats.poisoning.unlearnable import Unlearnable
 from advmoe.threats.poisoning.witches_brew import WitchesBrew
 
 CLASSES, EACH = 4, 12
 COUNT = CLASSES * EACH
-FACTS = Facts(channels=1, height=8, width=8, class_names=("a", "b", "c", "d"), mean=(0.5,), std=(0.25,))
-PLAIN = Plain(kind="plain", backbone=Backbone(kind="resnet18", width=2))
+FACTS = DatasetInfo(channels=1, height=8, width=8, class_names=("a", "b", "c", "d"), mean=(0.5,), std=(0.25,))
+PLAIN = PlainArchitecture(kind="plain", backbone=BackboneSettings(kind="resnet18", width=2))
 EIGHT = 8 / 255
 SET, OFF = "the training set", Augmentation(crop=0, flip=False)
 
 
 @dataclass(frozen=True)
-class Way:
-    """An attack at some rate, and what it must change: how many, of how many, in which words, by how many levels."""
+class AttackCase:
+    """An attack at some rate, and how many images of how many it must change, by at most how many levels."""
 
-    settings: AnyPoison
+    settings: AnyPoisonAttack
     rate: float
     changed: int
     available: int
-    of: str
+    rate_of: str
     true_labels: bool
     levels: int | None = None
 
@@ -81,15 +81,15 @@ BREW: dict[str, Any] = {
     "targets": 2,
     "proxy": "standard",
 }
-WAYS = {
-    "label-flip-random": Way(RandomFlip(kind="label-flip-random"), 0.25, 12, COUNT, SET, False),
-    "label-flip-pair": Way(PairFlip(kind="label-flip-pair"), 0.25, 12, COUNT, SET, False),
-    "label-flip-targeted": Way(
+ATTACK_CASES = {
+    "label-flip-random": AttackCase(RandomFlip(kind="label-flip-random"), 0.25, 12, COUNT, SET, False),
+    "label-flip-pair": AttackCase(PairFlip(kind="label-flip-pair"), 0.25, 12, COUNT, SET, False),
+    "label-flip-targeted": AttackCase(
         TargetedFlip(kind="label-flip-targeted", source=1, target=3), 0.25, 3, EACH, "class 1", False
     ),
-    "badnets": Way(BadNets(kind="badnets", size=2, target=0), 0.25, 12, COUNT, SET, False),
-    "blended": Way(Blended(kind="blended", alpha=0.2, target=0), 0.25, 12, COUNT, SET, False),
-    "label-consistent": Way(
+    "badnets": AttackCase(BadNets(kind="badnets", size=2, target=0), 0.25, 12, COUNT, SET, False),
+    "blended": AttackCase(Blended(kind="blended", alpha=0.2, target=0), 0.25, 12, COUNT, SET, False),
+    "label-consistent": AttackCase(
         LabelConsistent(
             kind="label-consistent", size=2, target=2, epsilon=EIGHT, steps=4, step_size=0.5, proxy="standard"
         ),
@@ -100,9 +100,9 @@ WAYS = {
         True,
         8,
     ),
-    "witches-brew": Way(WitchesBrew(**BREW), 0.125, 6, COUNT, SET, True, 8),
-    "unlearnable": Way(Unlearnable(**UNLEARNABLE), 1.0, COUNT, COUNT, SET, True, 8),
-    "error-maximising": Way(
+    "witches-brew": AttackCase(WitchesBrew(**BREW), 0.125, 6, COUNT, SET, True, 8),
+    "unlearnable": AttackCase(Unlearnable(**UNLEARNABLE), 1.0, COUNT, COUNT, SET, True, 8),
+    "error-maximising": AttackCase(
         ErrorMaximising(kind="error-maximising", epsilon=EIGHT, steps=4, step_size=0.5, proxy="standard"),
         1.0,
         COUNT,
@@ -112,7 +112,7 @@ WAYS = {
         8,
     ),
 }
-NAMES = pytest.mark.parametrize("name", WAYS)
+NAMES = pytest.mark.parametrize("name", ATTACK_CASES)
 
 
 def make_split(count: int = COUNT, name: str = "train") -> Split:
@@ -154,44 +154,44 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float(functional.cross_entropy(logits_of(model, images), labels))
 
 
-class Tools:
-    """An attacker's workshop; `begun` is the last untrained network that was handed out."""
+class StubContext:
+    """An `AttackContext`; `network` is the last untrained network that it returned."""
 
     classes = CLASSES
 
     def __init__(self, augmentation: Augmentation = OFF) -> None:
         self.augmentation = augmentation
         self.candidates = make_split(24, "test")
-        self.begun = network(9)
+        self.network = network(9)
 
     def proxy(self, baseline: str) -> nn.Module:
         assert baseline == "standard"
         return trained()
 
-    def fresh(self) -> nn.Module:
-        self.begun = network(9)
-        return self.begun
+    def untrained_network(self) -> nn.Module:
+        self.network = network(9)
+        return self.network
 
-    def keep(self, work: Resumable) -> AbstractContextManager[StepCallback]:
+    def checkpointing(self, work: Resumable) -> AbstractContextManager[StepCallback]:
         return checkpointing(work, "", None)
 
 
-def make(name: str, seed: int = 0, rate: float | None = None, **changes: Any) -> Poisoned:
-    way = WAYS[name]
-    settings = way.settings.model_copy(update=changes)
-    return poison(make_split(), generator("poison", seed), settings, way.rate if rate is None else rate, Tools())
+def make(name: str, seed: int = 0, rate: float | None = None, **changes: Any) -> PoisonedSet:
+    case = ATTACK_CASES[name]
+    settings = case.settings.model_copy(update=changes)
+    return poison(make_split(), generator("poison", seed), settings, case.rate if rate is None else rate, StubContext())
 
 
-def equal(left: Poisoned, right: Poisoned) -> bool:
+def equal(left: PoisonedSet, right: PoisonedSet) -> bool:
     """Bit for bit, triggers and all."""
 
-    def tensors(made: Poisoned) -> dict[str, Tensor]:
+    def tensors(made: PoisonedSet) -> dict[str, Tensor]:
         found = {"images": made.images, "labels": made.labels, "rows": made.rows, "true": made.true_labels}
         if made.trigger is not None:
             found |= {"opacity": made.trigger.opacity, "pattern": made.trigger.pattern}
-        return found if made.wanted_image is None else found | {"wanted": made.wanted_image}
+        return found if made.target_image is None else found | {"wanted": made.target_image}
 
-    same = (left.of, left.available, left.goal) == (right.of, right.available, right.goal)
+    same = (left.rate_of, left.available, left.goal) == (right.rate_of, right.available, right.goal)
     return same and hash_tensors(tensors(left)) == hash_tensors(tensors(right))
 
 
@@ -200,10 +200,10 @@ def equal(left: Poisoned, right: Poisoned) -> bool:
 
 @NAMES
 def test_the_amount_is_the_rate_of_the_named_denominator(name: str) -> None:
-    way, made = WAYS[name], make(name)
-    assert (len(made.rows), made.available, made.of) == (way.changed, way.available, way.of)
-    assert len(made.rows) == round(way.rate * made.available)
-    assert int(made.is_poison.sum()) == way.changed
+    case, made = ATTACK_CASES[name], make(name)
+    assert (len(made.rows), made.available, made.rate_of) == (case.changed, case.available, case.rate_of)
+    assert len(made.rows) == round(case.rate * made.available)
+    assert int(made.is_poison.sum()) == case.changed
     assert made.is_poison[made.rows].all()
     assert made.rows.tolist() == sorted(set(made.rows.tolist()))
 
@@ -221,16 +221,16 @@ def test_what_is_not_poisoned_stays_byte_for_byte(name: str) -> None:
 def test_the_clean_set_is_not_written_to(name: str) -> None:
     clean = make_split()
     before = hash_tensors({"images": clean.images, "labels": clean.labels})
-    poison(clean, generator(0), WAYS[name].settings, WAYS[name].rate, Tools())
+    poison(clean, generator(0), ATTACK_CASES[name].settings, ATTACK_CASES[name].rate, StubContext())
     assert hash_tensors({"images": clean.images, "labels": clean.labels}) == before
 
 
 @NAMES
-def test_labels_lie_or_stay_true(name: str) -> None:
+def test_labels_are_wrong_or_unchanged(name: str) -> None:
     clean, made = make_split(), make(name)
     assert torch.equal(made.true_labels, clean.labels[made.rows])
-    lies = made.labels[made.rows] != made.true_labels
-    assert not lies.any() if WAYS[name].true_labels else lies.all()
+    differs = made.labels[made.rows] != made.true_labels
+    assert not differs.any() if ATTACK_CASES[name].true_labels else differs.all()
 
 
 @NAMES
@@ -254,9 +254,9 @@ def test_the_global_random_state_neither_matters_nor_moves(name: str) -> None:
     assert equal(*made)
 
 
-@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.levels is not None])
+@pytest.mark.parametrize("name", [name for name, case in ATTACK_CASES.items() if case.levels is not None])
 def test_noise_stays_inside_the_ball_in_whole_levels(name: str) -> None:
-    clean, made, levels = make_split(), make(name), WAYS[name].levels
+    clean, made, levels = make_split(), make(name), ATTACK_CASES[name].levels
     change = (made.images.int() - clean.images.int()).abs()
     if made.trigger is not None:
         change = change * (made.trigger.opacity == 0)
@@ -265,11 +265,11 @@ def test_noise_stays_inside_the_ball_in_whole_levels(name: str) -> None:
 
 @NAMES
 def test_a_higher_rate_contains_a_lower_one(name: str) -> None:
-    way = WAYS[name]
-    low, high = make(name, rate=way.rate / 2), make(name)
+    case = ATTACK_CASES[name]
+    low, high = make(name, rate=case.rate / 2), make(name)
     assert len(low.rows) < len(high.rows)
     assert set(low.rows.tolist()) < set(high.rows.tolist())
-    if way.levels is None:  # no noise is drawn: what is changed, is changed in the same way
+    if case.levels is None:  # no noise is drawn: what is changed, is changed in the same way
         assert torch.equal(high.images[low.rows], low.images[low.rows])
         assert torch.equal(high.labels[low.rows], low.labels[low.rows])
 
@@ -286,7 +286,7 @@ def test_random_flips_reach_every_other_label() -> None:
 def test_random_flips_are_even() -> None:
     images, labels = torch.zeros(6000, 1, 2, 2, dtype=torch.uint8), torch.zeros(6000, dtype=torch.int64)
     split, settings = Split(images, labels, torch.arange(6000)), RandomFlip(kind="label-flip-random")
-    made = poison(split, generator(0), settings, 0.5, Tools())
+    made = poison(split, generator(0), settings, 0.5, StubContext())
     counts = torch.bincount(made.labels[made.rows], minlength=CLASSES)
     assert counts[0] == 0
     assert counts[1:].tolist() == pytest.approx([1000] * 3, abs=100)
@@ -307,7 +307,7 @@ def test_targeted_flips_take_a_share_of_the_source_class() -> None:
     assert torch.equal(made.images, make_split().images)
 
 
-def test_labels_only_attacks_have_no_picture_to_show() -> None:
+def test_label_flips_change_no_image() -> None:
     for name in ("label-flip-random", "label-flip-pair", "label-flip-targeted"):
         assert torch.equal(make(name).images, make_split().images)
         assert make(name).trigger is None
@@ -357,7 +357,7 @@ def test_one_pattern_serves_all_images_and_rates() -> None:
 def test_a_trigger_has_its_place_in_every_channel() -> None:
     images = torch.zeros(8, 3, 5, 7, dtype=torch.uint8)
     split = Split(images, torch.arange(8) % CLASSES, torch.arange(8))
-    made = poison(split, generator(0), BadNets(kind="badnets", size=3, target=1), 0.5, Tools())
+    made = poison(split, generator(0), BadNets(kind="badnets", size=3, target=1), 0.5, StubContext())
     expected = torch.zeros(3, 5, 7, dtype=torch.uint8)
     expected[:, 2:, 4:] = 255
     assert (made.images[made.rows] == expected).all()
@@ -367,10 +367,10 @@ def test_label_consistent_images_are_hard_before_the_patch(monkeypatch: pytest.M
     before_the_patch: list[Tensor] = []
 
     def spy(*arguments: Any) -> Tensor:
-        before_the_patch.append(to_levels(*arguments))
+        before_the_patch.append(round_to_uint8(*arguments))
         return before_the_patch[-1]
 
-    monkeypatch.setattr(label_consistent, "to_levels", spy)
+    monkeypatch.setattr(label_consistent, "round_to_uint8", spy)
     clean, made = make_split(), make("label-consistent", epsilon=0.2)
     (hard,) = before_the_patch
     assert set(made.true_labels.tolist()) == {2}
@@ -392,10 +392,10 @@ def gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
 
 
-def apart(made: Poisoned, images: Tensor) -> float:
+def apart(made: PoisonedSet, images: Tensor) -> float:
     """1 - cosine between the gradient of `images` and that of the wanted mistake."""
-    assert made.wanted_image is not None
-    wanted = made.wanted_image[None].float() / 255
+    assert made.target_image is not None
+    wanted = made.target_image[None].float() / 255
     goal = gradient(trained(), wanted, torch.tensor([made.goal.target]))
     found = gradient(trained(), images[made.rows].float() / 255, made.labels[made.rows])
     return 1 - float(functional.cosine_similarity(goal, found, dim=0))
@@ -417,14 +417,14 @@ def test_the_brew_leaves_the_proxy_as_it_was() -> None:
 
 
 def test_the_brew_wants_a_mistake_about_an_image_that_the_proxy_gets_right() -> None:
-    tools = Tools()
+    context = StubContext()
     seen = set()
     for seed in range(12):
         made = make("witches-brew", seed, steps=1)
-        assert made.wanted_image is not None
-        (row,) = [row for row, image in enumerate(tools.candidates.images) if torch.equal(image, made.wanted_image)]
-        assert made.goal.source == int(tools.candidates.labels[row])
-        assert int(logits_of(trained(), made.wanted_image[None]).argmax()) == made.goal.source
+        assert made.target_image is not None
+        (row,) = [row for row, image in enumerate(context.candidates.images) if torch.equal(image, made.target_image)]
+        assert made.goal.source == int(context.candidates.labels[row])
+        assert int(logits_of(trained(), made.target_image[None]).argmax()) == made.goal.source
         assert made.goal.target != made.goal.source
         assert set(made.true_labels.tolist()) == {made.goal.target}
         seen.add(row)
@@ -432,30 +432,30 @@ def test_the_brew_wants_a_mistake_about_an_image_that_the_proxy_gets_right() -> 
 
 
 def test_the_brew_needs_an_image_that_the_proxy_gets_right() -> None:
-    tools = Tools()
-    predicted = logits_of(trained(), tools.candidates.images).argmax(1)
-    tools.candidates = replace(tools.candidates, labels=(predicted + 1) % CLASSES)
-    with pytest.raises(UserError, match="the proxy gets no test image right"):
-        poison(make_split(), generator(0), WAYS["witches-brew"].settings, 0.1, tools)
+    context = StubContext()
+    predicted = logits_of(trained(), context.candidates.images).argmax(1)
+    context.candidates = replace(context.candidates, labels=(predicted + 1) % CLASSES)
+    with pytest.raises(UserError, match="the proxy classifies no test image correctly"):
+        poison(make_split(), generator(0), ATTACK_CASES["witches-brew"].settings, 0.1, context)
 
 
-def test_the_best_of_several_starts_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_of_several_restarts_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([0.7, 0.2, 0.4])
 
     def scripted(_proxy: nn.Module, images: Tensor, *_: Any) -> tuple[Tensor, float]:
         distance = next(found)
         return images + distance / 100, distance
 
-    monkeypatch.setattr(witches_brew, "_match", scripted)
+    monkeypatch.setattr(witches_brew, "_optimize_perturbation", scripted)
     made = make("witches-brew", restarts=3)
     change = made.images[made.rows].int() - make_split().images[made.rows].int()
     assert set(change.flatten().tolist()) == {round(0.2 / 100 * 255)}
 
 
 def test_the_brew_is_matched_through_the_victims_augmentation() -> None:
-    settings = WAYS["witches-brew"].settings
+    settings = ATTACK_CASES["witches-brew"].settings
     plain, cropped = (
-        poison(make_split(), generator(0), settings, 0.1, Tools(augmentation))
+        poison(make_split(), generator(0), settings, 0.1, StubContext(augmentation))
         for augmentation in (OFF, Augmentation(crop=2, flip=True))
     )
     assert torch.equal(plain.rows, cropped.rows)
@@ -463,7 +463,7 @@ def test_the_brew_is_matched_through_the_victims_augmentation() -> None:
 
 
 def test_large_poison_is_matched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(witches_brew, "BATCH", 4)
+    monkeypatch.setattr(witches_brew, "BATCH_SIZE", 4)
     made = make("witches-brew", epsilon=0.2, steps=16, step_size=0.2)
     assert apart(made, made.images) < apart(made, make_split().images) - 0.03
 
@@ -472,18 +472,20 @@ def test_large_poison_is_matched_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_unlearnable_noise_is_easy_for_the_network_that_learned_it() -> None:
-    tools, clean = Tools(), make_split()
+    context, clean = StubContext(), make_split()
     settings = Unlearnable(**UNLEARNABLE | {"epsilon": 0.2, "rounds": 4, "learning_steps": 5, "steps": 5})
-    made = poison(clean, generator(0), settings, 1.0, tools)
-    learned = tools.begun
+    made = poison(clean, generator(0), settings, 1.0, context)
+    learned = context.network
     assert loss_of(learned, made.images, made.labels) < loss_of(learned, clean.images, clean.labels) - 0.1
 
 
 def test_unlearnable_noise_stops_when_it_explains_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = list[int]()
     errors = iter([0.6, 0.3, 0.1])
-    monkeypatch.setattr(unlearnable._Crafting, "_learn", lambda _self, labels: rounds.append(len(labels)))
-    monkeypatch.setattr(unlearnable._Crafting, "_share_wrong", lambda *_: next(errors))
+    monkeypatch.setattr(
+        unlearnable._NoiseOptimization, "_train_network", lambda _self, labels: rounds.append(len(labels))
+    )
+    monkeypatch.setattr(unlearnable._NoiseOptimization, "_error_rate", lambda *_: next(errors))
     make("unlearnable", rounds=3, stop=0.3)
     assert rounds == [COUNT, COUNT]
 
@@ -506,46 +508,50 @@ def test_the_proxy_is_left_as_it_was(name: str) -> None:
 def test_levels_never_leave_the_ball(epsilon: float) -> None:
     images = make_split().images
     points = images.float() / 255 + (torch.rand(images.shape, generator=generator("levels")) * 2 - 1) * 2 * epsilon
-    levels = to_levels(points, images, epsilon)
+    levels = round_to_uint8(points, images, epsilon)
     change = (levels.int() - images.int()).abs().max()
     assert change == int(epsilon * 255 + 1e-6)
     assert change / 255 <= epsilon + 1e-6
 
 
-# ---- catalogue
+# ---- registry
 
 
 def test_only_the_brew_has_several_targets() -> None:
-    assert {name: trials(way.settings) for name, way in WAYS.items() if trials(way.settings) > 1} == {"witches-brew": 2}
+    assert {
+        name: trials_per_rate(case.settings)
+        for name, case in ATTACK_CASES.items()
+        if trials_per_rate(case.settings) > 1
+    } == {"witches-brew": 2}
 
 
-def test_who_needs_a_network_of_its_own() -> None:
-    needing = {name for name, way in WAYS.items() if proxies(way.settings) == ("standard",)}
+def test_attacks_that_need_a_proxy() -> None:
+    needing = {name for name, case in ATTACK_CASES.items() if proxy_baselines(case.settings) == ("standard",)}
     assert needing == {"label-consistent", "witches-brew", "error-maximising"}
-    assert all(proxies(way.settings) == () for name, way in WAYS.items() if name not in needing)
+    assert all(proxy_baselines(case.settings) == () for name, case in ATTACK_CASES.items() if name not in needing)
 
 
 @pytest.mark.parametrize("name", ["badnets", "blended", "label-consistent", "label-flip-targeted"])
 def test_another_class_can_be_aimed_at(name: str) -> None:
-    aimed = aimed_at(WAYS[name].settings, 2)
-    assert aimed == WAYS[name].settings.model_copy(update={"target": 2})
+    aimed = with_target(ATTACK_CASES[name].settings, 2)
+    assert aimed == ATTACK_CASES[name].settings.model_copy(update={"target": 2})
 
 
 @pytest.mark.parametrize("name", ["label-flip-random", "label-flip-pair", "witches-brew", "unlearnable"])
 def test_attacks_without_a_target_take_none(name: str) -> None:
-    kind = WAYS[name].settings.kind
-    with pytest.raises(UserError, match=f"^--target: {kind} aims at no class$"):
-        aimed_at(WAYS[name].settings, 2)
+    kind = ATTACK_CASES[name].settings.kind
+    with pytest.raises(UserError, match=f"^--target: {kind} has no target class$"):
+        with_target(ATTACK_CASES[name].settings, 2)
 
 
-# ---- what cannot be
+# ---- errors
 
 
 def test_source_and_target_must_differ() -> None:
     with pytest.raises(ValidationError, match=r"source and target are both class 3, so nothing would be flipped"):
         TargetedFlip(kind="label-flip-targeted", source=3, target=3)
     with pytest.raises(UserError, match=r"^--target: source and target are both class 1"):
-        aimed_at(WAYS["label-flip-targeted"].settings, 1)
+        with_target(ATTACK_CASES["label-flip-targeted"].settings, 1)
 
 
 REFUSALS: dict[str, tuple[str, float, dict[str, Any], str]] = {
@@ -553,10 +559,15 @@ REFUSALS: dict[str, tuple[str, float, dict[str, Any], str]] = {
         "badnets",
         0.01,
         {},
-        "rate 0.01 of 48 images (the training set) is not even one image",
+        "rate 0.01 of 48 images (the training set) rounds to zero images",
     ),
-    "not one of the class": ("label-consistent", 0.04, {}, "rate 0.04 of 12 images (class 2) is not even one image"),
-    "not one to flip": ("label-flip-random", 0.001, {}, "rate 0.001 of 48 images (the training set) is not even one"),
+    "not one of the class": ("label-consistent", 0.04, {}, "rate 0.04 of 12 images (class 2) rounds to zero images"),
+    "not one to flip": (
+        "label-flip-random",
+        0.001,
+        {},
+        "rate 0.001 of 48 images (the training set) rounds to zero images",
+    ),
     "more than the others": ("badnets", 0.95, {}, "46 images should be poisoned, but every class but 0 holds only 36"),
     "more than blended": ("blended", 0.8, {}, "38 images should be poisoned, but every class but 0 holds only 36"),
     "more than the class": ("witches-brew", 0.5, {}, "24 images should be poisoned, but class "),
@@ -575,7 +586,7 @@ REFUSALS: dict[str, tuple[str, float, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("why", REFUSALS)
-def test_what_cannot_be_poisoned_is_refused_in_a_sentence(why: str) -> None:
+def test_invalid_settings_are_refused_with_a_message(why: str) -> None:
     name, rate, changes, expected = REFUSALS[why]
     with pytest.raises(UserError) as caught:
         make(name, rate=rate, **changes)
@@ -585,22 +596,22 @@ def test_what_cannot_be_poisoned_is_refused_in_a_sentence(why: str) -> None:
 
 @pytest.mark.parametrize("name", ["badnets", "blended", "label-consistent", "label-flip-targeted"])
 def test_a_class_without_images_is_refused(name: str) -> None:
-    clean, way = make_split(), WAYS[name]
-    empty = {"label-flip-targeted": 1}.get(name, getattr(way.settings, "target", 0))
+    clean, case = make_split(), ATTACK_CASES[name]
+    empty = {"label-flip-targeted": 1}.get(name, getattr(case.settings, "target", 0))
     kept = clean.labels != empty
     clean = Split(clean.images[kept], clean.labels[kept], clean.index[kept])
     with pytest.raises(UserError, match=f"^class {empty} has no training images$"):
-        poison(clean, generator(0), way.settings, way.rate, Tools())
+        poison(clean, generator(0), case.settings, case.rate, StubContext())
 
 
 # ---- on disk
 
 
-ABOUT = About(attack="badnets", rate=0.25, of="?", available=1, goal=Goal(), added=3, trial=0)
+ABOUT = PoisonedSetInfo(attack="badnets", rate=0.25, of="?", available=1, goal=Goal(), added=3, trial=0)
 
 
-def save(path: Path, made: Poisoned) -> str:
-    about = ABOUT.model_copy(update={"of": made.of, "available": made.available, "goal": made.goal})
+def save(path: Path, made: PoisonedSet) -> str:
+    about = ABOUT.model_copy(update={"of": made.rate_of, "available": made.available, "goal": made.goal})
     return poisoned_set.save(path, made, about, params={"rate": 0.25}, dataset="d" * 64, seed=3, seconds=1.0)
 
 
@@ -660,17 +671,17 @@ def test_a_broken_file_is_named(tmp_path: Path, damage: Callable[[Path], None], 
     assert str(caught.value).startswith(f"{path}: {expected}")
 
 
-# ---- the picture
+# ---- the preview image
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_picture_has_three_rows_of_eight(channels: int, tmp_path: Path) -> None:
+def test_the_preview_has_three_rows_of_eight(channels: int, tmp_path: Path) -> None:
     from PIL import Image
 
     clean = torch.full((20, channels, 8, 8), 100, dtype=torch.uint8)
     trigger = Trigger(torch.zeros(channels, 8, 8), torch.zeros(channels, 8, 8, dtype=torch.uint8))
     trigger.opacity[:, 0, 0] = 1
-    (tmp_path / "picture.png").write_bytes(examples(clean, trigger.stamp(clean)))
+    (tmp_path / "picture.png").write_bytes(example_grid(clean, trigger.stamp(clean)))
     picture = np.asarray(Image.open(tmp_path / "picture.png"))
     assert picture.shape == (3 * 68, 8 * 68, 3)
     corners = [picture[row * 68 + 3, 3].tolist() for row in range(3)]
@@ -678,6 +689,6 @@ def test_the_picture_has_three_rows_of_eight(channels: int, tmp_path: Path) -> N
     assert picture[2 * 68 + 40, 40].tolist() == [128] * 3  # no difference is grey
 
 
-def test_a_picture_of_few_images_and_of_no_difference() -> None:
+def test_a_preview_of_few_images_and_of_no_difference() -> None:
     clean = make_split().images[:2]
-    assert examples(clean, clean).startswith(b"\x89PNG")
+    assert example_grid(clean, clean).startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Activation clustering (Chen et al. 2018, arXiv 1811.03728): the features of a poisoned class fall into two heaps."""
+"""Activation clustering (Chen et al. 2018, arXiv 1811.03728): features of a poisoned class form two clusters."""
 
 from typing import Literal
 
@@ -8,23 +8,23 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from advmoe.core.settings import Fraction01, PositiveInt, Settings
-from advmoe.threats.poisoning.detectors.evidence import Evidence, features
+from advmoe.threats.poisoning.detectors.inputs import DetectorInputs, features
 
-STARTS = 10  # of 2-means, the best kept
+RESTARTS = 10  # of 2-means; the best result is used
 
 
 class Clustering(Settings):
-    """`dimensions` of the reduced features; the smaller of two clusters is flagged if its share is below `below`."""
+    """`dimensions`: of the reduced features; the smaller of two clusters is flagged if its share is below `below`."""
 
     kind: Literal["clustering"]
     dimensions: PositiveInt
     below: Fraction01
 
 
-def clustering(evidence: Evidence, settings: Clustering) -> Tensor:
-    """Flags (N,). Features are reduced by principal components, where the paper takes independent ones."""
-    features_NF, labels_N = features(evidence.victim, evidence.train.pixels()), evidence.train.labels
-    seed = int(torch.randint(2**31, (), generator=evidence.stream))
+def clustering(inputs: DetectorInputs, settings: Clustering) -> Tensor:
+    """Flags (N,) the smaller cluster of each class. Features are reduced by PCA; the paper uses ICA."""
+    features_NF, labels_N = features(inputs.victim, inputs.train.pixels()), inputs.train.labels
+    seed = int(torch.randint(2**31, (), generator=inputs.stream))
     flagged_N = torch.zeros(len(labels_N), dtype=torch.bool)
     for label in sorted(set(labels_N.tolist())):
         rows = (labels_N == label).nonzero().squeeze(1)
@@ -36,9 +36,9 @@ def clustering(evidence: Evidence, settings: Clustering) -> Tensor:
 
 
 def smaller_cluster(features_NF: Tensor, dimensions: int, seed: int) -> Tensor:
-    """Which points (N,) belong to the smaller of two clusters."""
+    """Returns which points (N,) are in the smaller of two clusters."""
     dimensions = min(dimensions, *features_NF.shape)
     reduced = PCA(dimensions, random_state=seed).fit_transform(features_NF.double().numpy())
-    cluster = torch.from_numpy(KMeans(2, n_init=STARTS, random_state=seed).fit_predict(reduced))
+    cluster = torch.from_numpy(KMeans(2, n_init=RESTARTS, random_state=seed).fit_predict(reduced))
     smaller: Tensor = cluster == int(cluster.float().mean() < 0.5)
     return smaller

@@ -1,4 +1,4 @@
-"""All defences by name. A new one is a file beside this, a line in the union and a case below."""
+"""Registry of detectors. To add one, add its file, an entry in the union and a case below."""
 
 from typing import Annotated, Literal
 
@@ -7,29 +7,29 @@ from torch import Tensor
 
 from advmoe.core.settings import Settings
 from advmoe.threats.poisoning.detectors.clustering import Clustering, clustering
-from advmoe.threats.poisoning.detectors.evidence import Evidence
+from advmoe.threats.poisoning.detectors.inputs import DetectorInputs
 from advmoe.threats.poisoning.detectors.spectral import Spectral, spectral
-from advmoe.threats.poisoning.detectors.strip import StripDetector, strip
+from advmoe.threats.poisoning.detectors.strip import Strip, strip
 
 
 class Oracle(Settings):
-    """Flags exactly what was poisoned: no defence, but the upper bound of all."""
+    """Flags exactly the poisoned images: no defence, but an upper bound for all detectors."""
 
     kind: Literal["oracle"]
 
 
-AnyDefence = Spectral | Clustering | StripDetector | Oracle
-Defence = Annotated[AnyDefence, Field(discriminator="kind")]
+AnyDetector = Spectral | Clustering | Strip | Oracle
+Detector = Annotated[AnyDetector, Field(discriminator="kind")]
 
 
-def flag(evidence: Evidence, settings: AnyDefence, is_poison_N: Tensor) -> Tensor:
-    """Which training images (N,) the defence takes for poison; only the oracle looks at `is_poison` (N,)."""
+def flag_poison(inputs: DetectorInputs, settings: AnyDetector, is_poison_N: Tensor) -> Tensor:
+    """Returns which training images (N,) a detector flags as poison; only the oracle uses `is_poison` (N,)."""
     match settings:
         case Spectral():
-            return spectral(evidence, settings)
+            return spectral(inputs, settings)
         case Clustering():
-            return clustering(evidence, settings)
-        case StripDetector():
-            return strip(evidence, settings)
+            return clustering(inputs, settings)
+        case Strip():
+            return strip(inputs, settings)
         case Oracle():
             return is_poison_N.clone()

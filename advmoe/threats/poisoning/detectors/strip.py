@@ -1,7 +1,7 @@
-"""STRIP (Gao et al. 2019, arXiv 1902.06531): an image with a trigger keeps its class whatever is laid over it.
+"""STRIP (Gao et al. 2019, arXiv 1902.06531): an image with a trigger keeps its class when other images are blended in.
 
-Images are added and cut at full intensity, as in the authors' code: their mean would halve the trigger, and networks
-that know it at full intensity only would no longer answer to it.
+Images are added and clipped at 1, as in the authors' code: averaging them would halve the trigger's intensity, and a
+network trained on the full intensity would no longer react to it.
 """
 
 from typing import Annotated, Literal
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from advmoe.core.errors import UserError
 from advmoe.core.settings import PositiveInt, Settings
-from advmoe.threats.poisoning.detectors.evidence import Evidence, read_all
+from advmoe.threats.poisoning.detectors.inputs import DetectorInputs, apply_in_batches
 
 
-class StripDetector(Settings):
-    """`blends` of every image, each with a clean one; an image is flagged if the mean entropy of the answers is lower
-    than a share `false_positives` of held-out clean images have.
+class Strip(Settings):
+    """`blends`: number of clean images that are blended into every image; an image is flagged if the mean entropy of
+    its predictions is below the `false_positives` quantile of held-out clean images.
     """
 
     kind: Literal["strip"]
@@ -25,45 +25,45 @@ class StripDetector(Settings):
     false_positives: Annotated[float, Field(gt=0, lt=1)]
 
 
-def strip(evidence: Evidence, settings: StripDetector) -> Tensor:
-    """Flags (N,)."""
-    return Strainer(evidence, settings).flags(evidence.train.images)
+def strip(inputs: DetectorInputs, settings: Strip) -> Tensor:
+    """Flags (N,) the training images. Raises UserError when there are fewer than two clean images."""
+    return StripDetector(inputs, settings).flag(inputs.train.images)
 
 
-class Strainer:
-    """STRIP with its threshold set; it judges training images as well as inputs.
+class StripDetector:
+    """STRIP with a threshold from clean images; flags training images or inputs at test time.
 
     Raises UserError when there are fewer than two clean images.
     """
 
-    def __init__(self, evidence: Evidence, settings: StripDetector) -> None:
-        self.evidence, self.settings = evidence, settings
-        # a half of the clean images is blended in, the other sets the threshold: none is blended with itself
-        half = len(evidence.clean) // 2
+    def __init__(self, inputs: DetectorInputs, settings: Strip) -> None:
+        self.inputs, self.settings = inputs, settings
+        # one half of the clean images is blended in, the other sets the threshold: none is blended with itself
+        half = len(inputs.clean) // 2
         if not half:
             raise UserError("strip needs at least two validation images: one to blend in, one to set its threshold")
-        self.overlays = evidence.clean.pixels()[:half]
-        entropies = self._entropies(evidence.clean.pixels()[half:])
+        self.overlays = inputs.clean.pixels()[:half]
+        entropies = self._entropies(inputs.clean.pixels()[half:])
         self.threshold = float(entropies.quantile(settings.false_positives))
 
-    def flags(self, images_NCHW: Tensor) -> Tensor:
-        """Which of the uint8 images (N,) answer too steadily."""
+    def flag(self, images_NCHW: Tensor) -> Tensor:
+        """Returns which of the uint8 images (N,) have a mean entropy below the threshold."""
         return self._entropies(images_NCHW.float() / 255) < self.threshold
 
     def _entropies(self, pixels_NCHW: Tensor) -> Tensor:
-        """Mean entropy in nats (N,) of the answers to an image with clean ones laid over it."""
-        victim = self.evidence.victim
-        picks = torch.randint(
-            len(self.overlays), (self.settings.blends, len(pixels_NCHW)), generator=self.evidence.stream
+        """Returns the mean entropy in nats (N,) of the predictions on images with clean images blended in."""
+        victim = self.inputs.victim
+        rows_TN = torch.randint(
+            len(self.overlays), (self.settings.blends, len(pixels_NCHW)), generator=self.inputs.stream
         )
         total = torch.zeros(len(pixels_NCHW))
-        for pick in picks:
-            blended = (pixels_NCHW + self.overlays[pick]).clamp_max(1)
-            total += read_all(victim, blended, lambda batch: _entropy(victim, batch))
+        for rows_N in rows_TN:
+            blended = (pixels_NCHW + self.overlays[rows_N]).clamp_max(1)
+            total += apply_in_batches(victim, blended, lambda batch: _entropy(victim, batch))
         return total / self.settings.blends
 
 
 def _entropy(model: nn.Module, images_BCHW: Tensor) -> Tensor:
-    shares_BK = torch.softmax(model(images_BCHW), dim=1)
-    nats: Tensor = -torch.special.xlogy(shares_BK, shares_BK).sum(dim=1)
-    return nats
+    probabilities_BK = torch.softmax(model(images_BCHW), dim=1)
+    entropy: Tensor = -torch.special.xlogy(probabilities_BK, probabilities_BK).sum(dim=1)
+    return entropy

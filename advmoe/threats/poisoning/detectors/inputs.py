@@ -1,4 +1,4 @@
-"""What a defender has: the poisoned set, a network trained on it, and some images known to be clean.
+"""Inputs of detectors: the poisoned set, a network trained on it, clean images; and the network's features.
 
 Shapes: N images, C channel, H/W pixels, F features, K classes.
 """
@@ -17,12 +17,12 @@ from advmoe.models.resnet import ResNet18
 from advmoe.models.resnet50 import ResNet50
 from advmoe.models.wideresnet import WideResNet28
 
-BATCH = 200  # images of a forward pass
+BATCH_SIZE = 200  # images of a forward pass
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """`victim` was trained on `train`; `clean` images were held out; `stream` is for whatever a detector draws."""
+class DetectorInputs:
+    """`victim` was trained on `train`; `clean`: held-out images; `stream`: generator of a detector's random numbers."""
 
     victim: nn.Module
     train: Split
@@ -31,8 +31,8 @@ class Evidence:
 
 
 def features(model: nn.Module, images_NCHW: Tensor) -> Tensor:
-    """What the last layer reads (N, F), of a mixture those of all experts side by side; on the CPU."""
-    return read_all(model, images_NCHW, lambda batch: _features(model, batch))
+    """Returns the inputs of the last layer (N, F) on the CPU; for a mixture those of all experts, concatenated."""
+    return apply_in_batches(model, images_NCHW, lambda batch: _features(model, batch))
 
 
 def _features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
@@ -42,7 +42,8 @@ def _features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     return model.features(images_BCHW)
 
 
-def read_all(model: nn.Module, images_NCHW: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
-    place = next(model.parameters()).device
+def apply_in_batches(model: nn.Module, images_NCHW: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns `function(batch)` for all images, concatenated, as float32 on the CPU; the model is in eval mode."""
+    device = next(model.parameters()).device
     with inference.eval_mode(model), torch.no_grad():
-        return torch.cat([read(batch.to(place)).float().cpu() for batch in torch.split(images_NCHW, BATCH)])
+        return torch.cat([function(batch.to(device)).float().cpu() for batch in torch.split(images_NCHW, BATCH_SIZE)])

@@ -1,4 +1,4 @@
-"""Records of made-up runs, for tests of findings: every number in them is chosen, none is measured."""
+"""Writes snapshots of made-up runs, for tests of claims and comparisons."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from advmoe.core.files import write_text
 from advmoe.runtime.machine import evaluation_seed
 from advmoe.statistics import decisions
 from advmoe.statistics.evaluation_files import SCHEMA
-from advmoe.statistics.intervals import Share
+from advmoe.statistics.intervals import Proportion
 
 IMAGES = 40
 PARAMS: dict[str, Any] = {
@@ -28,7 +28,7 @@ PARAMS: dict[str, Any] = {
 
 @dataclass
 class Model:
-    """What is made up of one model: per attack and `clean`, the cells of its column."""
+    """The results of one model: the cells of its column, for `clean` and each attack."""
 
     cells: dict[str, list[int | str]]
     verdict: str = "pass"
@@ -40,23 +40,23 @@ class Model:
 
     @property
     def columns(self) -> dict[str, list[int | str]]:
-        """With the worst case, which follows."""
+        """The cells with the column `worst` added."""
         worst: list[int | str] = [int(0 not in each) for each in zip(*self.cells.values(), strict=True)]
         return {**self.cells, "worst": worst}
 
 
 def wrong_on(*images: int, count: int = IMAGES) -> list[int | str]:
-    """Right everywhere but on these images."""
+    """Correct on all images but these."""
     return [int(image not in images) for image in range(count)]
 
 
-def plain(wrong: Sequence[int], verdict: str = "pass", attack: str = "pgd") -> Model:
-    """Right on every clean image, wrong on these under one attack."""
+def model_wrong_on(wrong: Sequence[int], verdict: str = "pass", attack: str = "pgd") -> Model:
+    """Correct on every clean image, wrong on these under one attack."""
     return Model({"clean": wrong_on(), attack: wrong_on(*wrong)}, verdict)
 
 
-def plant(folder: Path, models: Mapping[str, Model], seed: int = 0, **changes: Any) -> Path:
-    """Write a record: params.yaml (`changes` are top-level keys), decisions, reports, verdicts; its folder."""
+def write_snapshot(folder: Path, models: Mapping[str, Model], seed: int = 0, **changes: Any) -> Path:
+    """Writes params.yaml (`changes` are top-level keys), decisions, reports and verdicts; returns the folder."""
     params = PARAMS | {"seed": seed} | changes
     text = io.StringIO()
     YAML(typ="safe").dump(params, text)
@@ -65,19 +65,19 @@ def plant(folder: Path, models: Mapping[str, Model], seed: int = 0, **changes: A
         write_text(folder / decisions.path(name), table(model))
         report = _report(name, model, seed, params["epsilon"])
         write_text(folder / "metrics" / "evaluate" / f"{decisions.slug(name)}.json", json.dumps(report))
-    judged = {name: {"verdict": model.verdict, "checks": []} for name, model in models.items() if judgement(model)}
-    write_text(folder / "metrics" / "verdict.json", json.dumps(judged))
+    verdicts = {name: {"verdict": model.verdict, "checks": []} for name, model in models.items() if is_checked(model)}
+    write_text(folder / "metrics" / "verdict.json", json.dumps(verdicts))
     write_text(folder / "metrics" / "prepare.json", json.dumps({"classes": 10, "test_images": IMAGES}))
     return folder
 
 
-def judgement(model: Model) -> bool:
-    """Whether the checks were asked."""
+def is_checked(model: Model) -> bool:
+    """Whether the checks were run."""
     return model.verdict != "not asked"
 
 
 def table(model: Model) -> str:
-    """The decisions as CSV."""
+    """Returns the decisions as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", "label", *model.columns])
@@ -87,7 +87,9 @@ def table(model: Model) -> str:
 
 def _report(name: str, model: Model, seed: int, epsilon: float) -> dict[str, Any]:
     cells = {kind: [cell for cell in column if cell != ""] for kind, column in model.columns.items()}
-    shares = {kind: Share.counted(sum(map(int, column)), len(column)).as_dict() for kind, column in cells.items()}
+    shares = {
+        kind: Proportion.from_counts(sum(map(int, column)), len(column)).as_dict() for kind, column in cells.items()
+    }
     failed = model.verdict == "fail"
     return {
         "schema_version": SCHEMA,
