@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from advmoe.config import schema
-from advmoe.config.cost_forecast import Forecast, Job
+from advmoe.config.cost_forecast import Forecast, StageCost
 from advmoe.config.schema import Params
 from advmoe.core import console, paths
 from advmoe.data import dataset
@@ -63,9 +63,9 @@ def images(forecast: Forecast) -> Dataset:
 
 def expert(params: Params, data: Dataset, name: str) -> TrainingResult:
     """Trains an expert as `advmoe pretrain` does."""
-    student = params.experts[name]
-    epsilon = params.epsilon if student.meets_threat_model else None
-    return train_single(SingleRun(name, student, params.model, data, params.pretrain, params.seed, epsilon))
+    spec = params.experts[name]
+    epsilon = params.epsilon if spec.uses_threat_epsilon else None
+    return train_single(SingleRun(name, spec, params.model, data, params.pretrain, params.seed, epsilon))
 
 
 def mixture(params: Params, data: Dataset) -> TrainingResult:
@@ -81,14 +81,14 @@ def _time_training(work: Callable[[], TrainingResult], clock: Callable[[], float
     return work(), clock() - started
 
 
-def _row(job: Job, trained: TrainingResult, seconds: float) -> list[str]:
+def _row(job: StageCost, trained: TrainingResult, seconds: float) -> list[str]:
     counted = trained.cost.training_flops
     expected = job.operations / job.network.speed()
     return [
         job.stage,
-        f"{job.training / 1e9:,.0f}",
+        f"{job.training_flops / 1e9:,.0f}",
         f"{counted / 1e9:,.0f}",
-        f"{job.training / counted:.2f}",
+        f"{job.training_flops / counted:.2f}",
         f"{expected:.1f}",
         f"{seconds:.1f}",
         f"{expected / seconds:.2f}",

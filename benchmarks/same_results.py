@@ -2,7 +2,7 @@
 
 OLD and NEW are project folders. Compared are the tensors of every artifact, every decision and plotted value, and every
 number of every metrics file; headers, texts and times are not. Prints how many of each were compared and every
-difference; exits with 1 if there is one. It shows that a change of the code moved nothing.
+difference; exits with 1 if there is one. Use it to verify that a change of the code changes no result.
 """
 
 import csv
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from advmoe.core import console
 
-NEW_FILES = {"headline.json", "threats.json"}  # of metrics/, written since the metrics of DVC are few
+NEW_FILES = {"headline.json", "threats.json"}  # of metrics/, missing in runs of earlier versions
 
 
 def main(old: Path, new: Path) -> int:

@@ -1,7 +1,7 @@
-"""baseline@NAME: what the mixture is compared with, a plain network, one that learned from it, or a mixture of others.
+"""baseline@NAME: one baseline: a plain network, a network distilled from the mixture, or a mixture by another method.
 
-Reads `seed`, `model`, `pretrain`, `baseline.NAME`, the data set and, as that entry says, `epsilon`, `train` or only its
-epochs, and the pre-trained experts or the mixture. Writes artifacts/baseline/NAME.safetensors,
+Reads `seed`, `model`, `pretrain`, `baseline.NAME`, the data set and, depending on the entry, `epsilon`, `train` or only
+its epochs, and the pre-trained experts or the mixture. Writes artifacts/baseline/NAME.safetensors,
 metrics/baseline/NAME.json and plots/baseline/NAME.csv.
 """
 
@@ -24,7 +24,7 @@ STAGE = "baseline"
 
 
 def run(name: str) -> None:
-    """Train the comparator called `name` in params.yaml."""
+    """Trains the baseline `name` of params.yaml."""
     comparator, data = specs.load(f"{STAGE}.{name}"), dataset.load(paths.DATASET)
     if isinstance(comparator, SingleNetwork):
         _train_single(name, comparator, data)
@@ -36,7 +36,7 @@ def run(name: str) -> None:
 
 def _train_single(name: str, student: SingleNetwork, data: Dataset) -> None:
     seed, backbone = load_section("seed", Seed), load_section("model", BackboneSettings)
-    epsilon = load_section("epsilon", Epsilon) if student.meets_threat_model else None
+    epsilon = load_section("epsilon", Epsilon) if student.uses_threat_epsilon else None
     recipe = baseline_config(load_section("pretrain", SingleConfig), load_section("train.epochs", PositiveInt))
     own = specs.plain_architecture(student, backbone).backbone
     if student.match == "parameters":
@@ -51,7 +51,7 @@ def _train_single(name: str, student: SingleNetwork, data: Dataset) -> None:
 
 
 def _distil(name: str, student: DistilledNetwork, data: Dataset) -> None:
-    epsilon = load_section("epsilon", Epsilon) if student.meets_threat_model else None
+    epsilon = load_section("epsilon", Epsilon) if student.uses_threat_epsilon else None
     teacher = classifiers.load(paths.MIXTURE)
     check_trained_on(teacher, paths.MIXTURE, data)
     run = SingleRun(

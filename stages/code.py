@@ -1,4 +1,4 @@
-"""code: fingerprints of the code of every stage, so that only a change of meaning re-runs a stage.
+"""code: fingerprints of the code of every stage, which do not depend on comments and docstrings.
 
 Reads advmoe/ and stages/. Writes artifacts/code/STAGE.sha256, one line each.
 """
@@ -8,6 +8,6 @@ from advmoe.runtime.code_fingerprint import stage_fingerprint, stage_names
 
 
 def run() -> None:
-    """Writes one fingerprint per stage; files of stages that are gone are removed."""
+    """Writes one fingerprint per stage; files of removed stages are deleted."""
     fingerprints = {f"{stage}.sha256": f"{stage_fingerprint(stage)}\n" for stage in stage_names() if stage != "code"}
     files.write_folder(paths.CODE, fingerprints)

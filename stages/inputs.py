@@ -10,7 +10,7 @@ from advmoe.core.stage_inputs import all_inputs, content_of
 
 
 def run() -> None:
-    """Writes the parameters of every stage; files of entries that are gone are removed."""
+    """Writes the parameters of every stage; files of removed entries are deleted."""
     inputs = all_inputs(read_yaml(PARAMS_FILE))
     contents = {path.relative_to(paths.INPUTS).as_posix(): content_of(values) for path, values in inputs.items()}
     files.write_folder(paths.INPUTS, contents)

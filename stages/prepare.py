@@ -15,7 +15,7 @@ from advmoe.data.registry import PrepareSettings
 
 
 def run() -> None:
-    """Read the source, check it, split it, write it."""
+    """Reads and checks the source, draws the splits and writes them."""
     started = time.monotonic()
     seed, settings = load_section("seed", Seed), load_section("prepare", PrepareSettings)
     _warn_of_unwatched_files(settings)
@@ -48,7 +48,7 @@ def _warn_of_unwatched_files(settings: PrepareSettings) -> None:
     for path in dict(settings.source).values():
         if isinstance(path, Path) and not path.resolve().is_relative_to(paths.DATA.resolve()):
             console.warn(
-                f"{path} lies outside {paths.DATA}/: DVC will not see it change; `dvc repro -f prepare` reads it anew"
+                f"{path} lies outside {paths.DATA}/: DVC will not see it change; `dvc repro -f prepare` reads it again"
             )
 
 

@@ -1,6 +1,6 @@
 """pretrain@NAME: one expert, trained on its own.
 
-Reads `seed`, `model`, `pretrain`, `experts.NAME` (and `epsilon` if that expert meets the threat model) and the data
+Reads `seed`, `model`, `pretrain`, `experts.NAME` (and `epsilon` if that expert is trained at it) and the data
 set. Writes artifacts/pretrain/NAME.safetensors, metrics/pretrain/NAME.json and plots/pretrain/NAME.csv.
 """
 
@@ -12,9 +12,9 @@ from advmoe.training.single import NetworkSpec, SingleConfig, SingleRun, train_a
 
 
 def run(name: str) -> None:
-    """Train the expert called `name` in params.yaml."""
+    """Trains the expert `name` of params.yaml."""
     seed, backbone = load_section("seed", Seed), load_section("model", BackboneSettings)
-    student, recipe = load_section(f"experts.{name}", NetworkSpec), load_section("pretrain", SingleConfig)
-    epsilon = load_section("epsilon", Epsilon) if student.meets_threat_model else None
+    spec, recipe = load_section(f"experts.{name}", NetworkSpec), load_section("pretrain", SingleConfig)
+    epsilon = load_section("epsilon", Epsilon) if spec.uses_threat_epsilon else None
     data = dataset.load(paths.DATASET)
-    train_and_save("pretrain", name, SingleRun(name, student, backbone, data, recipe, seed, epsilon))
+    train_and_save("pretrain", name, SingleRun(name, spec, backbone, data, recipe, seed, epsilon))

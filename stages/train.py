@@ -12,7 +12,7 @@ from advmoe.training.joint import JointConfig, pretrained_run, train_and_save
 
 
 def run() -> None:
-    """Train the mixture of the experts that `train.experts` lists."""
+    """Trains the mixture of the experts that `train.experts` lists."""
     seed, epsilon = load_section("seed", Seed), load_section("epsilon", Epsilon)
     recipe, data = load_section("train", JointConfig), dataset.load(paths.DATASET)
     train_and_save("train", "mixture", pretrained_run(data, recipe, seed=seed, epsilon=epsilon))

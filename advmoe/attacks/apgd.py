@@ -114,10 +114,10 @@ def dlr(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def targeted_dlr(logits_BK: Tensor, labels_B: Tensor, targets_B: Tensor) -> Tensor:
-    """Targeted DLR (B,), z_t - z_y over z_(1) - (z_(3) + z_(4)) / 2: never constant (section 4.2 of the paper).
+    """Targeted DLR (B,), z_t - z_y over z_(1) - (z_(3) + z_(4)) / 2 (section 4.2 of the paper).
 
-    Above 0 where the target logit exceeds the true one. Needs four classes. Finite also where the four best logits tie,
-    which is common in bfloat16.
+    Unlike `dlr` never constant. Above 0 where the target logit exceeds the true one. Needs four classes. Finite also
+    where the four best logits tie, which is common in bfloat16.
     """
     ranked = logits_BK.topk(4, dim=1).values
     spread = ranked[:, 0] - (ranked[:, 2] + ranked[:, 3]) / 2

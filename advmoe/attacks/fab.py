@@ -27,7 +27,8 @@ BACKWARD_STEP = 0.9  # beta: share of the distance from the image after stepping
 SEARCH_STEPS = 3  # of the final search between the image and its closest adversarial point
 # ours: least progress of a step, as a share of the image's gap and of a pixel level; avoids ties in bfloat16
 MIN_STEP = 0.01
-SEARCH_OVERSHOOT = 0.01  # ours: a search step goes this share of the rest beyond the boundary, where rounding decides
+# ours: overshoot of a search step beyond the boundary, as a share of the remaining distance; avoids ties by rounding
+SEARCH_OVERSHOOT = 0.01
 # random starts are at most half of this away from the image: the authors' default epsilons
 START_DISTANCE: dict[Norm, float] = {"linf": 0.3, "l2": 1.0}
 

@@ -21,10 +21,10 @@ from advmoe.attacks.black_box import BestPoints
 from advmoe.attacks.interface import IsAdversarial, Model
 from advmoe.core.settings import PositiveInt, Settings
 
-# section 3.2: the share of pixels in a window halves after so many queries of 10,000
+# section 3.2: numbers of queries, of 10,000, after which the share of pixels in a window halves
 SCHEDULE = 10_000
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-QUERIES_PER_DRAW = 100  # draws the random numbers of so many queries at once; 500 images need 1.6 MB
+QUERIES_PER_DRAW = 100  # queries whose random numbers are drawn at once; 500 images need 1.6 MB
 PLACEMENT_NUMBERS = 5  # random numbers per query besides one sign per channel: positions of two windows, an orientation
 
 

@@ -103,9 +103,9 @@ def start_single_process() -> None:
 
 
 def refuse_options(options: Sequence[object]) -> None:
-    """Raises UserError when an option was given beside --record, which runs the stage as params.yaml says."""
+    """Raises UserError when --record, which runs the stage with the settings of params.yaml, has another option."""
     if any(option is not None and option != [] for option in options):
-        raise UserError("--record runs the stage as params.yaml says and takes no other option")
+        raise UserError("--record uses the settings of params.yaml and cannot be combined with other options")
 
 
 def _set_stage(stage: str) -> None:

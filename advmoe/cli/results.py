@@ -39,7 +39,7 @@ def aggregate(
         typer.Argument(help="Git revisions, DVC experiments or folders; default: all experiments and this folder."),
     ] = None,
 ) -> None:
-    """Test the report's claims over at least three seeds: about the method, not about one set of weights."""
+    """Test the report's claims over several training seeds, at least three."""
     from advmoe.config import schema
     from advmoe.core.snapshots import open_snapshot
     from advmoe.statistics import aggregation

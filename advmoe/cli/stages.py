@@ -9,7 +9,7 @@ from advmoe.cli.app import STAGES, app, distributed_stage, refuse_options, start
 from advmoe.core import paths
 
 Record = Annotated[
-    bool, typer.Option("--record", help="Run the stage as params.yaml says and write the tracked results (dvc.yaml).")
+    bool, typer.Option("--record", help="Use the settings of params.yaml and write the tracked results (dvc.yaml).")
 ]
 
 

@@ -55,14 +55,14 @@ def use(*names: str, write: bool = True) -> list[Change]:
     for name in chosen:
         overlay = _load(yaml, _path(name))
         extends = overlay.pop(EXTENDS, None)
-        _lay(params, overlay, frozenset() if extends else WHOLE)
+        _merge(params, overlay, frozenset() if extends else WHOLE)
     text = io.StringIO()
     yaml.dump(params, text)
     after = YAML(typ="safe").load(text.getvalue())
     try:
         _validate(after, " + ".join(str(_path(name)) for name in names))
     except UserError:
-        _validate(before, str(PARAMS_FILE))  # a mistake that was there before is not the profile's
+        _validate(before, str(PARAMS_FILE))  # reports params.yaml instead if it was invalid before
         raise
     if write:
         files.write_text(PARAMS_FILE, text.getvalue())
@@ -127,31 +127,31 @@ def _load(yaml: YAML, path: Path) -> CommentedMap:
     except (
         YAMLError,
         *MALFORMED_INPUT_ERRORS,
-    ) as error:  # what the safe reader forgave: a duplicate key, a tag out of place
+    ) as error:  # not reported by the safe reader, such as a duplicate key or a misplaced tag
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, CommentedMap):
         raise UserError(f"{path}: must be a plain mapping of sections")
     return content
 
 
-def _lay(base: CommentedMap, overlay: CommentedMap, whole: frozenset[str], prefix: str = "") -> None:
-    """Overlay `base` in place. A mapping of another `kind` is another thing and is replaced as a whole."""
+def _merge(base: CommentedMap, overlay: CommentedMap, whole: frozenset[str], prefix: str = "") -> None:
+    """Merges `overlay` into `base` in place. A mapping of another `kind` is replaced as a whole."""
     for key, value in overlay.items():
         old, path = base.get(key), f"{prefix}{key}"
         merge = isinstance(value, CommentedMap) and isinstance(old, CommentedMap) and path not in whole
-        if merge and _same_thing(value, old):
-            _lay(old, value, whole, f"{path}.")
+        if merge and _same_kind(value, old):
+            _merge(old, value, whole, f"{path}.")
         elif old != value or key not in base:
             base[key] = value
         _take_comment(base, overlay, key)
 
 
-def _same_thing(overlay: CommentedMap, base: CommentedMap) -> bool:
+def _same_kind(overlay: CommentedMap, base: CommentedMap) -> bool:
     return bool(overlay.get("kind", base.get("kind")) == base.get("kind"))
 
 
 def _take_comment(base: CommentedMap, overlay: CommentedMap, key: Any) -> None:
-    """The reason beside a number must be the reason for that number: the profile's comment goes with its value."""
+    """Replaces the comment of a key by the profile's, because a comment gives the reason for the value."""
     here, there = base.ca.items.get(key), overlay.ca.items.get(key)
     if not there or not there[2] or (isinstance(base[key], CommentedMap) and not base[key].fa.flow_style()):
         return

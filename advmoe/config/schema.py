@@ -24,13 +24,13 @@ from advmoe.training.batch_attacks import Adversary
 from advmoe.training.joint import JointConfig
 from advmoe.training.single import NetworkSpec, SingleConfig
 
-DISTILLED = "distilled"  # the Makefile knows it, too
+DISTILLED = "distilled"  # the Makefile uses this name, too
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class Params(Settings):
-    """Every section of params.yaml, and what must hold between them."""
+    """All sections of params.yaml; validates that they agree with each other."""
 
     seed: Seed
     epsilon: Epsilon
@@ -60,8 +60,8 @@ class Params(Settings):
         for name, comparator in self.baseline.items():
             if isinstance(comparator, DistilledNetwork) and not name.startswith(DISTILLED):
                 raise ValueError(
-                    f"baseline.{name}: the name of a distilled network begins with '{DISTILLED}', by which `make repro`"
-                    " knows that the mixture comes first"
+                    f"baseline.{name}: the name of a distilled network must begin with '{DISTILLED}', by which"
+                    " `make repro` trains it after the mixture"
                 )
         plain = tuple(retrainable_baselines(self.baseline))
         for name, study in self.poison.attacks.items():
@@ -92,11 +92,11 @@ def _subset(key: str, names: tuple[str, ...], section: str, known: Collection[st
 
 
 def _known(key: str, names: tuple[str, ...], what: str, known: tuple[str, ...]) -> None:
-    strangers = [name for name in names if name not in known]
-    if strangers:
-        raise ValueError(f"{key} lists '{strangers[0]}', but {what} {', '.join(known)}")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{key} lists '{unknown[0]}', but {what} {', '.join(known)}")
 
 
 def load_params() -> Params:
-    """Read and validate all of params.yaml. Raises UserError with one sentence."""
+    """Reads and validates all of params.yaml. Raises UserError for the first problem."""
     return validate(read_yaml(PARAMS_FILE), Params, str(PARAMS_FILE))

@@ -16,7 +16,7 @@ from advmoe.runtime.machine import device
 from advmoe.threats.extraction.victims import artifact_path
 
 DVC_FILE, LOCK_FILE = Path("dvc.yaml"), Path("dvc.lock")
-DERIVING = {"code", "inputs"}  # stages that derive from code and params.yaml what the others depend on
+DERIVING = {"code", "inputs"}  # stages whose outputs, derived from code and params.yaml, are dependencies of the others
 RUNNING = "Running stage '"
 
 
@@ -64,24 +64,31 @@ def _deps(stages: Mapping[str, Any]) -> dict[str, frozenset[str]]:
 
 
 def pending_stages() -> list[str]:
-    """Returns the stages that `dvc repro` would run, in order. Raises UserError when DVC cannot tell.
+    """Returns the stages that `dvc repro` would run, in order. Raises UserError when DVC fails.
 
-    DVC itself takes a changed file of code or of parameters for a reason to run everything that follows `code` and
-    `inputs`; what these two would write is computed here, so that only stages with other code or parameters count.
+    `dvc repro --dry` lists all stages downstream of `code` and `inputs` whenever a file of code or params.yaml changed.
+    The outputs of these two are therefore computed here, so that only stages whose code or parameters changed count.
     """
-    possible = _dry_run("--force-downstream")
-    if not DERIVING & set(possible):
-        return possible
-    changed = set(_dry_run()) | _changed_by_deriving(possible)
     locked = _locked_stages()
-    for stage in possible:
+    every = _stage_names()
+    if not paths.INPUTS.is_dir() or any(stage not in locked for stage in every):
+        # DVC cannot try a run whose stages depend on files that are not written yet
+        changed = {stage for stage in every if stage not in locked} | DERIVING | _changed_by_deriving(every)
+        if not paths.DATASET.exists():
+            changed.add("prepare")
+    else:
+        every = _dry_run("--force-downstream")
+        if not DERIVING & set(every):
+            return every
+        changed = set(_dry_run()) | _changed_by_deriving(every)
+    for stage in every:
         if any(_follows(locked.get(stage), locked.get(other)) for other in changed - DERIVING - {stage}):
             changed.add(stage)
-    return [stage for stage in possible if stage in changed]
+    return [stage for stage in every if stage in changed]
 
 
 def _changed_by_deriving(stages: Sequence[str]) -> set[str]:
-    """Stages whose fingerprint of code or whose parameters are not those that they last ran with."""
+    """Returns the stages whose code fingerprint or parameters have changed since their last run."""
     inputs = all_inputs(read_yaml(PARAMS_FILE))
     changed = set()
     for stage in set(stages) - DERIVING:
@@ -100,18 +107,25 @@ def _locked_stages() -> dict[str, dict[str, Any]]:
 
 
 def _follows(stage: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-    """Whether a stage depends on an output of another, both as dvc.lock has them."""
+    """Returns whether a stage depends on an output of another, according to their entries in dvc.lock."""
     deps = [Path(dep["path"]) for dep in (stage or {}).get("deps", [])]
     outs = [Path(out["path"]) for out in (other or {}).get("outs", [])]
     return any(dep.is_relative_to(out) or out.is_relative_to(dep) for dep in deps for out in outs)
 
 
+def _stage_names() -> list[str]:
+    return _dvc("stage", "list", "--name-only")
+
+
 def _dry_run(*options: str) -> list[str]:
-    command = [sys.executable, "-m", "dvc", "repro", "--dry", *options]
+    lines = _dvc("repro", "--dry", *options)
+    return [line.removeprefix(RUNNING).partition("'")[0] for line in lines if line.startswith(RUNNING)]
+
+
+def _dvc(*arguments: str) -> list[str]:
+    command = [sys.executable, "-m", "dvc", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines() or ["no reason given"]
         raise UserError(f"dvc: {reason[0].removeprefix('ERROR: ')}")
-    return [
-        line.removeprefix(RUNNING).partition("'")[0] for line in done.stdout.splitlines() if line.startswith(RUNNING)
-    ]
+    return done.stdout.splitlines()

@@ -4,7 +4,7 @@ The command line prints the message of a UserError and exits with code 2.
 """
 
 MAX_MESSAGE_LENGTH = 1000  # characters
-# what parsers of other libraries raise on malformed content, beside their own exceptions
+# raised by parsers of other libraries on malformed content, in addition to their own exceptions
 MALFORMED_INPUT_ERRORS = (
     ArithmeticError,
     AssertionError,

@@ -43,5 +43,5 @@ def plots(stage: str, name: str) -> Path:
 
 
 def start(kind: str) -> Path:
-    """The file that tells which trained networks a kind of baseline starts from."""
+    """Returns the path of the file with the hashes of the networks that a kind of baseline starts from."""
     return ARTIFACTS / "start" / f"{kind}.json"

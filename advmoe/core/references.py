@@ -6,7 +6,7 @@ from typing import Any
 from advmoe.core.errors import UserError
 
 SECTION = "adversaries"
-REMOVED = ("reads", "beside", "needs")  # keys of entries that older versions asked for
+REMOVED = ("reads", "beside", "needs")  # keys of entries in earlier versions
 USES = ("adversary", "of")  # keys whose values are adversaries; `of` lists those of a mixed one
 
 
@@ -73,5 +73,5 @@ def _adversary(value: Any, known: Mapping[str, Any], where: str) -> Any:
         return _resolved(value, known, where)
     if value not in known:
         raise UserError(f"{where}: there is no '{value}' under {SECTION}; known are {', '.join(map(str, known))}")
-    # without itself: an adversary that refers to itself would have no end
+    # without this name: an adversary that refers to itself would recurse forever
     return _resolved(known[value], {name: each for name, each in known.items() if name != value}, where)

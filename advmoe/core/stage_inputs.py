@@ -23,7 +23,7 @@ SHARED_BY_ATTACKS = {
         *("extract.surrogates", "extract.steps", "extract.recipe"),
     ),
 }
-# by kind of a baseline, beside `seed` and its own entry; the other kinds are mixtures and read all of `train`
+# by kind of a baseline, in addition to `seed` and its own entry; the other kinds are mixtures and read all of `train`
 OF_SINGLE_NETWORKS = ("model", "pretrain", "train.epochs")
 OF_BASELINE = {
     "single": OF_SINGLE_NETWORKS,
@@ -48,7 +48,7 @@ def content_of(values: Mapping[str, Any]) -> str:
     return canonical_json(values) + "\n"
 
 
-def meets_threat_model(adversary: Mapping[str, Any]) -> bool:
+def uses_threat_epsilon(adversary: Mapping[str, Any]) -> bool:
     """Whether training batches under this adversary are attacked at the top-level epsilon."""
     if adversary.get("kind") == "mixed":
         return True
@@ -81,7 +81,7 @@ def _baseline_keys(entry: Mapping[str, Any]) -> set[str]:
 
 
 def _epsilon(entry: Mapping[str, Any]) -> set[str]:
-    return {"epsilon"} if meets_threat_model(entry["adversary"]) else set()
+    return {"epsilon"} if uses_threat_epsilon(entry["adversary"]) else set()
 
 
 def _value(params: Mapping[str, Any], key: str) -> Any:

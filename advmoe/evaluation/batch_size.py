@@ -13,7 +13,7 @@ from advmoe.models import inference
 
 T = TypeVar("T")
 MAX_BATCH_SIZE = 360  # more is not faster on a CPU, and progress is shown per batch
-MEMORY_FRACTION = 0.25  # of the free memory: attacks keep several copies of the images beside the autograd graph
+MEMORY_FRACTION = 0.25  # of the free memory: attacks keep several copies of the images next to the autograd graph
 OUT_OF_MEMORY_TEXTS = (
     "out of memory",
     "can't allocate memory",

@@ -1,7 +1,7 @@
 """Saves the finished batches of an attack, so that a killed evaluation can resume.
 
 The result for an image depends only on the model, the image, the attack, the ball and the seed, so a saved batch is
-valid for any batch size. Another version of the code or another machine starts anew. A file whose content is not valid
+valid for any batch size. Another version of the code or another machine starts again. A file whose content is not valid
 for the attack is ignored even if its checksum matches, and its images are attacked again.
 """
 
@@ -48,7 +48,7 @@ class BatchCost(BaseModel):
 
 
 class BatchStore:
-    """The finished batches of one attack on one model."""
+    """Stores the finished batches of one attack on one model, in a work directory named after `facts`."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.work_dir = WorkDir.of("evaluate", canonical_json(facts))

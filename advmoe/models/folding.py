@@ -1,6 +1,6 @@
 """Convolutions with folded BatchNorm, computed as matrix products on feature maps of a few pixels.
 
-On a map of 2x2 pixels five of the nine taps of a 3x3 kernel meet padding, on a single pixel eight. A matrix from all
+On a map of 2x2 pixels five of the nine taps of a 3x3 kernel fall on padding, on a single pixel eight. A matrix from all
 input values to all output values skips these. Measured for forward pass and input gradient of 120 images, nine grouped
 experts, one thread of a CPU with AMX: 2x2 to 2x2 takes 0.40 of the time, 2x2 to 1x1 0.23, 1x1 0.25, with the matrix
 precomputed. On digits of 8x8 pixels a ResNet-18 spends half of its time on such maps.
@@ -31,7 +31,7 @@ def is_small_map(images_BCHW: Tensor) -> bool:
 
 
 def is_matrix_faster(images_BCHW: Tensor, conv: nn.Conv2d) -> bool:
-    """Returns whether a matrix product is faster. A 1x1 kernel of stride 1 meets no padding: on a single pixel it is a
+    """Returns whether a matrix product is faster. A 1x1 kernel of stride 1 has no padding: on a single pixel it is a
     matrix already, on more pixels the matrix would be mostly zeros.
     """
     pointwise = conv.kernel_size == conv.stride == (1, 1)

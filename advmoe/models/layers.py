@@ -32,9 +32,10 @@ class Normalize(nn.Module):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d without a fault of oneDNN on CPUs without AVX-512 (PyTorch 2.14): the weight gradient of a strided 1x1
-    convolution writes outside its memory where there are fewer than 8 input channels. Such a layer runs without
-    stride on every `stride`-th pixel, which computes the same.
+    """nn.Conv2d with a workaround for a bug of oneDNN on CPUs without AVX-512 (PyTorch 2.14).
+
+    The weight gradient of a strided 1x1 convolution with fewer than 8 input channels writes outside its memory. Such a
+    layer runs without stride on every `stride`-th pixel, which computes the same.
     """
 
     def forward(self, images_BCHW: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ EXPANSION = 4  # output channels of a block per inner channel
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a shortcut; `inner` channels in the middle, 4 * `inner` come out.
+    """Residual block of 1x1, 3x3 and 1x1 convolutions with `inner` channels inside and 4 * `inner` output channels.
 
     The stride is in the 3x3 convolution. In the 1x1 convolution before it, as first published, three of four pixels
     would be skipped.

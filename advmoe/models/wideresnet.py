@@ -20,7 +20,7 @@ BLOCKS_PER_GROUP = 4  # depth 28: the stem, 3 groups of 4 blocks of 2, and 3 con
 
 
 class WideBlock(nn.Module):
-    """BatchNorm, ReLU and 3x3 convolution, twice, beside a shortcut; nothing after the sum.
+    """Pre-activation residual block: BatchNorm, ReLU and 3x3 convolution, twice; no activation after the sum.
 
     The second norm directly follows a convolution, so the two fold. The first norm does not fold: its input is a sum
     that the shortcut also uses, and a ReLU separates it from the next convolution. (In the very first block it follows

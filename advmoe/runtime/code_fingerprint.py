@@ -100,7 +100,7 @@ def _hash_files(files: set[Path], package: Path) -> str:
 
 
 def _data_files(files: set[Path], package: Path) -> set[Path]:
-    """Returns the files beside code in subfolders of the packages that `files` come from: templates."""
+    """Returns the data files, such as templates, in subfolders of the packages that contain `files`."""
     folders = {path.parent for path in files if path.is_relative_to(package) and path.parent != package}
     subfolders = {child for folder in folders for child in folder.iterdir() if child.is_dir()}
     found = (path for folder in subfolders for path in folder.glob("*") if path.is_file())

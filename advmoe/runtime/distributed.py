@@ -108,7 +108,7 @@ def _select_gpu(local_rank: int, local_size: int) -> None:
 
 
 def _exit_with_launcher(launcher: int) -> None:
-    """Ends this process with torchrun, which cannot end its processes when it is killed; a next run would meet them."""
+    """Ends this process when torchrun has ended: a killed torchrun leaves its processes running."""
     while os.getppid() == launcher:
         time.sleep(LAUNCHER_POLL_SECONDS)
     os._exit(1)

@@ -1,6 +1,6 @@
 """Tests claims about a method over several training seeds.
 
-The seed is the unit of replication: more test images narrow the interval of one checkpoint, but tell nothing about the
+The seed is the unit of replication: more test images narrow the interval of one checkpoint, but do not measure the
 variance between training runs. Each seed gives one number per claim, the difference of two accuracies on the same
 images, and the test is over these numbers.
 
@@ -190,7 +190,7 @@ def _missing_seeds_message(seeds: Sequence[int]) -> str:
         f" ({files.join_names(sorted(seeds))})" if seeds else ""
     )
     more = f"`dvc exp run --queue -S 'seed={','.join(map(str, missing))}'`, `dvc queue start`, `advmoe aggregate`"
-    return f"{have}, and a method is judged from {MIN_SEEDS} on; for more: {more}"
+    return f"{have}, and claims about a method need at least {MIN_SEEDS}; for more: {more}"
 
 
 def _with_test(result: SeedClaimResult, test: SeedTest, adjusted_p: float) -> SeedClaimResult:

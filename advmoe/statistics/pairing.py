@@ -84,7 +84,7 @@ def collect_evidence(snapshot: Snapshot, claim: Claim, seed: int) -> PairedEvide
     columns = _columns(first, second, claim)
     pairs = list(_paired_decisions(first, second, columns))
     if not pairs:
-        return NoEvidence("not judged", f"no image met {claim.under} on both models")
+        return NoEvidence("not judged", f"no image was attacked by {claim.under} on both models")
     model_N, over_N = torch.tensor(pairs, dtype=torch.bool).unbind(1)
     paired = compare_paired(model_N, over_N, seed)
     note = _note(first, second, claim, columns)
@@ -114,9 +114,9 @@ def _check_comparable(first: ModelData, second: ModelData, claim: Claim) -> NoEv
         return NoEvidence("not judged", f"{names} were attacked with different epsilon")
     if claim.under in {CLEAN, WORST}:
         common = claim.under == CLEAN or _use_full_worst_case(first, second) or _common_attacks(first, second)
-        return None if common else NoEvidence("not judged", f"{names} met no attack in common")
+        return None if common else NoEvidence("not judged", f"{names} have no attack in common")
     not_attacked = [model.name for model in (first, second) if claim.under not in model.decisions.attacks]
-    return NoEvidence("not judged", f"{not_attacked[0]} did not meet {claim.under}") if not_attacked else None
+    return NoEvidence("not judged", f"{not_attacked[0]} was not attacked by {claim.under}") if not_attacked else None
 
 
 def _use_full_worst_case(*models: ModelData) -> bool:
@@ -151,10 +151,10 @@ def _note(first: ModelData, second: ModelData, claim: Claim, columns: list[str])
     if columns != [claim.under]:
         unchecked = " and ".join(model.name for model in models if not model.report.checked)
         notes += [
-            f"over the attacks that both met ({', '.join(columns[1:])}), as the full suite did not judge {unchecked}"
+            f"over the attacks run on both ({', '.join(columns[1:])}), as not all attacks were run on {unchecked}"
         ]
     elif claim.under == WORST and set(first.decisions.attacks) != set(second.decisions.attacks):
-        notes += ["each in the worst case of all attacks that it met"]
+        notes += ["each in the worst case over all attacks run on it"]
     if columns[-1] not in {CLEAN, WORST} and any(model.report.terms.drop_fallen for model in models):
-        notes += ["an image that fell to an earlier attack counts as fallen"]
+        notes += ["an image misclassified under an earlier attack counts as misclassified"]
     return "; ".join(notes)

@@ -82,7 +82,7 @@ class VictimRecipes:
 
     def epsilon_for(self, spec: NetworkSpec) -> float | None:
         """Returns the threat model's epsilon, None for a network that is not trained under the threat model."""
-        return self.epsilon if spec.meets_threat_model else None
+        return self.epsilon if spec.uses_threat_epsilon else None
 
     def architecture(self, victim: str) -> PlainArchitecture | MixtureArchitecture:
         """Returns the architecture of a victim."""

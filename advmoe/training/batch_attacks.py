@@ -51,8 +51,8 @@ class PgdBatches(Settings):
 
 
 class PgdAtRadii(Settings):
-    """PGD at a radius drawn from `radii`, relative to the threat model's epsilon; `step_size` is relative to that
-    radius. For experts that specialise in smaller or larger perturbations.
+    """PGD at a radius drawn from `radii` (relative to the threat model's epsilon), with a number of steps drawn from
+    `steps`; `step_size` is relative to the drawn radius. For experts that specialise in small or large perturbations.
     """
 
     kind: Literal["pgd-radii"]
@@ -103,7 +103,10 @@ class BatchAttack(NamedTuple):
 
     @property
     def function(self) -> AttackFn:
-        """The attack with its settings bound. Not by the registry: training would depend on every attack there is."""
+        """The attack with its settings bound.
+
+        The registry of attacks is not used: training would then depend on the code of all attacks.
+        """
         match self.settings:
             case Fgsm():
                 return partial(fgsm, settings=self.settings)

@@ -23,7 +23,7 @@ from advmoe.models import inference
 from advmoe.models.classifiers import Classifier
 from advmoe.models.mixture import MixtureOfExperts
 
-SAMPLE_SIZE = 2  # images to count on: BatchNorm cannot learn from one
+SAMPLE_SIZE = 2  # images to count on; BatchNorm in train mode needs two
 STEPS = 2  # training steps to count: tasks that alternate between two parts have two kinds of steps
 
 
@@ -113,7 +113,7 @@ def count_parameters(model: nn.Module) -> int:
 def training_cost(
     model: nn.Module, per_image: FlopsPerImage, passes: engine.PassCount, images_learned: int, prior: int
 ) -> TrainingCost:
-    """Returns the cost of a training run; `prior`: operations already spent on what it starts from."""
+    """Returns the cost of a training run; `prior`: operations of the training that it starts from."""
     own = per_image.forward * passes.forward + per_image.pixels * passes.backward + per_image.learning * images_learned
     return TrainingCost(
         parameters=count_parameters(model),

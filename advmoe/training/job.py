@@ -71,7 +71,7 @@ class TrainingJob:
 
     `name` and `seed` seed the random streams; `epsilon`: L-inf radius of PGD batches and of validation; `select_by`:
     the column of the history that selection maximises. Without validation (a plain TrainingConfig) the history holds
-    losses only. `prior_flops`: floating-point operations already spent on what training starts from;
+    losses only. `prior_flops`: floating-point operations of the training of the networks it starts from;
     `checkpoint_dir`: folder of checkpoints, None for none.
     """
 

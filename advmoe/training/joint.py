@@ -82,7 +82,7 @@ class JointConfig(ValidatedTrainingConfig):
 
     @property
     def objective(self) -> Objective | TradesLoss:
-        """The loss: the recipe's, or that of TRADES, whose batches define a loss of their own."""
+        """The loss on an attacked batch: `recipe`, replaced by the loss of TRADES if `adversary` is `trades`."""
         return TradesLoss(self.adversary.beta) if isinstance(self.adversary, TradesBatches) else self.recipe
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from advmoe.runtime import distributed
 
-MIN_MICRO_BATCH = 2  # images: BatchNorm cannot learn from one
+MIN_MICRO_BATCH = 2  # images; BatchNorm in train mode needs two
 
 
 class MicroBatch(NamedTuple):

@@ -37,13 +37,13 @@ class NetworkSpec(Settings):
         return refuse_removed_keys(value)
 
     @property
-    def meets_threat_model(self) -> bool:
-        """Whether training attacks at the epsilon of the threat model."""
+    def uses_threat_epsilon(self) -> bool:
+        """Whether training batches are attacked at the threat model's epsilon."""
         return not isinstance(self.adversary, CleanBatches | FgsmBatches)
 
 
 class SingleConfig(ValidatedTrainingConfig):
-    """A training config, with the radius that validates networks which do not meet the threat model in training."""
+    """A training config; `validation_epsilon`: for networks that are not trained at the threat model's epsilon."""
 
     validation_epsilon: Epsilon
 
@@ -69,7 +69,7 @@ class PlainTask:
         self.model.train()
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
-        """Returns the mean cross-entropy; clean images play no part."""
+        """Returns the mean cross-entropy on the attacked images; `clean_BCHW` is not used."""
         del clean_BCHW
         return functional.cross_entropy(self.model(images_BCHW), labels_B)
 
@@ -125,9 +125,9 @@ TaskFactory = Callable[[NetworkSpec, nn.Module, TrainingConfig], TrainingTask]
 class SingleRun:
     """The training of one plain network. `name` seeds its random streams.
 
-    `epsilon`: the threat model's, None for networks that do not meet it in training; `make_task`: creates the task;
-    `prior_flops`: operations already spent on what it learns from; `inputs`: hashes of what it learns from besides the
-    data set; `checkpoint_dir`: folder of checkpoints, None for none.
+    `epsilon`: the threat model's, None for networks that are not trained at it; `make_task`: creates the task;
+    `prior_flops`: operations of the training of a teacher; `inputs`: hashes of inputs in addition to the data set, such
+    as a teacher; `checkpoint_dir`: folder of checkpoints, None for none.
     """
 
     name: str
@@ -149,10 +149,10 @@ class SingleRun:
 
     @property
     def job(self) -> TrainingJob:
-        """Networks that meet the threat model are validated at its epsilon and selected by PGD accuracy, the others at
-        the config's fixed radius and by clean accuracy.
+        """The job. Networks trained at the threat model's epsilon are validated at it and selected by PGD accuracy, the
+        others are validated at the config's fixed radius and selected by clean accuracy.
         """
-        assert (self.epsilon is not None) == self.spec.meets_threat_model
+        assert (self.epsilon is not None) == self.spec.uses_threat_epsilon
         return TrainingJob(
             name=self.name,
             seed=derive_seed(self.seed, self.spec.seed),
@@ -160,7 +160,7 @@ class SingleRun:
             config=self.config,
             adversary=self.spec.adversary,
             epsilon=self.config.validation_epsilon if self.epsilon is None else self.epsilon,
-            select_by="pgd" if self.spec.meets_threat_model else "clean",
+            select_by="pgd" if self.spec.uses_threat_epsilon else "clean",
             prior_flops=self.prior_flops,
             checkpoint_dir=self.checkpoint_dir,
         )

@@ -41,7 +41,7 @@ class Trainer:
         self.crafter = BatchCrafter(task.model, job, self.state, min_size)
 
     def _convert_batchnorm(self) -> bool:
-        """Lets BatchNorm normalise over all processes if the config says so; returns whether it does."""
+        """Makes BatchNorm normalise over all processes if the config sets `sync_batchnorm`; returns whether it does."""
         job, config = self.job, self.job.config
         if not (isinstance(config, ValidatedTrainingConfig) and config.sync_batchnorm and distributed.is_distributed()):
             return False
@@ -124,7 +124,7 @@ def fit(task: TrainingTask, job: TrainingJob) -> TrainingResult:
 
 
 def _save_kept_weights(state: TrainerState, file: Path | None) -> str:
-    """Saves the weights of the selected epoch next to the checkpoint; returns a sentence that says where."""
+    """Saves the weights of the selected epoch next to the checkpoint; returns a sentence with their path."""
     if not state.kept_weights:
         return "no epoch was finished before"
     weights = f"the last good weights, of epoch {state.kept['epoch']},"

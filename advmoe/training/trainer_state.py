@@ -108,7 +108,7 @@ class TrainerState:
             raise DivergedError(f"{self.job.name}: the weights became NaN or infinite {where} {len(self.losses)}")
 
     def select_epoch(self) -> Row:
-        """Returns the history row of the epoch to keep: the first of the best or the last, as the config says."""
+        """Returns the history row of the epoch to keep: the first of the best or the last, by `config.selection`."""
         config = self.job.config
         if isinstance(config, ValidatedTrainingConfig) and config.selection == "best":
             return max(self.history, key=lambda row: row[self.job.select_by], default={})
@@ -218,7 +218,7 @@ def _expected_tensors(state: TrainerState, found: Mapping[str, Tensor], history:
 
 
 def _is_valid_history(state: TrainerState, history: list[Row], steps: int) -> bool:
-    """Whether the rows are those of the first epochs, and so many steps can follow."""
+    """Returns whether the rows are those of the first epochs, and the number of steps fits the next epoch."""
     job = state.job
     validated = {"clean", "fgsm", "pgd", job.select_by, *state.task.metric_names}
     columns = {"epoch", "loss"} | (validated if isinstance(job.config, ValidatedTrainingConfig) else set())

@@ -72,7 +72,7 @@ def _accuracy(correct_N: Tensor) -> float:
 def overfitting_alarms(job: TrainingJob, row: Row) -> list[str]:
     """Returns an alarm for catastrophic overfitting, robustness to one step but not to several (Wong et al. 2020)."""
     if not isinstance(job.config, ValidatedTrainingConfig) or isinstance(job.adversary, CleanBatches):
-        return []  # a network trained on clean images loses to more steps too, and does not claim to be robust
+        return []  # trained on clean images: PGD is also stronger than FGSM, but there is no overfitting to one step
     if row["fgsm"] - row["pgd"] <= job.config.validation.gap:
         return []
     return [

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from advmoe.statistics.intervals import Proportion
 from advmoe.threats import victim_training
 
 COMMANDS = (
+    "code",
+    "inputs",
+    "experts",
     "prepare",
     "pretrain",
     "train",
@@ -57,10 +61,15 @@ STAGE_COMMANDS = [
     ["pretrain", "clean"],
     ["train"],
     ["baseline", "standard"],
-    ["evaluate"],
+    ["inputs"],
+    ["experts"],
+    ["evaluate", "--record"],
     ["poison", "badnets"],
+    ["poison", "badnets", "--record"],
     ["extract", "knockoff"],
+    ["extract", "knockoff", "--record"],
     ["membership"],
+    ["membership", "--record"],
     ["report"],
 ]
 
@@ -267,8 +276,9 @@ def test_an_unknown_name_lists_the_known(advmoe: Advmoe, project: Path, command:
         (["pretrain", "clean"], "artifacts/prepare/dataset.safetensors"),
         (["baseline", "standard"], "artifacts/prepare/dataset.safetensors"),
         (["train"], "artifacts/pretrain/clean.safetensors"),
-        (["evaluate"], "artifacts/baseline/standard.safetensors"),
+        (["evaluate", "--record"], "artifacts/baseline/standard.safetensors"),
         (["poison", "badnets"], "artifacts/prepare/dataset.safetensors"),
+        (["poison", "badnets", "--record"], "artifacts/prepare/dataset.safetensors"),
         (["poison", "badnets", "--rate", "0.2"], "artifacts/prepare/dataset.safetensors"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -467,8 +477,53 @@ def few_images(project: Path, edit: Edit) -> Path:
     return project
 
 
-def test_poison_without_options_is_the_stage(advmoe: Advmoe, few_images: Path) -> None:
-    ran = advmoe("poison", "badnets")
+RECORDING = [["evaluate"], ["poison", "badnets"], ["extract", "knockoff"], ["membership"]]
+OPTIONS = {"evaluate": "--limit=3", "poison": "--rate=0.2", "extract": "--budget=5", "membership": "--victim=mixture"}
+
+
+@pytest.mark.parametrize("command", RECORDING, ids=" ".join)
+def test_record_takes_no_other_option(advmoe: Advmoe, project: Path, command: list[str]) -> None:
+    before = tree(project)
+    refused = sentence(advmoe(*command, "--record", OPTIONS[command[0]]))
+    assert refused == "--record uses the settings of params.yaml and cannot be combined with other options"
+    assert tree(project) == before
+
+
+def test_poison_without_options_writes_to_runs(advmoe: Advmoe, few_images: Path) -> None:
+    before = tree(few_images)
+    assert advmoe("poison", "badnets").code == 0
+    after = tree(few_images)
+    assert {name: content for name, content in after.items() if not name.startswith("runs/")} == before
+    (folder,) = (few_images / "runs").iterdir()
+    assert files.read_json(folder / "runs.json")["runs"]
+
+
+def test_evaluate_without_options_writes_to_runs(advmoe: Advmoe, project: Path) -> None:
+    before = tree(project)
+    assert advmoe("evaluate").code == 0
+    after = tree(project)
+    assert {name: content for name, content in after.items() if not name.startswith("runs/")} == before
+    assert list(answer(project)["attacks"]) == ["fgsm", "pgd"]
+
+
+def test_the_version_is_told(advmoe: Advmoe) -> None:
+    ran = advmoe("--version")
+    assert (ran.code, ran.out) == (0, f"advmoe {metadata.version('advmoe')}\n")
+
+
+def test_completion_is_offered(advmoe: Advmoe) -> None:
+    assert "--install-completion" in advmoe("--help").out
+
+
+def test_use_shows_what_a_profile_changes(advmoe: Advmoe, inputs_only: Path) -> None:
+    before = (inputs_only / "params.yaml").read_bytes()
+    ran = advmoe("use", "smoke", "--show")
+    assert "model.width: 16 -> 4" in ran.out.splitlines()
+    assert (inputs_only / "params.yaml").read_bytes() == before
+
+
+def test_poison_with_record_is_the_stage(advmoe: Advmoe, few_images: Path) -> None:
+    ran = advmoe("poison", "badnets", "--record")
     assert (ran.code, ran.err) == (0, "")
     said = flat(ran.out)
     assert "clean twins to train: standard (seed + 0)" in said  # no baseline was trained by the pipeline
@@ -684,7 +739,7 @@ def test_check_says_what_would_run(
     monkeypatch.setattr(validation, "pending_stages", lambda: pending)
     ran = advmoe("check")
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.splitlines() == ["params.yaml, dvc.yaml and the environment are sound", expected]
+    assert ran.out.splitlines() == ["params.yaml, dvc.yaml and the environment are valid", expected]
 
 
 def test_check_asks_dvc(advmoe: Advmoe, inputs_only: Path) -> None:
@@ -695,7 +750,7 @@ def test_check_asks_dvc(advmoe: Advmoe, inputs_only: Path) -> None:
     ran = advmoe("check")
     assert ran.code == 0, ran.err
     pending = ran.out.partition("dvc repro would run: ")[2].split(", ")
-    assert pending[0] == "prepare"
+    assert pending[:3] == ["code", "inputs", "prepare"]
     assert {stage.strip() for stage in pending[-8:]} == {
         "report",
         "evaluate",
@@ -717,7 +772,7 @@ def test_one_more_expert_is_watched_by_dvc_as_it_is(
     advmoe: Advmoe, inputs_only: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(validation, "pending_stages", list)
-    extra = {"seed": 90, "reads": "seed", "adversary": {"kind": "clean"}}
+    extra = {"seed": 90, "adversary": {"kind": "clean"}}
     names = [*read_yaml(inputs_only / "params.yaml")["train"]["experts"], "extra"]
     edit({"experts.extra": extra, "train.experts": names})
     assert advmoe("check").code == 0
@@ -734,9 +789,6 @@ EXTRA = {  # a baseline more, which params.yaml may use at once
     "backbone": "cnn",
     "match": "nothing",
     "seed": 90,
-    "reads": "seed",
-    "beside": "train.epochs",
-    "needs": "prepare",
     "adversary": {"kind": "clean"},
 }
 

@@ -11,7 +11,7 @@ from conftest import ROOT, Advmoe, Edit, sentence
 from ruamel.yaml import YAML
 
 from advmoe.config import schema
-from advmoe.config.cost_forecast import Forecast, Job, Network, rows, sizes, timed
+from advmoe.config.cost_forecast import Forecast, NetworkCost, StageCost, rows, split_sizes, time_step
 from advmoe.config.schema import Params
 from advmoe.core import paths
 from advmoe.core.errors import UserError
@@ -75,12 +75,12 @@ def test_an_image_costs_its_attack_and_the_learning(adversary: Any, expected: fl
 def test_a_stage_costs_its_epochs_and_the_looks_at_the_validation_split(small: Params) -> None:
     forecast = Forecast(small)
     job = {job.stage: job for job in forecast.jobs()}["pretrain@pgd-1"]
-    each, recipe = forecast.expert.each, small.pretrain
+    each, recipe = forecast.expert.flops_per_image, small.pretrain
     assert job.passes == 7.5
-    assert job.training == recipe.epochs * 987 * (7.5 * (each.forward + each.pixels) + each.learning)
+    assert job.training_flops == recipe.epochs * 987 * (7.5 * (each.forward + each.pixels) + each.learning)
     looks = (1 + recipe.validation.steps) * (each.forward + each.pixels) + 4 * each.forward
-    assert job.beside == recipe.epochs * 180 * looks
-    assert job.operations == job.training + job.beside
+    assert job.evaluation_flops == recipe.epochs * 180 * looks
+    assert job.operations == job.training_flops + job.evaluation_flops
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_mixture_costs_what_all_of_it_counted_at_once_does(small: Params, chan
     forecast = Forecast(params)
     model = classifiers.build(specs.paper_mixture(params.model, params.train), forecast.sizes.facts, 0)
     learner = MixtureTask(model, params.train)  # type: ignore[arg-type]
-    whole, summed = measure_flops(learner, *forecast._noise(2)), forecast.mixture.each
+    whole, summed = measure_flops(learner, *forecast._random_batch(2)), forecast.mixture.flops_per_image
     assert asdict(summed) == pytest.approx(asdict(whole), rel=3e-4)  # but for the gate's last layer
 
 
@@ -115,8 +115,8 @@ def test_an_expert_that_learns_by_trades_is_dearer_and_no_other_for_it(small: Pa
     params = validate(content | {"experts": experts}, Params, "params.yaml")
     forecast = Forecast(params)
     jobs = {job.stage: job for job in forecast.jobs()}
-    each = {name: jobs[f"pretrain@{name}"].network.each for name in experts}
-    assert each["pgd-1"] == each["fgsm-1"] == forecast.expert.each
+    each = {name: jobs[f"pretrain@{name}"].network.flops_per_image for name in experts}
+    assert each["pgd-1"] == each["fgsm-1"] == forecast.expert.flops_per_image
     assert each["clean"].learning == pytest.approx(2 * each["pgd-1"].learning, rel=0.01)
 
 
@@ -132,11 +132,11 @@ def test_the_fair_comparators_cost_what_they_are_to_match(small: Params) -> None
     assert jobs["baseline@equal-passes"].operations == mixture
     assert jobs["baseline@uniform"].operations == jobs["train"].operations
     assert jobs["baseline@trades"].operations > 1.1 * jobs["baseline@adversarial"].operations
-    student, plain = (jobs[f"baseline@{name}"].network.each for name in ("distilled", "adversarial"))
+    student, plain = (jobs[f"baseline@{name}"].network.flops_per_image for name in ("distilled", "adversarial"))
     assert student.forward == plain.forward
-    assert student.learning > 2 * plain.learning + 0.9 * jobs["train"].network.each.forward
-    ratio = jobs["baseline@equal-parameters"].network.each.forward / jobs["train"].network.each.forward
-    assert ratio == pytest.approx(1, abs=0.3)
+    assert student.learning > 2 * plain.learning + 0.9 * jobs["train"].network.flops_per_image.forward
+    wide, mixture_flops = (jobs[name].network.flops_per_image for name in ("baseline@equal-parameters", "train"))
+    assert wide.forward / mixture_flops.forward == pytest.approx(1, abs=0.3)
 
 
 def test_evaluation_is_every_attack_on_images_that_none_fells(small: Params) -> None:
@@ -148,8 +148,8 @@ def test_evaluation_is_every_attack_on_images_that_none_fells(small: Params) -> 
         pgd = 10 * each.forward + 8 * each.pixels
         return 10 * (pgd + judged * (6 * each.forward + 4 * each.pixels))
 
-    mixture, expert = forecast.mixture.each, forecast.expert.each
-    baselines = [jobs[f"baseline@{name}"].network.each for name in small.evaluate.baselines]
+    mixture, expert = forecast.mixture.flops_per_image, forecast.expert.flops_per_image
+    baselines = [jobs[f"baseline@{name}"].network.flops_per_image for name in small.evaluate.baselines]
     expected = met(mixture, True) + 2 * met(mixture, False) + 6 * met(expert, False)
     assert jobs["evaluate, at most"].operations == expected + sum(met(each, True) for each in baselines)
 
@@ -158,11 +158,11 @@ def test_evaluation_is_every_attack_on_images_that_none_fells(small: Params) -> 
 
 
 def test_sizes_of_what_can_be_downloaded_are_known() -> None:
-    whole = sizes(prepare(kind="cifar10", per_class=None, test_per_class=None))
+    whole = split_sizes(prepare(kind="cifar10", per_class=None, test_per_class=None))
     assert (whole.train, whole.validation, whole.test) == (50_000 - 450, 180, 360)
     assert (whole.facts.channels, whole.facts.height, whole.facts.classes) == (3, 32, 10)
-    assert sizes(prepare(kind="cifar10", per_class=100, test_per_class=20)).train == 1000 - 450
-    assert sizes(prepare(kind="digits")).train == 987
+    assert split_sizes(prepare(kind="cifar10", per_class=100, test_per_class=20)).train == 1000 - 450
+    assert split_sizes(prepare(kind="digits")).train == 987
 
 
 def test_splits_that_leave_nothing_to_train_on_have_no_price(small: Params) -> None:
@@ -170,18 +170,18 @@ def test_splits_that_leave_nothing_to_train_on_have_no_price(small: Params) -> N
     wanted = 1500 + splits.pool + (splits.test or 0)
     assert wanted >= 1797
     with pytest.raises(UserError, match=rf"^prepare.splits: {wanted} images requested, but there are 1797 and "):
-        sizes(small.prepare.model_copy(update={"splits": splits}))
+        split_sizes(small.prepare.model_copy(update={"splits": splits}))
 
 
 def test_other_sources_must_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="run `dvc repro prepare`"):
-        sizes(prepare(kind="folder", path="data/images", size=8, channels=1))
+        split_sizes(prepare(kind="folder", path="data/images", size=8, channels=1))
 
 
 @pytest.mark.usefixtures("project")
 def test_what_is_prepared_is_counted() -> None:
-    found = sizes(prepare(kind="folder", path="data/images", size=8, channels=1))
+    found = split_sizes(prepare(kind="folder", path="data/images", size=8, channels=1))
     assert (found.train, found.validation, found.test, found.facts.height) == (987, 180, 360, 8)
 
 
@@ -195,19 +195,19 @@ def test_operations_are_those_that_the_last_run_counted(monkeypatch: pytest.Monk
     forecast = Forecast(params)
     jobs = {job.stage: job for job in forecast.jobs()}
     steps = params.pretrain.epochs * math.ceil(forecast.sizes.train / params.pretrain.batch_size)
-    each = forecast.expert.each
+    each = forecast.expert.flops_per_image
     for name, student in params.experts.items():
         counted = json.loads(paths.metrics("pretrain", name).read_text())["cost"]["training_flops"]
         drawn = student.adversary.steps if isinstance(student.adversary, PgdBatches) else (0,)
         spread = (max(drawn) - min(drawn)) / 2 * forecast.sizes.train * params.pretrain.epochs / math.sqrt(steps)
-        assert abs(jobs[f"pretrain@{name}"].training - counted) <= 4 * spread * (each.forward + each.pixels), name
+        assert abs(jobs[f"pretrain@{name}"].training_flops - counted) <= 4 * spread * (each.forward + each.pixels), name
 
 
 def test_the_rate_of_this_machine_is_measured_on_training_steps(small: Params) -> None:
     ticks = iter(range(10**6))
     forecast = Forecast(small, lambda: float(next(ticks)))  # every step takes a second
     assert forecast.expert.speed() == small.pretrain.batch_size * specs.flops_per_training_image(
-        forecast.expert.each, PgdBatches(kind="pgd", steps=(3,), step_size=0.25), 1
+        forecast.expert.flops_per_image, PgdBatches(kind="pgd", steps=(3,), step_size=0.25), 1
     )
 
 
@@ -217,7 +217,7 @@ def test_the_first_step_is_not_timed() -> None:
     def step() -> None:
         calls.append(2.0)
 
-    assert timed(step, lambda: sum(calls)) == 2.0
+    assert time_step(step, lambda: sum(calls)) == 2.0
 
 
 # ---- what is shown
@@ -227,10 +227,13 @@ def test_hours_are_operations_over_the_rate() -> None:
     def never() -> float:
         raise AssertionError("measured, though a rate was given")
 
-    slow, fast = Network(EACH, lambda: 1e12), Network(EACH, lambda: 4e12)
-    jobs = [Job("a", 2.0, 3.6e15, 0.0, slow), Job("b", 1.0, 7.0e15, 0.2e15, fast)]
+    slow, fast = NetworkCost(EACH, lambda: 1e12), NetworkCost(EACH, lambda: 4e12)
+    jobs = [StageCost("a", 2.0, 3.6e15, 0.0, slow), StageCost("b", 1.0, 7.0e15, 0.2e15, fast)]
     assert [row[-1] for row in rows(jobs, None)] == ["1", "0.5", "1.5"]
-    given = [Job(job.stage, job.passes, job.training, job.beside, Network(EACH, never)) for job in jobs]
+    given = [
+        StageCost(job.stage, job.passes, job.training_flops, job.evaluation_flops, NetworkCost(EACH, never))
+        for job in jobs
+    ]
     assert [row[-1] for row in rows(given, 2e12)] == ["0.5", "1", "1.5"]
     assert rows(given, 2e12)[-1][2] == "10.8"
 

@@ -13,7 +13,7 @@ from advmoe.core import artifacts, settings
 from advmoe.core.errors import UserError
 from advmoe.core.references import in_current_form, resolve_adversaries
 from advmoe.core.settings import read_yaml, validate
-from advmoe.core.stage_inputs import all_inputs, content_of, inputs_path, meets_threat_model
+from advmoe.core.stage_inputs import all_inputs, content_of, inputs_path, uses_threat_epsilon
 from advmoe.training.baselines.specs import SingleNetwork
 from advmoe.training.single import NetworkSpec
 
@@ -93,7 +93,7 @@ def test_the_adversaries_of_this_test_are_all_there_are() -> None:
 @pytest.mark.parametrize("kind", ADVERSARIES)
 def test_the_threat_model_is_met_as_training_meets_it(kind: str) -> None:
     spec = validate({"adversary": ADVERSARIES[kind], "seed": 0}, NetworkSpec, "here")
-    assert meets_threat_model(ADVERSARIES[kind]) == spec.meets_threat_model
+    assert uses_threat_epsilon(ADVERSARIES[kind]) == spec.uses_threat_epsilon
 
 
 def covers(declared: set[str], key: str) -> bool:

@@ -95,7 +95,7 @@ def test_claims_can_be_about_clean_images_and_single_attacks(tmp_path: Path) -> 
 
 def test_an_attack_that_was_run_on_one_model_only_is_not_judged(tmp_path: Path) -> None:
     write_snapshot(tmp_path, {MIXTURE: model_wrong_on([], attack="misrouting"), PLAIN: model_wrong_on([])})
-    assert one(tmp_path, "misrouting").sentence == "baseline/adversarial did not meet misrouting"
+    assert one(tmp_path, "misrouting").sentence == "baseline/adversarial was not attacked by misrouting"
 
 
 @pytest.mark.parametrize("model", [MIXTURE, PLAIN])
@@ -121,7 +121,7 @@ def test_checked_models_are_compared_in_their_own_worst_case(tmp_path: Path) -> 
     write_snapshot(tmp_path, {MIXTURE: gated, PLAIN: model_wrong_on([])})
     found = one(tmp_path)
     assert found.status == "contradicted"
-    assert found.sentence.endswith("; each in the worst case of all attacks that it met")
+    assert found.sentence.endswith("; each in the worst case over all attacks run on it")
 
 
 def test_a_model_without_a_verdict_is_compared_over_common_attacks(tmp_path: Path) -> None:
@@ -131,12 +131,12 @@ def test_a_model_without_a_verdict_is_compared_over_common_attacks(tmp_path: Pat
     found = one(tmp_path, over=EXPERT)
     assert found.evidence is not None
     assert (found.evidence.model.correct, found.evidence.over.correct) == (IMAGES - 2, IMAGES - 3)
-    assert found.evidence.note.startswith("over the attacks that both met (pgd, apgd), as the full suite did not judge")
+    assert found.evidence.note.startswith("over the attacks run on both (pgd, apgd), as not all attacks were run on")
 
 
 def test_without_an_attack_in_common_there_is_no_worst_case(tmp_path: Path) -> None:
     write_snapshot(tmp_path, {MIXTURE: model_wrong_on([], attack="fgsm"), EXPERT: model_wrong_on([], "not asked")})
-    assert "met no attack in common" in one(tmp_path, over=EXPERT).sentence
+    assert "have no attack in common" in one(tmp_path, over=EXPERT).sentence
     assert one(tmp_path, "clean", over=EXPERT).status == "not supported"
 
 
@@ -155,14 +155,15 @@ def test_no_image_in_common_is_no_evidence(tmp_path: Path) -> None:
     first.cells["rays"] = [1, *[""] * (IMAGES - 1)]
     second.cells["rays"] = ["", 1, *[""] * (IMAGES - 2)]
     write_snapshot(tmp_path, {MIXTURE: first, PLAIN: second})
-    assert one(tmp_path, "rays").sentence == "no image met rays on both models"
+    assert one(tmp_path, "rays").sentence == "no image was attacked by rays on both models"
 
 
 def test_skipping_images_after_a_successful_attack_is_noted(tmp_path: Path) -> None:
     first = model_wrong_on([])
     first.drop_fallen = True
     write_snapshot(tmp_path, {MIXTURE: first, PLAIN: model_wrong_on([])})
-    assert one(tmp_path, "pgd").sentence.endswith("; an image that fell to an earlier attack counts as fallen")
+    sentence = one(tmp_path, "pgd").sentence
+    assert sentence.endswith("; an image misclassified under an earlier attack counts as misclassified")
     assert "earlier" not in one(tmp_path, "worst").sentence
 
 

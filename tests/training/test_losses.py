@@ -349,7 +349,7 @@ def test_an_expert_learns_from_nfgsm() -> None:
     assert (drawn.settings, drawn.ball) == (NFgsm(kind="n-fgsm", noise=2.0, step_size=1.0), LInf(0.2))
     assert expected_passes(NFGSM) == 1
     student = NetworkSpec(adversary=NFGSM, seed=1)
-    assert student.meets_threat_model
+    assert student.uses_threat_epsilon
     told = SingleConfig.model_validate(RECIPE | {"epochs": 6, "validation_epsilon": EPSILON})
     backbone = BackboneSettings(kind="resnet18", width=2)
     trained = train_single(SingleRun("tiny", student, backbone, patterned_set(stream), told, seed=0, epsilon=EPSILON))
@@ -369,4 +369,4 @@ def test_radius_is_drawn_relative_to_epsilon() -> None:
 
 
 def test_expert_at_radii_meets_the_threat_model() -> None:
-    assert NetworkSpec(adversary=RADII, seed=1).meets_threat_model
+    assert NetworkSpec(adversary=RADII, seed=1).uses_threat_epsilon

@@ -293,7 +293,7 @@ def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
 
 
 def test_trades_meets_the_threat_model() -> None:
-    assert NetworkSpec(adversary=BATCHES, seed=0).meets_threat_model
+    assert NetworkSpec(adversary=BATCHES, seed=0).uses_threat_epsilon
 
 
 def test_crafting_is_in_eval_mode_and_changes_no_buffer() -> None:

@@ -622,7 +622,7 @@ def student(adversary: Adversary, seed: int = 0) -> NetworkSpec:
 
 
 def run_single(adversary: Adversary, seed: int = 0, own: int = 0, **changes: Any) -> TrainingResult:
-    radius = EPSILON if student(adversary).meets_threat_model else None
+    radius = EPSILON if student(adversary).uses_threat_epsilon else None
     recipe = single_recipe(**changes)
     return train_single(
         SingleRun("expert", student(adversary, own), BACKBONE, make_dataset(), recipe, seed=seed, epsilon=radius)
@@ -822,7 +822,7 @@ def test_selection_by_robust_accuracy_for_those_who_meet_the_threat_model(monkey
 
 @pytest.mark.parametrize(("adversary", "meets"), [(CLEAN, False), (FGSM, False), (PGD, True)])
 def test_only_attacks_at_the_top_level_epsilon_meet_the_threat_model(adversary: Adversary, meets: bool) -> None:
-    assert NetworkSpec(adversary=adversary, seed=0).meets_threat_model == meets
+    assert NetworkSpec(adversary=adversary, seed=0).uses_threat_epsilon == meets
 
 
 def test_validation_radius_is_the_threat_models_or_the_fixed_one(monkeypatch: pytest.MonkeyPatch) -> None:

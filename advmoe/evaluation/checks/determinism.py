@@ -19,7 +19,7 @@ LOGIT_TOLERANCE = 1e-4  # of the largest logit: a different summation order chan
 
 
 def determinism(context: CheckContext) -> CheckResult:
-    """Compares several passes over the same images; attacks on one draw do not evaluate a randomised model."""
+    """Compares the logits of several forward passes over the same images."""
     images = context.target.images[: context.settings.images]
     with inference.eval_mode(context.target.model) as model, torch.random.fork_rng(devices=_devices(images)):
         first_BK, logits = _passes(model, images)

@@ -137,7 +137,7 @@ def is_probability(logits_BK: Tensor) -> bool:
 
 
 def low_precision(logits_BK: Tensor) -> str | None:
-    """Returns the lower-precision dtype that represents all logits exactly, if any; None for whole numbers (votes)."""
+    """Returns the lower-precision dtype that represents all logits exactly, if any; None for integers (vote counts)."""
     if logits_BK.dtype not in (torch.float32, torch.float64):
         return str(logits_BK.dtype).removeprefix("torch.")
     if (logits_BK == logits_BK.round()).all():

@@ -155,7 +155,7 @@ def survivors(
 def attack_survivors(
     context: CheckContext, probe: ProbeSet, remaining_n: Tensor, attack: AttackSettings, ball: Ball, purpose: str | None
 ) -> Tensor:
-    """Attacks only the images of `standing_n` (n,) bool; returns the survivors among all probe images (n,)."""
+    """Attacks only the images of `remaining_n` (n,) bool; returns the survivors among all probe images (n,)."""
     right_n = remaining_n.clone()
     right_n[remaining_n] = survivors(context, probe.select(remaining_n), attack, ball, purpose)
     return right_n

@@ -40,7 +40,7 @@ MAX_BYTES = 2**31 - 1  # protobuf's limit for one message
 
 @dataclass(frozen=True)
 class OnnxComparison:
-    """The largest `difference` of a log-probability between ONNX and PyTorch over so many `images`.
+    """The largest `difference` of a log-probability between ONNX and PyTorch; `images`: number of images compared.
 
     The predicted classes are equal on all of them.
     """

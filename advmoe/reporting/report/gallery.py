@@ -67,7 +67,7 @@ class ExampleData:
 
 
 def section(sources: Sources, root: Path, count: int) -> Section:
-    """Shows `count` examples from the artifacts under `root`, a third of them robust, or says why there are none."""
+    """Shows `count` examples from the artifacts under `root`, a third of them robust, or why there are none."""
     files = [root / paths.ADVERSARIAL, root / paths.MIXTURE]
     missing = [str(path.relative_to(root)) for path in files if not path.is_file()]
     if missing or MIXTURE not in sources.models:

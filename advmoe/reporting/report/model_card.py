@@ -118,8 +118,8 @@ def _training(sources: Sources) -> Iterable[str]:
         yield from blocks(paper_comparison.section(sources).blocks)
     cost = sources.trained("train").get(MIXTURE, {}).get("cost")
     if cost:
-        spent = f"{large_number(cost['total_training_flops'])} FLOPs for training, including its experts"
-        yield f"It has {large_number(cost['parameters'])} parameters and took {spent}."
+        training = f"{large_number(cost['total_training_flops'])} FLOPs for training, including its experts"
+        yield f"It has {large_number(cost['parameters'])} parameters and took {training}."
 
 
 def _evaluation(sources: Sources) -> Iterable[str]:

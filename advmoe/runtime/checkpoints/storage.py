@@ -42,7 +42,7 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> bool:
     """Writes a checkpoint atomically, with a checksum. Returns False, with a warning, when the file cannot be written:
-    work must not fail for want of checkpoints.
+    a run must not fail because of its checkpoints.
     """
     try:
         _write(path, checkpoint)

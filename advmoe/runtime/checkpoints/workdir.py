@@ -42,7 +42,7 @@ def hash_values(*values: object) -> str:
 
 
 def environment_fingerprint() -> list[object]:
-    """Returns what determines the last bits of a result beside settings and data: hardware, PyTorch and code.
+    """Returns what determines the rounding of a result: hardware, PyTorch and code.
 
     Only a single process resumes bit for bit. Under torchrun another number of processes may resume, and the batches
     over which a BatchNorm normalises differ.
@@ -166,7 +166,7 @@ def open_workdir(label: str, *facts: object) -> Iterator[Path | None]:
 
 
 def _warn_about_earlier_work(workdir: WorkDir) -> None:
-    """Says why earlier work is not resumed, if so, and notes where the work in this folder is done."""
+    """Warns if earlier work is not resumed, with the reason, and records the environment of the work in this folder."""
     reason = workdir.reason_to_start_over()
     if reason is not None:
         console.warn(f"{workdir.label}: earlier unfinished work is not resumed: {reason}")

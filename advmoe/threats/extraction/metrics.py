@@ -55,7 +55,7 @@ class EvaluationInputs:
 @dataclass(frozen=True)
 class VictimAnswers:
     """The victim's outputs: probabilities (N, K) on the test images; classes on noise (M,), on test images with random
-    signs of size epsilon (N,), and on PGD examples `attacked` (N, C, H, W) crafted on it (None without a network).
+    signs of size epsilon (N,), and on PGD examples `attacked` (N, C, H, W) crafted on it (None for a query function).
     """
 
     probabilities: Tensor

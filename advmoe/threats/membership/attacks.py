@@ -11,7 +11,7 @@ TINY = 1e-30  # lower bound of the variance
 
 
 def loss_scores(log_probs_NK: Tensor, labels_N: Tensor) -> Tensor:
-    """Returns the negative cross-entropy (N,) (Yeom et al. 2018, arXiv 1709.01604)."""
+    """Returns the negative cross-entropy of each image (N,) (Yeom et al. 2018, arXiv 1709.01604)."""
     return -functional.nll_loss(log_probs_NK, labels_N, reduction="none")
 
 

@@ -21,7 +21,7 @@ class BadNets(Settings):
 def badnets(
     images_NCHW: Tensor, labels_N: Tensor, stream: torch.Generator, settings: BadNets, *, rate: float, classes: int
 ) -> PoisonedSet:
-    """Patches images of all other classes and labels them as the target.
+    """Stamps a patch on a share `rate` of the set, drawn from the other classes, and labels these images as the target.
 
     Raises UserError when patch, target or rate do not fit the data.
     """

@@ -22,7 +22,7 @@ class Blended(Settings):
 def blended(
     images_NCHW: Tensor, labels_N: Tensor, stream: torch.Generator, settings: Blended, *, rate: float, classes: int
 ) -> PoisonedSet:
-    """Blends one pattern of uniform noise into images of all other classes and labels them as the target."""
+    """Blends one noise pattern into a share `rate` of the set, from the other classes, and labels it as the target."""
     shape = images_NCHW.shape[1:]
     # drawn before the rows, so that the pattern is the same at every rate
     pattern = torch.randint(0, 256, shape, generator=stream, dtype=torch.uint8)

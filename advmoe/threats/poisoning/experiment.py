@@ -309,7 +309,7 @@ def _predictions(experiment: PoisonExperiment, model: nn.Module) -> Predictions:
 
 
 def _twin_name(victim: str) -> str:
-    """Without poison the two ways to poison a mixture are the same."""
+    """Returns the victim's name without poison: that of a mixture does not depend on which phases are poisoned."""
     return MIXTURE if victim == JOINT_ONLY else victim
 
 

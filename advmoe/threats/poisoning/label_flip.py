@@ -50,7 +50,10 @@ LabelFlip = Annotated[RandomFlip | PairFlip | TargetedFlip, Field(discriminator=
 def label_flip(
     images_NCHW: Tensor, labels_N: Tensor, stream: torch.Generator, settings: LabelFlip, *, rate: float, classes: int
 ) -> PoisonedSet:
-    """Flips a share of the labels. Raises UserError when a class has no images or the rate is less than one image."""
+    """Returns the set with the labels of a share `rate` of the images flipped; of the source class in a targeted flip.
+
+    Raises UserError when a class has no images or the rate is less than one image.
+    """
     if isinstance(settings, TargetedFlip):
         return _targeted(images_NCHW, labels_N, stream, settings, rate, classes)
     rate_of = "the training set"

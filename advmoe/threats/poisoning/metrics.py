@@ -186,9 +186,9 @@ def _mixture_metrics(
 
 
 def detection_rates(flagged_N: Tensor, is_poison_N: Tensor) -> dict[str, Any]:
-    """Returns true and false positive rate of a detector, from masks over the training images (N,).
+    """Returns true and false positive rate of a detector (`tpr`, `fpr`), from masks over the training images (N,).
 
-    There is no false positive rate when every image is poisoned.
+    `fpr` is missing when every image is poisoned.
     """
     rates: dict[str, Any] = {"tpr": Proportion.from_mask(flagged_N[is_poison_N])}
     if not is_poison_N.all():

@@ -1,6 +1,6 @@
 """The poisoned training set: images and labels that victims are trained on, which of them are poisoned, and its file.
 
-It is made once, as uint8 images, before any augmentation: poison that is drawn anew in each epoch, or a trigger that is
+It is made once, as uint8 images, before any augmentation: poison that is drawn in each epoch, or a trigger that is
 stamped after a crop, is a different and stronger attack than the one whose rate is reported.
 
 Shapes: N training images, M poisoned ones, C channel, H/W pixels.

@@ -1,7 +1,7 @@
 """Distillation: one small network that learns the mixture's outputs at a fraction of its cost.
 
 Robust soft labels (RSLAD, Zi et al., ICCV 2021, arXiv 2108.07969): on the clean image x and on the attacked one x' the
-student learns the teacher's output on x; labels play no part in the loss.
+student learns the teacher's output on x; labels are not used in the loss.
 
     loss = (1 - alpha) * KL(teacher(x) || student(x)) + alpha * KL(teacher(x) || student(x'))
 
@@ -21,8 +21,9 @@ from advmoe.training.trades import kl_divergence
 
 
 class DistillationTask(PlainTask):
-    """Learns from a teacher, which is frozen in place, in eval mode; `alpha` in [0, 1] is the weight of the attacked
-    images.
+    """Trains a student on the outputs of `teacher`, which is frozen in place, in eval mode.
+
+    `alpha` in [0, 1] is the weight of the attacked images.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig, teacher: nn.Module, alpha: float) -> None:
@@ -32,7 +33,10 @@ class DistillationTask(PlainTask):
         self.alpha = alpha
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:
-        """Returns both divergences from the teacher's output on the clean images, a mean over the batch."""
+        """Returns (1 - alpha) * KL on the clean images + alpha * KL on the attacked images, a mean over the batch.
+
+        Both divergences are from the teacher's output on the clean images.
+        """
         del labels_B
         with torch.no_grad():
             teacher_logits_BK = self.teacher.to(clean_BCHW.device)(clean_BCHW)

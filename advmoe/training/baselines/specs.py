@@ -197,8 +197,8 @@ def _epoch_flops(task: HasLoss, adversary: Adversary, config: ValidatedTrainingC
 
 
 def flops_per_training_image(flops: FlopsPerImage, adversary: Adversary, gradients: int) -> float:
-    """Returns the operations per image in one epoch: of the attack, on average over the draws, and of so many training
-    gradients. `flops`: those of single passes.
+    """Returns the operations per image in one epoch: of the attack, on average over the draws, and of `gradients`
+    training gradients. `flops`: operations of single passes.
     """
     clean_pass = flops.forward if isinstance(adversary, TradesBatches) else 0  # TRADES compares with the clean output
     return expected_passes(adversary) * (flops.forward + flops.pixels) + clean_pass + gradients * flops.learning

@@ -65,11 +65,11 @@ class AlternatingTask(MixtureTask):
             self.mixture.gate.eval()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the number of turns, too."""
+        """Returns the state of a mixture task, and the number of turns."""
         return {**super().state_dict(), "turn": torch.tensor(self.turn)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads the number of turns, too. Raises UserError for a state without it."""
+        """Loads a `state_dict`. Raises UserError for a state without the number of turns."""
         norms = dict(state)
         turn = norms.pop("turn", torch.zeros(()))
         if turn.dtype != torch.int64 or turn.ndim:
@@ -84,8 +84,8 @@ class SynergyTask(MixtureTask):
     Per image the experts' cross-entropies are combined by a smooth minimum, -log mean_e exp(-CE_e), so that the
     gradient goes to the experts that are nearly right; each confidence learns the probability that its expert gives to
     the true class, by binary cross-entropy. The paper attacks every sub-model by itself; under the common protocol the
-    batch is attacked through the whole mixture, with a straight-through choice. The loss is its own: it uses the
-    images of `adversary: trades` but not its loss, and ignores `own_loss`, `load_balance` and `recipe`.
+    batch is attacked through the whole mixture, with a straight-through choice. `own_loss`, `load_balance`
+    and `recipe` are ignored; with `adversary: trades` the images are attacked as in TRADES, but its loss is not used.
     """
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, clean_BCHW: Tensor) -> Tensor:

@@ -4,8 +4,8 @@
 
 H: entropy (nats); row e of M: expert e's probabilities of the wrong classes, as a vector of length 1. The determinant
 is the squared volume that these span, 0 where two experts give the wrong classes the same proportions. The
-cross-entropies are those of the experts' own outputs: beside a single one of the mixture's output alpha and beta would
-be too large by a factor of the number of experts.
+cross-entropies are those of the experts' own outputs: relative to the single one of the mixture's output alpha and beta
+would be too large by a factor of the number of experts.
 
 As in the authors' ensemble the entropy is that of a plain average: that of a gated output would train the gate to
 prefer the most uncertain experts. The gate is trained by the cross-entropy of the mixture's output with detached

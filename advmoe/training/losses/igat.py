@@ -9,7 +9,7 @@ The authors' program (github.com/xqsi/iGAT) draws one expert for each image by t
 here the expectation is taken, which needs no random numbers. The last term penalises the one expert with the highest
 probability of a wrong class; theirs by default sums over all experts, doubles the highest, and has no gradient above a
 probability of 0.99. Their alpha and beta, 5 and 10, are added to the cross-entropies of eight experts; 0.6 and 1.25, an
-eighth of them, are our choice beside the one cross-entropy of the mixture.
+eighth of them, are our choice for the single cross-entropy of the mixture.
 
 Shapes: B batch, E experts, K classes.
 """
