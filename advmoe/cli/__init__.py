@@ -12,6 +12,6 @@ from advmoe.cli import models
 from advmoe.cli import project
 
 # isort: on
-from advmoe.cli.app import app, main
+from advmoe.cli.application import app, main
 
 __all__ = ["app", "main", "models", "project", "results", "stages"]

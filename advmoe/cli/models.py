@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from advmoe.cli.app import MODELS, app, start_single_process
+from advmoe.cli.application import MODELS, app, start_single_process
 from advmoe.core import console, paths
 from advmoe.core.errors import UserError
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from advmoe.cli.app import PROJECT, app, start_single_process
+from advmoe.cli.application import PROJECT, app, start_single_process
 from advmoe.core import console, files
 
 

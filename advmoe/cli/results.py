@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from advmoe.cli.app import RESULTS, app
+from advmoe.cli.application import RESULTS, app
 from advmoe.core import console, paths
 
 

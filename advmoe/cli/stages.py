@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from advmoe.cli.app import STAGES, app, distributed_stage, refuse_options, start_single_process, start_stage
+from advmoe.cli.application import STAGES, app, distributed_stage, refuse_options, start_single_process, start_stage
 from advmoe.core import paths
 
 Record = Annotated[

@@ -232,7 +232,7 @@ def test_a_network_without_training_cost_is_refused_before_any_attack(
     classifiers.save(OTHER, *about, params={}, inputs=old.header.inputs, seed=0, metrics={}, seconds=0.0)
     monkeypatch.setattr(harness, "evaluate", None)
     (said,) = refused(monkeypatch, capsys, str(paths.MIXTURE), str(OTHER))
-    assert said.startswith(f"error: {OTHER}: does not say what its training cost")
+    assert said.startswith(f"error: {OTHER}: does not hold its training cost")
 
 
 def other_data(data: dataset.Dataset) -> dataset.Dataset:

@@ -88,7 +88,7 @@ def test_an_incomplete_checkpoint_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     images, labels = load_images(4)
     model = networks.mixture(images, width=1, experts=2)
     assert [row.passed for row in resume_rows(model, images, labels)] == [True]
-    monkeypatch.setattr("advmoe.training.trainer_state._restore_optimizer", lambda *_: None)
+    monkeypatch.setattr("advmoe.training.trainer_state.TrainerState._load_optimizer", lambda *_: None)
     assert [row.passed for row in resume_rows(model, images, labels)] == [False]
 
 

@@ -556,12 +556,12 @@ def test_poison_with_an_option_is_a_question_beside_the_tracked_results(advmoe: 
         (["badnets", "--rate", "1.5"], "poison badnets: rates.0: input should be less than or equal to 1, got 1.5"),
         (["badnets", "--rate", "-0.1"], "poison badnets: rates.0: input should be greater than 0, got -0.1"),
         (["badnets", "--rate", "nan"], "poison badnets: rates.0: input should be "),
-        (["badnets", "--rate", "0.0001"], "rate 0.0001 of 987 images (the training set) is not even one image"),
+        (["badnets", "--rate", "0.0001"], "rate 0.0001 of 987 images (the training set) rounds to zero images"),
         (["badnets", "--rate", "0.95"], "938 images should be poisoned, but every class but 0 holds only 8"),
         (["badnets", "--target", "10"], "class 10 does not exist; the classes are 0 to 9"),
         (["badnets", "--victim", "nobody"], "victim 'nobody' is not known; there are mixture, mixture-joint, standard"),
         (["badnets", "--defence", "nobody"], "defence 'nobody' is not known; there are spectral, clustering, strip"),
-        (["badnets", "--seed", "0", "--seed", "0"], "poison badnets: seeds lists something twice"),
+        (["badnets", "--seed", "0", "--seed", "0"], "poison badnets: seeds contains duplicates"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -574,7 +574,7 @@ def test_impossible_poison_is_refused(advmoe: Advmoe, project: Path, options: li
 @pytest.mark.parametrize(
     ("attack", "options", "expected"),
     [
-        ({"kind": "label-flip-random"}, ["--target", "3"], "--target: label-flip-random aims at no class"),
+        ({"kind": "label-flip-random"}, ["--target", "3"], "--target: label-flip-random has no target class"),
         (
             {"kind": "label-flip-targeted", "source": 4, "target": 9},
             ["--target", "4"],

@@ -4,6 +4,7 @@ Shapes: N images, B batch, C channel, H/W pixels, K classes.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -251,7 +252,9 @@ def test_gradients_that_mislead_beyond_the_first_step_are_caught(robust_model: n
     context = context_of(Wrapped(robust_model, before=misleading_off_data))
     steps, rise = convergence(context), loss_increase(context)
     assert steps.status == rise.status == "fail"
-    assert "accuracy is 83.3 % under one FGSM step and 100.0 % under PGD" in steps.sentence
+    found = re.search(r"accuracy is (\d+\.\d) % under one FGSM step and 100\.0 % under PGD", steps.sentence)
+    assert found is not None
+    assert float(found[1]) < 90  # its training depends on the machine in the last bits
     assert "masked gradients" in steps.sentence
     assert "the gradient is masked or flat" in rise.sentence
 

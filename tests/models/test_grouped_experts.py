@@ -433,7 +433,7 @@ def test_robust_accuracy_does_not_depend_on_grouping() -> None:
     for precision in PRECISIONS:
         assert runs_grouped(model, images[:80], precision)
         fast = survives(model, images, classes, precision)
-        assert abs(float(fast.double().mean() - plain.double().mean())) <= 0.005
+        assert 200 * abs(int(fast.sum()) - int(plain.sum())) <= len(plain)
         assert float((fast == plain).double().mean()) >= 0.98
         missed, gained = int((fast & ~plain).sum()), int((plain & ~fast).sum())
         assert missed - gained <= 2 * max(1, missed + gained) ** 0.5  # two standard deviations of a fair coin

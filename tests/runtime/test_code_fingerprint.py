@@ -65,7 +65,7 @@ def test_imports_inside_functions_count(copy: Path) -> None:
 
 def test_the_command_line_and_the_console_do_not_count(copy: Path) -> None:
     assert changed(copy, "advmoe/core/console.py", "\n\n\ndef ", "\n\n\nNEW = 1\n\n\ndef ") == set()
-    assert changed(copy, "advmoe/cli/app.py", "\n\n\ndef ", "\n\n\nNEW = 1\n\n\ndef ") == set()
+    assert changed(copy, "advmoe/cli/application.py", "\n\n\ndef ", "\n\n\nNEW = 1\n\n\ndef ") == set()
 
 
 def test_templates_count_for_the_report(copy: Path) -> None:

@@ -30,6 +30,7 @@ from torch.nn import functional
 from advmoe import cli
 from advmoe.attacks.fab import FabT
 from advmoe.attacks.registry import AttackSettings
+from advmoe.cli import application
 from advmoe.core import paths
 from advmoe.core.errors import UserError
 from advmoe.data import dataset
@@ -444,7 +445,7 @@ def test_processes_share_the_images_and_decide_as_one_process(
 
 def lost_evaluation() -> None:
     sys.argv = ["advmoe", "info"]
-    vars(cli)["app"] = lambda: measured(2, lost=True)
+    vars(application)["app"] = lambda: measured(2, lost=True)
     cli.main()
 
 
@@ -482,12 +483,12 @@ def test_the_stage_writes_what_one_process_writes(
 
     before: dict[Path, bytes] = {}
     before = written()
-    assert advmoe("evaluate").code == 0
+    assert advmoe("evaluate", "--record").code == 0
     alone = written()
     assert len(alone) > 20
     for path in alone:
         path.unlink()
-    ended = run_processes(2, command, ("evaluate",))
+    ended = run_processes(2, command, ("evaluate", "--record"))
     assert [each.code for each in ended] == [0, 0], [each.err for each in ended]
     assert written() == alone
     assert ended[1].out + ended[1].err == ""
@@ -579,7 +580,12 @@ def test_dvc_starts_several_processes(project: Path, edit: Edit) -> None:
         "ADVMOE_DEVICE": "cpu",
         "ADVMOE_THREADS": "1",
     }
-    for arguments in (["init", "--no-scm", "--quiet"], ["repro", "--single-item", "pretrain@clean"]):
+    repro = (["repro", "code", "inputs"], ["repro", "--single-item", "pretrain@clean"])
+    for arguments in (["init", "--no-scm", "--quiet"], *repro):
+        ["init", "--no-scm", "--quiet"],
+        ["repro", "code", "inputs"],
+        ["repro", "--single-item", "pretrain@clean"],
+    ):
         done = subprocess.run(
             [sys.executable, "-m", "dvc", *arguments], env=environment, capture_output=True, text=True, check=False
         )

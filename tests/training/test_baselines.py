@@ -794,7 +794,7 @@ def test_only_plain_networks_that_match_nothing_can_be_trained_anew() -> None:
     entries = {
         "plain": SINGLE,
         "trades": SINGLE | {"adversary": TRADES},
-        "wide": SINGLE | {"match": "parameters", "beside": "train"},
+        "wide": SINGLE | {"match": "parameters"},
         "long": EQUAL_PASSES,
         "uniform": UNIFORM,
         "soe": SOE,
@@ -821,10 +821,10 @@ EXPERTS = ["clean", "pgd-1"]
 ATTACK = {"kind": "pgd", "steps": [1], "step_size": 0.5}
 LOOK = {"steps": 1, "step_size": 0.5, "gap": 0.9, "images": 20}
 ENTRIES: dict[str, dict[str, Any]] = {
-    "standard": SINGLE | {"reads": "seed", "adversary": {"kind": "clean"}},
+    "standard": SINGLE | {"adversary": {"kind": "clean"}},
     "adversarial": SINGLE,
     "trades": SINGLE | {"adversary": TRADES},
-    "equal-parameters": SINGLE | {"match": "parameters", "beside": "train"},
+    "equal-parameters": SINGLE | {"match": "parameters"},
     "equal-passes": EQUAL_PASSES,
     "resnet50": SINGLE | {"backbone": "resnet50"},
     "uniform": UNIFORM,
@@ -845,8 +845,8 @@ PIPELINE: dict[str, Any] = {
     "train.experts": EXPERTS,
     "train.adversary": ATTACK,
     "experts": {
-        "clean": {"seed": 0, "reads": "seed", "adversary": {"kind": "clean"}},
-        "pgd-1": {"seed": 5, "reads": "epsilon", "adversary": ATTACK},
+        "clean": {"seed": 0, "adversary": {"kind": "clean"}},
+        "pgd-1": {"seed": 5, "adversary": ATTACK},
     },
     "baseline": ENTRIES,
     "evaluate.baselines": list(ENTRIES),

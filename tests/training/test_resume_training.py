@@ -237,7 +237,7 @@ def test_saving_takes_a_share_of_the_time_only(root: Path, monkeypatch: pytest.M
         saved.append(file)
         return original(file, snapshot)
 
-    monkeypatch.setattr(workdir, "save_checkpoint", keep)
+    monkeypatch.setattr(storage, "save_checkpoint", keep)
     plain(root)
     assert len(saved) == 2  # after the first step, which is to find out what it takes, and at the end
 
@@ -498,8 +498,8 @@ def test_clean_says_what_it_removed(advmoe: Advmoe, kill_before: Plant) -> None:
     with pytest.raises(Killed):
         work()
     said = advmoe("clean").out
-    assert said.startswith("0 pieces of unfinished work removed, 0.0 MB\n1 can go on where they were;")
-    assert advmoe("clean", "--all").out.startswith("1 pieces of unfinished work removed, 0.")
+    assert said.startswith("0 folders of unfinished work deleted, 0.0 MB\n1 can be resumed;")
+    assert advmoe("clean", "--all").out.startswith("1 folders of unfinished work deleted, 0.")
     assert list(machine.machine().state_dir.iterdir()) == []
 
 

@@ -579,7 +579,7 @@ def test_studies_of_other_attacks(pipeline: Path, attack: dict[str, Any], rate: 
 def declared(name: str) -> list[Path]:
     """Outputs of poison@NAME in dvc.yaml."""
     entry = read_yaml(ROOT / "dvc.yaml")["stages"]["poison"]["do"]
-    listed = [*entry["outs"], *entry["metrics"]]
+    listed = [*entry["outs"], *entry["plots"]]
     return [Path(str(next(iter(out)) if isinstance(out, dict) else out).replace("${key}", name)) for out in listed]
 
 
