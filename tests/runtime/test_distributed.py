@@ -582,10 +582,6 @@ def test_dvc_starts_several_processes(project: Path, edit: Edit) -> None:
     }
     repro = (["repro", "code", "inputs"], ["repro", "--single-item", "pretrain@clean"])
     for arguments in (["init", "--no-scm", "--quiet"], *repro):
-        ["init", "--no-scm", "--quiet"],
-        ["repro", "code", "inputs"],
-        ["repro", "--single-item", "pretrain@clean"],
-    ):
         done = subprocess.run(
             [sys.executable, "-m", "dvc", *arguments], env=environment, capture_output=True, text=True, check=False
         )
