@@ -206,7 +206,8 @@ def test_the_mixture_loads_as_a_module(built: Project) -> None:
 
 
 def test_metrics_and_plots_are_known_to_dvc(built: Project) -> None:
-    assert "mixture" in built.dvc("metrics", "show", "--md")
+    shown = built.dvc("metrics", "show", "--md")
+    assert all(name in shown for name in ("worst", "verdict", "adversarial.clean", "poisoning", "train_tflops"))
     shown = built.dvc("plots", "show", "--out", "runs/plots")
     page = Path(shown.strip().splitlines()[-1].removeprefix("file://"))
     assert "vega" in page.read_text()
@@ -231,18 +232,63 @@ def test_equal_params_give_identical_files(built: Project) -> None:
     assert (built.root / "dvc.lock").read_text() == lock
 
 
+def flat(file: Path) -> list[str]:
+    """The names of the numbers in a metrics file, as DVC shows them."""
+    content = json.loads(file.read_text())
+    nested = {key: value if isinstance(value, dict) else {"": value} for key, value in content.items()}
+    return [f"{key}.{name}" if name else key for key, values in nested.items() for name in values]
+
+
+def pending(project: Project) -> list[str]:
+    """What `advmoe check` says that DVC would run."""
+    return [each.strip() for each in project.advmoe("check").partition("dvc repro would run: ")[2].split(",")]
+
+
+def test_a_docstring_reruns_nothing(built: Project) -> None:
+    file = built.root / "advmoe/training/trainer.py"
+    file.write_text(file.read_text().replace('"""', '"""Other words. ', 1) + "\n# a comment\n")
+    assert pending(built) == ["code"]
+    assert stages_run(built.dvc("repro")) == ["code"]
+    assert stages_run(built.dvc("repro")) == []
+    built.run("git", "checkout", "--", ".")
+
+
+def test_a_line_of_a_poisoning_attack_reruns_poisoning_and_what_follows(built: Project) -> None:
+    file = built.root / "advmoe/threats/poisoning/badnets.py"
+    file.write_text(file.read_text() + "\n\nNEW = 1\n")
+    assert sorted(pending(built)) == sorted(["code", *(f"poison@{name}" for name in POISON), "report"])
+    built.run("git", "checkout", "--", ".")
+
+
+def test_another_seed_of_an_expert_and_back_costs_nothing(built: Project) -> None:
+    """DVC's run cache has the first run: no stage has an uncached output that is neither metric nor plot."""
+    before = contents(built)
+    built.params("experts.clean.seed", 77)
+    assert "pretrain@clean" in stages_run(built.dvc("repro", "experts"))
+    built.run("git", "checkout", "--", "params.yaml")
+    said = built.dvc("repro", "experts")
+    assert "Stage 'pretrain@clean' is cached - skipping run, checking out outputs" in said
+    built.run("git", "checkout", "--", ".")
+    assert contents(built) == before
+
+
 def test_an_experts_own_params_rerun_it_and_what_follows(built: Project) -> None:
     built.params("experts.fgsm-2.seed", 12)
     said = built.advmoe("check").partition("dvc repro would run: ")[2].strip().split(", ")
-    assert sorted(said) == sorted(["pretrain@fgsm-2", "baseline@uniform", "train", "evaluate", *THREATS, "report"])
+    follow = ["experts", "baseline@uniform", "train", "evaluate", *THREATS, "report"]
+    assert sorted(said) == sorted(["inputs", "pretrain@fgsm-2", *follow])
     built.run("git", "checkout", "--", "params.yaml")
 
 
 def test_an_experiment_at_another_epsilon_reruns_exactly_what_meets_it(built: Project) -> None:
     ran = stages_run(built.dvc("exp", "run", "--name", "smaller", "--set-param", "epsilon=8/255"))
     meets = [f"baseline@{name}" for name in BASELINES if name != "standard"]
-    assert sorted(ran) == sorted([*PGD_EXPERTS, *meets, "train", "evaluate", *THREATS, "report"])
+    derived = ["inputs", "experts"]  # the parameters of each stage, and which experts mixtures start from
+    assert sorted(ran) == sorted([*derived, *PGD_EXPERTS, *meets, "train", "evaluate", *THREATS, "report"])
     assert "epsilon: 8/255 " in (built.root / "params.yaml").read_text()
     table = built.dvc("exp", "show", "--csv", "--no-pager")
     assert "smaller" in table
-    assert "grid.baseline/standard.25.5/255" in table.partition("\n")[0]
+    numbers = [name for file in ("headline", "threats") for name in flat(built.root / f"metrics/{file}.json")]
+    assert len(numbers) <= 15
+    assert set(numbers) <= set(table.partition("\n")[0].strip().split(","))
+    assert "metrics/" not in table.partition("\n")[0].replace("metrics/aggregate.json", "").partition("artifacts")[0]

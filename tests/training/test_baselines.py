@@ -776,7 +776,7 @@ def test_a_distilled_network_has_a_name_that_tells_when_it_is_trained(
     edit({"baseline.distilled-small": DISTILLED})
     load_params()
     edit({"baseline.small": DISTILLED})
-    with pytest.raises(UserError, match=r"^params.yaml: baseline.small: the name of a distilled network begins with "):
+    with pytest.raises(UserError, match=r"^params.yaml: baseline.small: the name of a distilled network must begin with "):
         load_params()
 
 
@@ -908,7 +908,7 @@ def test_the_header_says_what_it_was_made_from(pipeline: Path, name: str) -> Non
     header = artifacts.load(paths.artifact("baseline", name)).header
     data = artifacts.load(paths.DATASET).header.sha256
     experts = {f"expert {each}": artifacts.load(paths.artifact("pretrain", each)).header.sha256 for each in EXPERTS}
-    joint = {"joint": artifacts.load(paths.MIXTURE).header.sha256}
+    joint = {"mixture": artifacts.load(paths.MIXTURE).header.sha256}
     assert header.inputs == {"dataset": data} | (
         experts if name in OF_EXPERTS else joint if name == "distilled" else {}
     )
@@ -1003,7 +1003,7 @@ def test_an_expert_of_before_the_counting_is_refused(pipeline: Path, name: str) 
         seconds=0.0,
     )
     before = paths.artifact("baseline", name).read_bytes()
-    with pytest.raises(UserError, match=r"^\S*pgd-1\S*: does not say what its training cost; `dvc repro` "):
+    with pytest.raises(UserError, match=r"^\S*pgd-1\S*: does not hold its training cost; run `dvc repro` "):
         baseline.run(name)
     assert (pipeline / paths.artifact("baseline", name)).read_bytes() == before
 
