@@ -72,10 +72,10 @@ STAGES: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
     "pretrain": (("pretrain", "pgd-1"), []),
     "train": (("train",), TRAIN_EXPERTS),
     "baseline": (("baseline", "adversarial"), []),
-    "evaluate": (("evaluate",), [*SHORT_ATTACKS, *TRAIN_EXPERTS, ("train",), ("baseline", "standard")]),
-    "poison": (("poison", "unlearnable"), []),
-    "extract": (("extract", "dfme"), [("pretrain", "pgd-1")]),
-    "membership": (("membership",), [("baseline", "standard")]),
+    "evaluate": (("evaluate", "--record"), [*SHORT_ATTACKS, *TRAIN_EXPERTS, ("train",), ("baseline", "standard")]),
+    "poison": (("poison", "unlearnable", "--record"), []),
+    "extract": (("extract", "dfme", "--record"), [("pretrain", "pgd-1")]),
+    "membership": (("membership", "--record"), [("baseline", "standard")]),
 }
 SIDECAR_SUFFIX = ".run.json"  # holds times, which differ
 
