@@ -776,7 +776,9 @@ def test_a_distilled_network_has_a_name_that_tells_when_it_is_trained(
     edit({"baseline.distilled-small": DISTILLED})
     load_params()
     edit({"baseline.small": DISTILLED})
-    with pytest.raises(UserError, match=r"^params.yaml: baseline.small: the name of a distilled network must begin with "):
+    with pytest.raises(
+        UserError, match=r"^params.yaml: baseline.small: the name of a distilled network must begin with "
+    ):
         load_params()
 
 
