@@ -21,7 +21,7 @@ def run(name: str) -> None:
     experiment = ExtractionExperiment(
         name=name,
         study=section.named(name),
-        common=section,
+        common=section.common,
         seed=load_section("seed", Seed),
         epsilon=load_section("epsilon", Epsilon),
         weights=None,

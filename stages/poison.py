@@ -22,7 +22,7 @@ def run(name: str) -> None:
     """Runs the study `name` of params.yaml."""
     section = load_section("poison", PoisonSection)
     experiment = PoisonExperiment(
-        name, section.named(name), section, VictimRecipes.from_params(), dataset.load(paths.DATASET)
+        name, section.named(name), section.common, VictimRecipes.from_params(), dataset.load(paths.DATASET)
     )
     outputs = OutputPaths(
         models=paths.ARTIFACTS / STAGE / name,

@@ -100,7 +100,7 @@ def evaluate(
     """Attack a model, check the evaluation, and print and save the result under runs/."""
     options = (attack, epsilon, norm, steps, limit, model, weights, expert, data, training_data, batch_size)
     if record:
-        refuse_options((*options, None if checks else checks))
+        refuse_options((*options, None if checks else "--no-checks"))
         with distributed_stage("evaluate"):
             from stages import evaluate as stage
 
@@ -143,11 +143,11 @@ def poison(
     """Poison the training data, train the victims again, and measure the effect; results go to runs/."""
     if record:
         refuse_options((rate, target, victim, seed, defence))
-        start_stage("poison")
+    start_stage("poison")
+    if record:
         from stages import poison as stage
 
         return stage.run(name)
-    start_stage("poison")
     from advmoe.threats.poisoning.adhoc import PoisonRequest, run_request
 
     run_request(PoisonRequest(name, rate or (), target, victim or (), seed or (), defence or ()))
@@ -174,11 +174,11 @@ def extract(
     """Run a model extraction attack by queries; results go to runs/."""
     if record:
         refuse_options((budget, answers, victim, weights, surrogate, seed))
-        start_stage("extract")
+    start_stage("extract")
+    if record:
         from stages import extract as stage
 
         return stage.run(name)
-    start_stage("extract")
     from advmoe.threats.extraction.adhoc import ExtractionRequest, run_request
 
     run_request(
@@ -195,11 +195,11 @@ def membership(
     """Run membership inference attacks; results go to runs/."""
     if record:
         refuse_options((victim,))
-        start_stage("membership")
+    start_stage("membership")
+    if record:
         from stages import membership as stage
 
         return stage.run()
-    start_stage("membership")
     from advmoe.threats.membership.adhoc import MembershipRequest, run_request
 
     run_request(MembershipRequest(victim or ()))

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, model_validator
 
+from advmoe.core import paths
 from advmoe.core.references import resolve_adversaries
 from advmoe.core.settings import PARAMS_FILE, Epsilon, Seed, Settings, read_yaml, validate
 from advmoe.data.registry import PrepareSettings
@@ -14,7 +15,6 @@ from advmoe.models.classifiers import BackboneSettings
 from advmoe.reporting.config import ReportSection
 from advmoe.statistics.decisions import CLEAN, WORST
 from advmoe.threats.extraction.config import ExtractSection
-from advmoe.threats.extraction.victims import EXPERT_PREFIX
 from advmoe.threats.membership.config import MembershipSection
 from advmoe.threats.poisoning.config import PoisonSection
 from advmoe.threats.poisoning.registry import proxy_baselines
@@ -69,7 +69,7 @@ class Params(Settings):
             _known(f"{key}.victims", study.victims, "victims are", (MIXTURE, JOINT_ONLY, *plain))
             _known(f"{key}.attack.proxy", proxy_baselines(study.attack), "a proxy is trained as", plain)
         for name, theft in self.extract.attacks.items():
-            victims = (MIXTURE, *self.baseline, *(f"{EXPERT_PREFIX}{expert}" for expert in self.experts))
+            victims = (MIXTURE, *self.baseline, *(f"{paths.EXPERT_PREFIX}{expert}" for expert in self.experts))
             _known(f"extract.attacks.{name}.victims", theft.victims, "victims are", victims)
         _known("membership.victims", tuple(self.membership.victims), "victims are", (MIXTURE, *plain))
         self._claims_are_about_what_is_evaluated()

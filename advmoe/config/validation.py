@@ -13,7 +13,6 @@ from advmoe.core.settings import PARAMS_FILE, read_yaml
 from advmoe.core.stage_inputs import all_inputs, content_of, inputs_path
 from advmoe.runtime.code_fingerprint import stage_fingerprint
 from advmoe.runtime.machine import device
-from advmoe.threats.extraction.victims import artifact_path
 
 DVC_FILE, LOCK_FILE = Path("dvc.yaml"), Path("dvc.lock")
 DERIVING = {"code", "inputs"}  # stages whose outputs, derived from code and params.yaml, are dependencies of the others
@@ -47,8 +46,8 @@ def check_dvc_file(params: Params) -> None:
             *(paths.artifact("pretrain", name) for name in params.train.experts),
             *(paths.artifact("baseline", name) for name in sorted(poisoned & set(params.baseline))),
         ],
-        "extract": [artifact_path(name) for name in sorted(stolen)],
-        "membership": [artifact_path(name) for name in sorted(params.membership.victims)],
+        "extract": [paths.model(name) for name in sorted(stolen)],
+        "membership": [paths.model(name) for name in sorted(params.membership.victims)],
     }
     for stage, artifacts in needed.items():
         listed = deps.get(stage, frozenset())

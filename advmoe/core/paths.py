@@ -14,6 +14,7 @@ PROFILES = Path("profiles")
 
 DATASET = ARTIFACTS / "prepare" / "dataset.safetensors"
 MIXTURE = ARTIFACTS / "train" / "mixture.safetensors"
+EXPERT_PREFIX = "expert/"  # of the name of a pre-trained expert among victims
 ADVERSARIAL = ARTIFACTS / "evaluate" / "adversarial.safetensors"
 HEADLINE = METRICS / "headline.json"
 THREATS = METRICS / "threats.json"
@@ -30,6 +31,20 @@ COMPARISONS = RUNS / "comparisons"
 def artifact(stage: str, name: str) -> Path:
     """Returns the path of an artifact of a stage."""
     return ARTIFACTS / stage / f"{name}.safetensors"
+
+
+def model(name: str) -> Path:
+    """Returns the path of a trained model by its name in params.yaml; returns a path to a .safetensors file as it is.
+
+    `mixture` is the pipeline's mixture, `expert/NAME` a pre-trained expert, and another name a baseline.
+    """
+    if name == "mixture":
+        return MIXTURE
+    if name.endswith(".safetensors"):
+        return Path(name)
+    if name.startswith(EXPERT_PREFIX):
+        return artifact("pretrain", name.removeprefix(EXPERT_PREFIX))
+    return artifact("baseline", name)
 
 
 def metrics(stage: str, name: str) -> Path:

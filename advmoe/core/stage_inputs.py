@@ -13,8 +13,8 @@ from advmoe.core import paths
 from advmoe.core.files import canonical_json
 from advmoe.core.references import resolve_adversaries
 
-# batches of these kinds are attacked at the top-level epsilon; `clean` and `fgsm` have none, or radii of their own
-AT_THREAT_MODEL = {"n-fgsm", "pgd", "pgd-radii", "trades"}
+# no radius, or their own; batches under all other kinds of adversary are attacked at the top-level epsilon
+WITHOUT_THREAT_EPSILON = ("clean", "fgsm")
 OF_TRAINING = ("seed", "epsilon", "model", "pretrain", "experts", "train", "baseline")  # to train victims again
 SHARED_BY_ATTACKS = {
     "poison": (*OF_TRAINING, "poison.images", "poison.robust", "poison.proxy_seed", "poison.defence"),
@@ -48,11 +48,9 @@ def content_of(values: Mapping[str, Any]) -> str:
     return canonical_json(values) + "\n"
 
 
-def uses_threat_epsilon(adversary: Mapping[str, Any]) -> bool:
-    """Whether training batches under this adversary are attacked at the top-level epsilon."""
-    if adversary.get("kind") == "mixed":
-        return True
-    return adversary.get("kind") in AT_THREAT_MODEL
+def uses_threat_epsilon(kind: str) -> bool:
+    """Whether training batches under an adversary of this kind are attacked at the top-level epsilon."""
+    return kind not in WITHOUT_THREAT_EPSILON
 
 
 def _keys(params: Mapping[str, Any]) -> Iterator[tuple[Path, set[str]]]:
@@ -81,7 +79,7 @@ def _baseline_keys(entry: Mapping[str, Any]) -> set[str]:
 
 
 def _epsilon(entry: Mapping[str, Any]) -> set[str]:
-    return {"epsilon"} if uses_threat_epsilon(entry["adversary"]) else set()
+    return {"epsilon"} if uses_threat_epsilon(str(entry["adversary"].get("kind"))) else set()
 
 
 def _value(params: Mapping[str, Any], key: str) -> Any:

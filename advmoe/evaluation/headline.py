@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from advmoe.evaluation.summary import BASELINE, MIXTURE
 from advmoe.statistics.decisions import CLEAN, WORST
 
-MIXTURE, BASELINE = "mixture", "baseline/"
 MOST_BASELINES = 4  # so that a table of experiments stays readable; all others are in metrics/evaluate.json
 SEVERITY = ("fail", "warn", "pass")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from advmoe.core import paths
 from advmoe.core.snapshots import MissingFileError, Snapshot, read_json
+from advmoe.evaluation.summary import MIXTURE
 
-MIXTURE = "mixture"
 TERA = 1e12
 
 

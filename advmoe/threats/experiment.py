@@ -1,4 +1,4 @@
-"""The steps that all threat experiments share: output paths, the work directory, resume, and where results are written.
+"""The steps that all threat experiments share: output paths, resume, and where results are written.
 
 The experiments are `run_experiment` in `poisoning/experiment.py`, `extraction/experiment.py` and
 `membership/experiment.py`; several networks or victims at a time are `advmoe.runtime.parallel.parallel_map`.
@@ -36,17 +36,6 @@ class OutputPaths:
     def in_folder(cls, folder: Path) -> "OutputPaths":
         """Returns paths that all lie in one folder."""
         return cls(folder / "metrics.json", folder / "runs.json", folder / "models", folder)
-
-
-def run_in_workdir(label: str, facts: Sequence[object], run_and_write: Callable[[Path | None], None]) -> None:
-    """Calls `run_and_write(checkpoint_dir)` with the locked work directory of an experiment.
-
-    The directory is named after `label` and `facts`, which must determine the results. It is kept when the call is
-    interrupted, so that a second one continues from its checkpoints, and removed when the results are written.
-    `checkpoint_dir` is None where no checkpoints can be saved.
-    """
-    with workdir.open_workdir(label, *facts) as checkpoint_dir:
-        run_and_write(checkpoint_dir)
 
 
 def load_or_compute(

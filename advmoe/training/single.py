@@ -9,6 +9,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from advmoe.core import stage_inputs
 from advmoe.core.errors import UserError
 from advmoe.core.references import refuse_removed_keys
 from advmoe.core.settings import Epsilon, Seed, Settings
@@ -17,7 +18,7 @@ from advmoe.models import classifiers
 from advmoe.models.classifiers import BackboneSettings, PlainArchitecture
 from advmoe.runtime.checkpoints import workdir
 from advmoe.runtime.machine import derive_seed
-from advmoe.training.batch_attacks import Adversary, CleanBatches, FgsmBatches, TradesBatches
+from advmoe.training.batch_attacks import Adversary, TradesBatches
 from advmoe.training.config import TrainingConfig, ValidatedTrainingConfig, sgd
 from advmoe.training.job import Row, TrainingJob, TrainingResult, TrainingTask
 from advmoe.training.stage_outputs import write_outputs
@@ -39,7 +40,7 @@ class NetworkSpec(Settings):
     @property
     def uses_threat_epsilon(self) -> bool:
         """Whether training batches are attacked at the threat model's epsilon."""
-        return not isinstance(self.adversary, CleanBatches | FgsmBatches)
+        return stage_inputs.uses_threat_epsilon(self.adversary.kind)
 
 
 class SingleConfig(ValidatedTrainingConfig):

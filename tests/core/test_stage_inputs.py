@@ -14,7 +14,9 @@ from advmoe.core.errors import UserError
 from advmoe.core.references import in_current_form, resolve_adversaries
 from advmoe.core.settings import read_yaml, validate
 from advmoe.core.stage_inputs import all_inputs, content_of, inputs_path, uses_threat_epsilon
+from advmoe.runtime.machine import generator
 from advmoe.training.baselines.specs import SingleNetwork
+from advmoe.training.batch_attacks import draw_attack
 from advmoe.training.single import NetworkSpec
 
 PARAMS = read_yaml(ROOT / "params.yaml")
@@ -80,7 +82,7 @@ ADVERSARIES: dict[str, dict[str, Any]] = {
     "pgd": {"kind": "pgd", "steps": [2], "step_size": 1.0},
     "pgd-radii": {"kind": "pgd-radii", "radii": [1.0], "steps": [2], "step_size": 1.0},
     "trades": {"kind": "trades", "steps": [2], "step_size": 1.0, "beta": 6.0},
-    "mixed": {"kind": "mixed", "weights": [1], "of": [{"kind": "clean"}]},
+    "mixed": {"kind": "mixed", "weights": [1], "of": [{"kind": "n-fgsm", "noise": 2.0, "step_size": 1.0}]},
 }
 
 
@@ -91,9 +93,11 @@ def test_the_adversaries_of_this_test_are_all_there_are() -> None:
 
 
 @pytest.mark.parametrize("kind", ADVERSARIES)
-def test_the_threat_model_is_met_as_training_meets_it(kind: str) -> None:
+def test_the_threat_epsilon_is_an_input_where_batches_depend_on_it(kind: str) -> None:
     spec = validate({"adversary": ADVERSARIES[kind], "seed": 0}, NetworkSpec, "here")
-    assert uses_threat_epsilon(ADVERSARIES[kind]) == spec.uses_threat_epsilon
+    small, large = (draw_attack(spec.adversary, epsilon, generator("draw")) for epsilon in (0.1, 0.2))
+    assert uses_threat_epsilon(kind) == (small != large)
+    assert spec.uses_threat_epsilon == (small != large)
 
 
 def covers(declared: set[str], key: str) -> bool:

@@ -55,6 +55,7 @@ def test_code_counts_for_the_stages_that_import_it(copy: Path) -> None:
     training = {"pretrain", "train", "baseline"}
     assert changed(copy, "advmoe/training/trades.py", "\n\n\ndef ", "\n\n\nNEW = 1\n\n\ndef ") == training | THREATS
     assert changed(copy, "advmoe/threats/poisoning/badnets.py", "\n\n\ndef ", "\n\n\nNEW = 1\n\n\ndef ") == {"poison"}
+    assert changed(copy, "advmoe/threats/extraction/victims.py", "\n\n\ndef ", "\n\n\nNEW = 1\n\n\ndef ") == {"extract"}
     assert changed(copy, "stages/prepare.py", "\n\n\ndef ", "\n\n\nNEW = 1\n\n\ndef ") == {"prepare"}
 
 

@@ -167,6 +167,25 @@ def test_a_study_killed_in_every_round_has_the_same_results(
     assert unfinished() == []
 
 
+@Each
+def test_checkpoints_do_not_depend_on_other_studies(
+    loop: Loop, advmoe: Advmoe, project: Path, edit: Edit, in_round: Interrupt
+) -> None:
+    del project
+    edit(loop.changes)
+    in_round(loop, 2, die)
+    with pytest.raises(Killed):
+        advmoe(*loop.command)
+    section, name = loop.command
+    studies = next(value for key, value in loop.changes.items() if key.startswith(section))
+    study = studies.get("attacks", studies)[name]
+    edit({f"{section}.attacks": {name: study, "another": study}})
+    last = in_round(loop, None, die)
+    assert advmoe(*loop.command).code == 0
+    assert len(last) == ROUNDS - 1
+    assert unfinished() == []
+
+
 @pytest.fixture
 def python_hears_signals() -> Iterator[None]:
     """As in the foreground: who starts the tests in the background has Ctrl-C ignored."""

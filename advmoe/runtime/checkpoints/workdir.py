@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -30,8 +29,6 @@ FOLDER_NAME = re.compile(rf"(.+)-([0-9a-f]{{{VERSION_LENGTH}}})-([0-9a-f]{{{KEY_
 
 LOCK_SUFFIX = ".lock"
 ENVIRONMENT = "environment"  # file of a folder: a hash of the environment that its checkpoints were made in
-
-T = TypeVar("T")
 
 _locks: dict[Path, FileLock] = {}  # held by this process, which may open a folder twice
 

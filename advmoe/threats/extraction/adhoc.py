@@ -34,7 +34,7 @@ def run_request(request: ExtractionRequest) -> OutputPaths:
     experiment = ExtractionExperiment(
         name=request.name,
         study=_override_study(section.named(request.name), request),
-        common=section,
+        common=section.common,
         seed=load_section("seed", Seed),
         epsilon=load_section("epsilon", Epsilon),
         weights=request.weights,

@@ -63,6 +63,11 @@ class ExtractSection(Common):
 
     attacks: Annotated[dict[str, Study], Field(min_length=1)]
 
+    @property
+    def common(self) -> Common:
+        """The shared settings without `attacks`: a study's checkpoints do not depend on the other studies."""
+        return Common(**{name: getattr(self, name) for name in Common.model_fields})
+
     def named(self, name: str) -> Study:
         """Returns the study of that name. Raises UserError when there is none."""
         if name not in self.attacks:

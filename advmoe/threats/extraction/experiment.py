@@ -19,9 +19,10 @@ from advmoe.data.dataset import Dataset
 from advmoe.models import classifiers
 from advmoe.models.classifiers import PlainArchitecture
 from advmoe.runtime.checkpoints.manager import Resumable, StepCallback
+from advmoe.runtime.checkpoints.workdir import open_workdir
 from advmoe.runtime.machine import generator
 from advmoe.runtime.parallel import parallel_map
-from advmoe.threats.experiment import OutputPaths, load_or_compute, print_outputs, resumable_loop, run_in_workdir
+from advmoe.threats.experiment import OutputPaths, load_or_compute, print_outputs, resumable_loop
 from advmoe.threats.extraction import metrics, prada, query_pools, report, surrogate, transfer_set, victims
 from advmoe.threats.extraction.config import Common, Study
 from advmoe.threats.extraction.context import AttackContext
@@ -59,11 +60,8 @@ def run_experiment(experiment: ExtractionExperiment, outputs: OutputPaths) -> No
     Raises UserError for a study that cannot run on this data or with these victims.
     """
     facts = (replace(experiment, folder=Path()), _dataset().sha256)  # the folder does not affect the results
-
-    def run_and_write(checkpoint_dir: Path | None) -> None:
+    with open_workdir(f"extract-{experiment.name}", *facts) as checkpoint_dir:
         _run_and_write(replace(experiment, folder=outputs.models, checkpoint_dir=checkpoint_dir), outputs)
-
-    run_in_workdir(f"extract-{experiment.name}", facts, run_and_write)
 
 
 def _run_and_write(experiment: ExtractionExperiment, outputs: OutputPaths) -> None:
@@ -152,7 +150,7 @@ class ExtractionRun:
         """The victim's answers to the evaluation inputs."""
         return load_or_compute(
             self.experiment.checkpoint_dir,
-            "sheet",
+            "victim-predictions",
             (self.victim.identity,),
             lambda: metrics.to_checkpoint(metrics.victim_answers(self.victim, self.inputs)),
             lambda checkpoint: metrics.from_checkpoint(checkpoint, VictimAnswers),
@@ -163,7 +161,7 @@ class ExtractionRun:
         compute = partial(metrics.surrogate_answers, network, self.victim, self.victim_answers, self.inputs)
         return load_or_compute(
             self.experiment.checkpoint_dir,
-            "copy",
+            "surrogate-predictions",
             (self.victim.identity, model_fingerprint(network)),
             lambda: metrics.to_checkpoint(compute()),
             lambda checkpoint: metrics.from_checkpoint(checkpoint, SurrogateAnswers),

@@ -27,7 +27,6 @@ from advmoe.threats.victim_training import MIXTURE
 
 BATCH_SIZE = 200  # images per query batch
 SUM_TOLERANCE = 1e-3  # of the sum of probabilities: an endpoint may round them
-EXPERT_PREFIX = "expert/"
 CACHE_KEY_LENGTH = 16  # hex digits of a folder's name
 
 
@@ -53,11 +52,11 @@ def load(name: str, weights: Path | None, facts: DatasetInfo) -> Victim:
         return _external_victim(name, weights, facts)
     if weights is not None:
         raise UserError(f"--weights: {name} has weights already; --weights is for --victim path/to/file.py:factory")
-    path = artifact_path(name)
+    path = paths.model(name)
     if not path.exists():
         raise UserError(
             f"victim '{name}': {path} does not exist; a victim is {MIXTURE}, a baseline of params.yaml, "
-            f"{EXPERT_PREFIX}NAME, a .safetensors file of this project or path/to/file.py:factory"
+            f"{paths.EXPERT_PREFIX}NAME, a .safetensors file of this project or path/to/file.py:factory"
         )
     loaded = external_models.load_model(str(path), None, None)
     assert loaded.artifact is not None
@@ -68,17 +67,6 @@ def load(name: str, weights: Path | None, facts: DatasetInfo) -> Victim:
         raise UserError(f"{name}: takes images of {_image_shape(own)}, but the data has {_image_shape(facts)}")
     short_name = Path(name).stem if name.endswith(".safetensors") else name
     return _network_victim(short_name, loaded.identity, loaded.model, facts.classes)
-
-
-def artifact_path(name: str) -> Path:
-    """Returns the artifact's path for a victim's name in params.yaml; a path is returned as it is."""
-    if name == MIXTURE:
-        return paths.MIXTURE
-    if name.endswith(".safetensors"):
-        return Path(name)
-    if name.startswith(EXPERT_PREFIX):
-        return paths.artifact("pretrain", name.removeprefix(EXPERT_PREFIX))
-    return paths.artifact("baseline", name)
 
 
 def _image_shape(facts: DatasetInfo) -> tuple[int, int, int]:

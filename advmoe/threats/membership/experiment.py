@@ -9,7 +9,6 @@ Shapes: N audited images, C channel, H/W pixels, K classes, S shadow models, U i
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +22,10 @@ from advmoe.data import dataset
 from advmoe.data.dataset import Dataset, Split, image_digests
 from advmoe.models import classifiers, inference
 from advmoe.runtime.checkpoints.storage import Checkpoint
+from advmoe.runtime.checkpoints.workdir import open_workdir
 from advmoe.runtime.machine import derive_seed, device, generator
 from advmoe.runtime.parallel import parallel_map
-from advmoe.threats.experiment import OutputPaths, load_or_compute, print_outputs, run_in_workdir
-from advmoe.threats.extraction.victims import artifact_path
+from advmoe.threats.experiment import OutputPaths, load_or_compute, print_outputs
 from advmoe.threats.membership import report
 from advmoe.threats.membership.attacks import calibrated_scores, confidence_scores, lira_scores, loss_scores
 from advmoe.threats.membership.config import MembershipSection
@@ -65,11 +64,8 @@ def run_experiment(experiment: MembershipExperiment, outputs: OutputPaths) -> No
     Raises UserError for victims that cannot be audited.
     """
     facts = (experiment.section, experiment.recipes, dataset.load(paths.DATASET).sha256)
-
-    def run_and_write(checkpoint_dir: Path | None) -> None:
+    with open_workdir("membership", *facts) as checkpoint_dir:
         _run_and_write(replace(experiment, recipes=replace(experiment.recipes, checkpoint_dir=checkpoint_dir)), outputs)
-
-    run_in_workdir("membership", facts, run_and_write)
 
 
 def _run_and_write(experiment: MembershipExperiment, outputs: OutputPaths) -> None:
@@ -128,14 +124,14 @@ LogProbs = Mapping[str, Tensor]  # log-probabilities (N, K) by kind of query
 
 def _victim_log_probs(experiment: MembershipExperiment, audit: Audit, victim: str) -> LogProbs:
     """Returns a victim's log-probabilities, see `cached_log_probs`."""
-    return cached_log_probs(classifiers.load(artifact_path(victim)).model, experiment, audit)
+    return cached_log_probs(classifiers.load(paths.model(victim)).model, experiment, audit)
 
 
 def cached_log_probs(model: nn.Module, experiment: MembershipExperiment, audit: Audit) -> LogProbs:
     """Loads or computes a network's log-probabilities on the audited images, clean and attacked on this network."""
     return load_or_compute(
         experiment.recipes.checkpoint_dir,
-        "told",
+        "log-probs",
         (model_fingerprint(model),),
         lambda: Checkpoint(_compute_log_probs(model.to(device()), experiment, audit), {}),
         # in this order, which differs from that in the file

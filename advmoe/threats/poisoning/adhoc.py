@@ -31,9 +31,8 @@ def run_request(request: PoisonRequest) -> OutputPaths:
     """Runs the study and returns where its results are. Raises UserError for an invalid request."""
     section = load_section("poison", PoisonSection)
     study = _override_study(section.named(request.name), request)
-    section = section.model_copy(update={"attacks": {request.name: study}})
     recipes, data = VictimRecipes.from_params(), dataset.load(paths.DATASET)
-    experiment = PoisonExperiment(request.name, study, section, recipes, data)
+    experiment = PoisonExperiment(request.name, study, section.common, recipes, data)
     return run_in_new_folder(f"poison-{request.name}", partial(run_experiment, experiment))
 
 

@@ -22,8 +22,9 @@ from advmoe.models import classifiers
 from advmoe.models.classifiers import PlainArchitecture
 from advmoe.runtime.checkpoints.manager import Resumable, StepCallback
 from advmoe.runtime.checkpoints.storage import Checkpoint
+from advmoe.runtime.checkpoints.workdir import open_workdir
 from advmoe.runtime.machine import device, generator
-from advmoe.threats.experiment import OutputPaths, load_or_compute, print_outputs, resumable_loop, run_in_workdir
+from advmoe.threats.experiment import OutputPaths, load_or_compute, print_outputs, resumable_loop
 from advmoe.threats.poisoning import metrics, poisoned_set, preview, registry, report
 from advmoe.threats.poisoning.config import Common, Study
 from advmoe.threats.poisoning.detectors.inputs import DetectorInputs
@@ -144,12 +145,9 @@ def run_experiment(experiment: PoisonExperiment, outputs: OutputPaths) -> None:
     Raises UserError for a study that cannot run on this data.
     """
     facts = (experiment.study, experiment.common, experiment.recipes, experiment.data.sha256)
-
-    def run_and_write(checkpoint_dir: Path | None) -> None:
+    with open_workdir(f"poison-{experiment.name}", *facts) as checkpoint_dir:
         recipes = replace(experiment.recipes, checkpoint_dir=checkpoint_dir)
         _run_and_write(replace(experiment, recipes=recipes), outputs)
-
-    run_in_workdir(f"poison-{experiment.name}", facts, run_and_write)
 
 
 def _run_and_write(experiment: PoisonExperiment, outputs: OutputPaths) -> None:
@@ -301,7 +299,7 @@ def _predictions(experiment: PoisonExperiment, model: nn.Module) -> Predictions:
     """Loads or computes a model's predictions on the test images."""
     return load_or_compute(
         experiment.recipes.checkpoint_dir,
-        "answers",
+        "predictions",
         (model_fingerprint(model),),
         lambda: Checkpoint(vars(metrics.predict_clean_and_robust(model, experiment.evaluation_inputs)), {}),
         lambda checkpoint: Predictions(**checkpoint.tensors),

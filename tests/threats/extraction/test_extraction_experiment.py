@@ -78,7 +78,7 @@ def make_case(name: str = "knockoff", folder: Path = FOLDER, **changes: Any) -> 
     """A study of params.yaml with a few things changed."""
     section = load_section("extract", ExtractSection)
     made = validate(section.named(name).model_dump() | changes, Study, "test")
-    return ExtractionExperiment(name, made, section, 0, 0.1, None, folder)
+    return ExtractionExperiment(name, made, section.common, 0, 0.1, None, folder)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -130,7 +130,7 @@ def make_case(attack: dict[str, Any] | None = None, **changes: Any) -> PoisonExp
     if attack is not None:
         asked["attack"] = attack
     made = validate(asked, Study, "test")
-    return PoisonExperiment("badnets", made, section, read_recipes(), dataset.load(paths.DATASET))
+    return PoisonExperiment("badnets", made, section.common, read_recipes(), dataset.load(paths.DATASET))
 
 
 def poisoned_train() -> Split:
